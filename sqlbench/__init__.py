@@ -1,0 +1,6 @@
+"""sqlbench: how far does reinforcement learning carry a self-correcting text-to-SQL agent?
+
+Importing the package is cheap (well under a second): heavy libraries are imported where they are used.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,104 @@
+"""The records of one rollout, and their append-only JSONL store.
+
+A `Trajectory` is everything one rollout left behind: every model call (`Transition`), every executed statement
+(`Execution`), the reward and its reason code, or the error that made it fail. Records are frozen and written
+whole, one line per rollout; readers drop a torn last line.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Base of everything written to disk: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Message(Record):
+    """One chat message of a prompt."""
+
+    role: str
+    content: str
+
+
+class Completion(Record):
+    """What a model answered to one prompt. Token fields are None where the model does not give them."""
+
+    text: str
+    prompt_ids: list[int] | None = None
+    response_ids: list[int] | None = None
+    """Sampled token ids, end-of-sequence token included."""
+    logprobs: list[float] | None = None
+    """Log-probability of each sampled token under the sampling distribution; same length as `response_ids`."""
+    prompt_tokens: int | None = None
+    response_tokens: int | None = None
+    finish_reason: str = "stop"
+    """``stop`` or ``length`` (cut at the token limit)."""
+    seconds: float = 0.0
+
+
+class Transition(Record):
+    """One prompt and response of one sub-agent."""
+
+    agent: str
+    """``write``, ``check`` or ``rewrite``."""
+    turn: int
+    """1-based turn (write-or-rewrite, execute, check) in which the call was made."""
+    messages: list[Message]
+    completion: Completion
+
+
+class Execution(Record):
+    """One executed statement and as much of its result as the prompts show."""
+
+    turn: int
+    sql: str
+    status: str
+    """``ok``, ``error``, ``timeout``, ``too_large`` or ``rejected`` (see `sqlbench.database.engine.QueryResult`)."""
+    error: str | None = None
+    columns: list[str] = []
+    rows: list[list[str | int | float | None]] = []
+    """At most the first 20 rows; bytes are shown as hexadecimal text."""
+    n_rows: int = 0
+    seconds: float = 0.0
+
+
+class Trajectory(Record):
+    """One rollout of one task."""
+
+    task_key: str
+    """Content key of the task (`sqlbench.data.tasks.Task.key`)."""
+    task_id: str
+    db_id: str
+    question: str
+    gold: str
+    hardness: str = ""
+    split: str = ""
+    transitions: list[Transition] = []
+    executions: list[Execution] = []
+    pred: str | None = None
+    """The last query the agent wrote; None when the rollout failed before one."""
+    reward: float | None = None
+    """Execution match in [0, 1]; None for a failed rollout (never 0) or a task whose gold cannot be scored."""
+    reason: str = ""
+    """Reason code of the verdict (`sqlbench.reward`)."""
+    error: str | None = None
+    """Why the rollout failed, as ``where: Type: message``; None when it did not."""
+    seconds: float = 0.0
+    step: int | None = None
+    """Trainer step (None outside training); -1 is never used, validation rollouts carry ``validation=True``."""
+    validation: bool = False
+    sample: int = 0
+    """Index within the group of rollouts of one task."""
+
+    @property
+    def turns(self) -> int:
+        """Number of write-or-rewrite calls."""
+        return sum(t.agent in ("write", "rewrite") for t in self.transitions)
+
+    @property
+    def failed(self) -> bool:
+        """Whether something outside the policy broke: excluded from accuracy and from training, but counted."""
+        return self.error is not None

@@ -1,0 +1,95 @@
+"""Task rows, splits and the layout that every data set shares.
+
+A data set is a folder, whatever it was made from::
+
+    <root>/dataset.json                          name, source, seed, counts, headline split
+    <root>/<split>.parquet                       one `Task` a row
+    <root>/database/<db_id>/<db_id>.sqlite       the databases
+    <root>/tables.json                           schemas in Spider's form
+    <root>/audit.parquet, audit.json             the gold audit (see `sqlbench.data.audit`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+from sqlbench.errors import DataError
+
+
+class Task(BaseModel):
+    """One question on one database with its gold query."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task_id: str
+    db_id: str
+    question: str
+    gold: str
+    split: str
+    hardness: str = ""
+    """``easy``, ``medium``, ``hard`` or ``extra``, by Spider's published rules."""
+    construct: str = ""
+    """Query construct (pocket only)."""
+    phrasing: str = ""
+    """Phrasing family (pocket only)."""
+    scorable: bool = True
+    """False where the audit found that no verdict on this task can be trusted; such tasks are counted, never run."""
+    excluded: str = ""
+    """Why the task is not scorable; empty otherwise."""
+    needs_order: bool = False
+    returns_rows: bool = True
+
+    @property
+    def key(self) -> str:
+        """Content key: the same for equal (database, question, gold), whatever the row number."""
+        return hashlib.sha256("\x1f".join((self.db_id, self.question, self.gold)).encode()).hexdigest()[:16]
+
+
+def write_split(root: Path, split: str, tasks: list[Task]) -> Path:
+    """Write one split as Parquet and return its path; the same tasks always give the same bytes."""
+    path = root / f"{split}.parquet"
+    frame = pd.DataFrame([t.model_dump() for t in tasks], columns=list(Task.model_fields))
+    frame.to_parquet(path, index=False)
+    return path
+
+
+class DataSet:
+    """A data set folder opened for reading.
+
+    Raises:
+        DataError: the folder, its ``dataset.json``, a split or a database is missing or malformed.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not (self.root / "dataset.json").is_file():
+            raise DataError(
+                f"no data set in {self.root}: it has no dataset.json; make one with "
+                f"'sqlbench data pocket --out {self.root}' or 'sqlbench data spider --from ZIP --out {self.root}'"
+            )
+
+    def splits(self) -> list[str]:
+        """Names of the splits, sorted."""
+        return sorted(p.stem for p in self.root.glob("*.parquet") if p.stem != "audit")
+
+    def load(self, split: str) -> list[Task]:
+        """All tasks of a split, in file order, unscorable ones included."""
+        path = self.root / f"{split}.parquet"
+        if not path.is_file():
+            raise DataError(f"{self.root} has no split '{split}'; it has: {', '.join(self.splits()) or 'none'}")
+        try:
+            rows = pd.read_parquet(path).to_dict("records")
+            return [Task(**{str(k): v for k, v in row.items()}) for row in rows]
+        except Exception as error:
+            raise DataError(f"cannot read {path}: {type(error).__name__}: {error}; write the data set again") from error
+
+    def database(self, db_id: str) -> Path:
+        """Path of one SQLite file."""
+        path = self.root / "database" / db_id / f"{db_id}.sqlite"
+        if not path.is_file():
+            raise DataError(f"{self.root} has no database '{db_id}' (looked for {path})")
+        return path
