@@ -2,7 +2,7 @@
 
 Two families share one graph: ``chat`` (the long prompts that instruction-tuned models expect) and ``nano`` (the few
 words on which the embedded policy was trained). A component is plain text with ``{fields}``; prompt evolution edits
-components, never code.
+components, never code. Only the known fields are filled in, so a component may hold any other braces.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import re
 
 from sqlbench.agent.trajectory import Execution, Message, Record
 from sqlbench.database.schema import Schema
+from sqlbench.errors import ModelError
 
 CORRECT, INCORRECT = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
+DIALECTS = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
 NANO = {
     "write.system": "write {dialect}",
@@ -23,3 +25,223 @@ NANO = {
     "check.system": "check {dialect}",
     "check.user": "{question}\n{schema}\n query: {sql}\n result: {execution}",
 }
+
+CHAT = {
+    "write.system": """\
+You are a senior data analyst who answers questions by writing one {dialect} query.
+
+How to work:
+- Use only the tables and columns of the schema below, spelled exactly as they are there.
+- Return the columns the question asks for, in the order it names them, and no others.
+- Prefer the simplest query that answers the question; join only the tables it needs.
+- Write a single read-only statement: no comments, no second statement, no changes to the data.
+
+Give the query in one block and nothing after it:
+```sql
+SELECT ...
+```""",
+    "write.user": "Schema ({dialect}):\n{schema}\n\nQuestion: {question}",
+    "check.system": """\
+You review {dialect} queries written by a colleague. You see the schema, the question, the query and what the database
+answered. Decide whether the query answers the question.
+
+Look for these mistakes in particular:
+- a table or column that does not exist, or the wrong one of two similar columns
+- a join that is missing, superfluous, or on the wrong columns
+- conditions that are missing, inverted (> for <, AND for OR), or compare with the wrong value or type
+- NOT IN over values that may be NULL; UNION where duplicates must stay; BETWEEN with the wrong ends
+- grouping or aggregation at the wrong level, COUNT where COUNT(DISTINCT) is meant, HAVING mixed up with WHERE
+- the wrong sort direction, a missing or wrong LIMIT
+- columns that were not asked for, or asked for and absent
+- functions or syntax that {dialect} does not have
+- a result that is an error, or is empty or implausible for the question
+
+Explain every mistake in a sentence or two. Then end with exactly one of these two lines:
+THE QUERY IS CORRECT
+THE QUERY IS INCORRECT""",
+    "check.user": """\
+Schema ({dialect}):
+{schema}
+
+Question: {question}
+
+Query:
+```sql
+{sql}
+```
+
+Result:
+{execution}""",
+    "rewrite.system": """\
+You are a senior data analyst. An earlier {dialect} query did not answer the question. Using the database's answer and
+the reviewer's remarks, write a corrected query.
+
+How to work:
+- Fix the cause, not the symptom: if the approach was wrong, start afresh instead of patching it.
+- Do not repeat the earlier query unchanged.
+- Use only the tables and columns of the schema below, spelled exactly as they are there.
+- Return the columns the question asks for, in the order it names them, and no others.
+- Write a single read-only statement: no comments, no second statement, no changes to the data.
+
+Give the corrected query in one block and nothing after it:
+```sql
+SELECT ...
+```""",
+    "rewrite.user": """\
+Schema ({dialect}):
+{schema}
+
+Question: {question}
+
+Earlier query:
+```sql
+{sql}
+```
+
+Result:
+{execution}
+
+Reviewer's remarks:
+{feedback}""",
+}
+
+FAMILIES = {"chat": CHAT, "nano": NANO}
+_FIELD = re.compile(r"\{(dialect|question|schema|sql|execution|feedback)\}")
+
+
+class Prompts(Record):
+    """The prompt components in use: a family's own, or an edited copy of them."""
+
+    family: str
+    components: dict[str, str]
+
+    def write(self, question: str, schema_text: str, dialect: str) -> list[Message]:
+        """The prompt for the first query."""
+        return self._fill("write", dialect=dialect, question=question, schema=schema_text)
+
+    def check(self, question: str, schema_text: str, dialect: str, sql: str, execution_text: str) -> list[Message]:
+        """The prompt for a verdict on an executed query."""
+        return self._fill(
+            "check", dialect=dialect, question=question, schema=schema_text, sql=sql, execution=execution_text
+        )
+
+    def rewrite(
+        self, question: str, schema_text: str, dialect: str, sql: str, execution_text: str, feedback: str
+    ) -> list[Message]:
+        """The prompt for the next query, given the last one, its result and the check's answer."""
+        return self._fill(
+            "rewrite",
+            dialect=dialect,
+            question=question,
+            schema=schema_text,
+            sql=sql,
+            execution=execution_text,
+            feedback=feedback,
+        )
+
+    def _fill(self, agent: str, **fields: str) -> list[Message]:
+        fields["dialect"] = DIALECTS.get(fields["dialect"], fields["dialect"])
+        return [
+            Message(role=role, content=_FIELD.sub(lambda m: fields.get(m[1], m[0]), self.components[f"{agent}.{role}"]))
+            for role in ("system", "user")
+        ]
+
+
+def prompts_for(family: str) -> Prompts:
+    """The shipped components of a family (``nano`` or ``chat``).
+
+    Raises:
+        ModelError: there is no such family.
+    """
+    if family not in FAMILIES:
+        raise ModelError(f"unknown prompt family '{family}'; choose one of: {', '.join(sorted(FAMILIES))}")
+    return Prompts(family=family, components=FAMILIES[family])
+
+
+def schema_style(family: str) -> str:
+    """The style of `sqlbench.database.schema.schema_text` that a family reads."""
+    return "compact" if family == "nano" else "ddl"
+
+
+def truncate(text: str, max_chars: int, mark: str = " ... (truncated)") -> str:
+    """At most `max_chars` characters of a text, ending in `mark` where something was cut and the mark fits."""
+    if len(text) <= max_chars:
+        return text
+    return text[: max_chars - len(mark)] + mark if max_chars > len(mark) else text[:max_chars]
+
+
+def render_execution(execution: Execution, family: str, max_chars: int, schema: Schema | None = None) -> str:
+    """What a prompt shows of an execution, in at most `max_chars` characters.
+
+    Args:
+        execution: the statement's recorded result.
+        family: ``nano`` gives one line in its training form, anything else a small table.
+        max_chars: cut here.
+        schema: where given, an unknown table or column is answered with the closest names that exist.
+    """
+    if execution.status != "ok":
+        message = " ".join((execution.error or execution.status).split())
+        text = f"error: {message}{_hint(message, schema)}"
+    elif execution.n_rows == 0:
+        text = "empty result"
+    elif family == "nano":
+        cells = ["NULL" if cell is None else str(cell)[:20] for cell in execution.rows[0][:3]]
+        text = f"{execution.n_rows} rows: {', '.join(cells)}"
+    else:
+        lines = [" | ".join("NULL" if cell is None else str(cell) for cell in row) for row in execution.rows]
+        more = execution.n_rows - len(execution.rows)
+        tail = [f"... ({more} more rows)"] if more > 0 else []
+        rows = "row" if execution.n_rows == 1 else "rows"
+        text = "\n".join([f"{execution.n_rows} {rows}", " | ".join(execution.columns), *lines, *tail])
+    return truncate(text, max_chars, "" if family == "nano" else " ... (truncated)")
+
+
+_UNKNOWN = (
+    re.compile(r"no such (table|column): (?:\w+\.)?(\w+)$"),
+    re.compile(r"(relation|column) \"?(?:\w+\.)?(\w+)\"? does not exist"),
+)
+
+
+def _hint(message: str, schema: Schema | None) -> str:
+    found = next((m for pattern in _UNKNOWN if (m := pattern.search(message))), None)
+    if schema is None or found is None:
+        return ""
+    if found[1] == "column":
+        names = {column.name for table in schema.tables for column in table.columns}
+    else:
+        names = {table.name for table in schema.tables}
+    close = difflib.get_close_matches(found[2], sorted(names), 2, 0.4)
+    return f", use {' or '.join(close)}" if close else ""
+
+
+_TAG = re.compile(r"[ \t]*(?:(sql|sqlite|mysql|postgres|postgresql|pgsql)\b|[\w+-]*[ \t]*\n)", re.IGNORECASE)
+
+
+def extract_sql(text: str) -> str:
+    """The query in a model's answer: the last ``sql`` block, else the last block of any kind, else the text itself.
+
+    A block left open (an answer cut at the token limit) reaches to the end. One trailing semicolon goes. Text without
+    a block is returned as it is: whether it is SQL is for the database to say.
+    """
+    text = text.rsplit("</think>", 1)[-1]
+    sql, other = "", ""
+    for block in text.split("```")[1::2]:
+        tag = _TAG.match(block)
+        body = block[tag.end() :] if tag else block
+        if tag and tag[1] and body.strip():
+            sql = body
+        elif body.strip():
+            other = body
+    return (sql or other or text).strip().removesuffix(";").rstrip()
+
+
+_VERDICT = re.compile(r"the query is[\s*_`\"':]*(not\s+|in)?correct\b", re.IGNORECASE)
+
+
+def parse_verdict(text: str) -> bool:
+    """Whether a check's answer calls the query correct. The last verdict wins; an answer without one means no.
+
+    No verdict is treated as *incorrect* because a needless rewrite costs one call, while a missed one costs the task.
+    """
+    verdicts = _VERDICT.findall(text)
+    return bool(verdicts) and not verdicts[-1]

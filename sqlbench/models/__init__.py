@@ -1,1 +1,42 @@
+"""Models, by the name that commands and notebooks use."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlbench.models.base import ChatModel
+
+
+def open_model(
+    spec: str, *, temperature: float = 0.0, max_tokens: int | None = None, timeout: float | None = None
+) -> ChatModel:
+    """The model named ``nano``, ``openai:NAME`` or by a path: a checkpoint folder, or a run folder with a policy.
+
+    Args:
+        spec: which model.
+        temperature: 0 is greedy.
+        max_tokens: tokens of an answer at most; None is the model's own default.
+        timeout: seconds one call to an endpoint may take.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be loaded.
+    """
+    limits: dict[str, int] = {} if max_tokens is None else {"max_tokens": max_tokens}
+    if spec.startswith("openai:"):
+        from sqlbench.models.chat import EndpointChatModel
+
+        deadline = {} if timeout is None else {"timeout": timeout}
+        return EndpointChatModel(spec.removeprefix("openai:"), temperature=temperature, **limits, **deadline)
+    from sqlbench.models.local import LocalChatModel, checkpoint_family
+
+    if spec == "nano":
+        from sqlbench.models.nano import NANO_PATH
+
+        path = Path(NANO_PATH)
+    else:
+        path = Path(spec) / "policy" if (Path(spec) / "policy").is_dir() else Path(spec)
+    if checkpoint_family(path) != "nano":  # long prompts, long answers, large weights
+        limits = {"max_tokens": 512, "max_model_len": 8192, "max_batch": 16} | limits
+    return LocalChatModel(path, name=spec, temperature=temperature, **limits)

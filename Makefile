@@ -1,0 +1,84 @@
+# make install | demo | test | check | lab | reproduce | bench | clean
+# Variables: PYTHON (interpreter to use), TORCH_INDEX (another index for torch), VENV, RUN (name of the run to write).
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+TORCH_INDEX ?=
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints-laptop.txt)
+INSTALLED := $(VENV)/.installed
+BIN := $(VENV)/bin
+LOG := $(VENV)/install.log
+# One thread a process: on two cores the processes are what runs in parallel.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export PYTHONUTF8 := 1
+
+# `python3.12` may exist and still not run (a version manager's shim), so each candidate is run, not looked up.
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3 python)
+define FIND_PYTHON
+for p in $(CANDIDATES); do \
+  if $$p -c 'import sys, venv; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' >/dev/null 2>&1; then echo $$p; exit 0; fi; \
+done; \
+echo "error: sqlbench needs Python 3.11 or 3.12 with venv; none of '$(CANDIDATES)' is one; name it with: make install PYTHON=/path/to/python3.11" >&2; exit 1
+endef
+
+# pip's output goes to a log; what is shown is one line per 25 packages and the end.
+define PIP
+$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check $(1) 2>&1 | tee -a $(LOG) | awk \
+  '/^ *Collecting / { if (++n % 25 == 0) { print "    " n " packages resolved"; fflush() } } \
+   /^Installing collected/ { print "    installing (a minute or so without output) ..."; fflush() } \
+   /^Successfully installed/ { print "    " NF - 2 " packages installed" } \
+   /^ERROR/ { print }' || { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
+endef
+
+.PHONY: help install demo test check lab reproduce bench clean clean-venv
+help:
+	@sed -n 's/^# make /targets: /p' Makefile; sed -n 's/^#\( Variables\)/\1/p' Makefile
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints-laptop.txt
+	@python=$$($(FIND_PYTHON)); \
+	test -x $(BIN)/python || { echo "[1/4] $(VENV) from $$($$python --version)"; $$python -m venv $(VENV); }
+	@: > $(LOG)
+	@echo "[2/4] $(TORCH) (first, so that nothing pulls in another build)"
+	@$(call PIP,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) -c constraints-laptop.txt)
+	@echo "[3/4] sqlbench with everything the laptop profile, the notebooks and the tests need"
+	@$(call PIP,-c constraints-laptop.txt -e '.[laptop]')
+	@echo "[4/4] checking the set"
+	@$(BIN)/python -m pip check | tee -a $(LOG)
+	@touch $@
+
+data/pocket/dataset.json: $(INSTALLED)
+	@test -f $@ || $(BIN)/sqlbench data pocket
+
+demo: RUN ?= demo
+demo: $(INSTALLED) data/pocket/dataset.json
+	@$(BIN)/sqlbench notebooks --profile laptop --run $(RUN)
+
+reproduce: RUN ?= reproduce
+reproduce: $(INSTALLED) data/pocket/dataset.json
+	@$(BIN)/sqlbench notebooks --profile laptop --run $(RUN) --full
+
+check: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+test: check
+	@$(BIN)/python -m pytest --durations=10 tests/unit
+	@$(BIN)/python -m pytest --durations=5 tests/training tests/notebooks
+
+lab: $(INSTALLED)
+	@$(BIN)/jupyter lab notebooks
+
+bench: $(INSTALLED)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find sqlbench tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
+
+clean-venv:
+	rm -rf $(VENV)

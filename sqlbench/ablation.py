@@ -1,0 +1,260 @@
+"""The ablation grid, run or resumed cell by cell.
+
+A cell is one training run and the evaluations before and after it, on the same tasks with the same rollout settings::
+
+    results/<profile>/<run>/cells/before_t3_c2048/                    shared by cells that differ only in training
+    results/<profile>/<run>/cells/t3_c2048_write-rewrite/train/       the training run
+    results/<profile>/<run>/cells/t3_c2048_write-rewrite/after/       the evaluation of the trained policy
+    results/<profile>/<run>/cells/t3_c2048_write-rewrite/cell.json    everything the tables need; its presence = done
+
+A cell's name says all that sets it apart from the default cell, so equal names mean equal settings, and a run that
+was interrupted goes on where it stopped: finished cells are skipped, an unfinished training resumes at its last
+checkpoint, an unfinished evaluation at its last rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from sqlbench.curves import read_metrics, time_shares
+from sqlbench.errors import DataError, RunError
+from sqlbench.evaluation import evaluate
+from sqlbench.grid import GRIDS, Cell, Grid, slug
+from sqlbench.profiles import PROFILES
+from sqlbench.runs import RunFolder, differences
+from sqlbench.tables import CELL, CellResult, difference, measure, model_size, write_tables
+
+
+def ablate(
+    profile: str = "laptop",
+    grid: str = "short",
+    *,
+    data: Path | str | None = None,
+    run: str | None = None,
+    results: Path | str = "results",
+    only: str | None = None,
+    dry_run: bool = False,
+    parallel: int = 1,
+) -> pd.DataFrame:
+    """Run or resume the cells of a grid, write both tables, and return the state of every cell.
+
+    Args:
+        profile: training profile.
+        grid: one of `GRIDS`.
+        data: data set folder; the profile's own when None.
+        run: run folder below ``<results>/<profile>/``; the grid's name when None.
+        results: where run folders are.
+        only: name of one cell to run.
+        dry_run: only say what there is to do.
+        parallel: cells trained at the same time, each in its own process with its output in its ``cell.log``.
+
+    Raises:
+        RunError: unknown grid or cell.
+        TrainingError: a training run failed; what is finished stays, and the same call goes on.
+    """
+    if grid not in GRIDS:
+        raise RunError(f"unknown grid '{grid}'; choose one of {', '.join(GRIDS)}")
+    cells = [cell for cell in GRIDS[grid].cells if only in (None, cell.name)]
+    if not cells:
+        raise RunError(f"grid '{grid}' has no cell '{only}'; it has: {', '.join(c.name for c in GRIDS[grid].cells)}")
+    if profile not in PROFILES:
+        raise RunError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
+    bench = Bench(profile, run or grid, str(data or PROFILES[profile].data), str(results))
+    if not dry_run:
+        _run_cells(cells, GRIDS[grid], bench, parallel)
+        write_tables(bench.folder)
+    return pd.DataFrame([{"cell": c.name, "state": bench.state(c), "folder": str(bench.cell(c))} for c in cells])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where cells run: the profile and data they train on, and the run folder that holds them."""
+
+    profile: str = "laptop"
+    run: str = "demo"
+    data: str = "data/pocket"
+    results: str = "results"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.results) / self.profile / self.run
+
+    def cell(self, cell: Cell) -> Path:
+        """A cell's folder."""
+        return self.folder / "cells" / cell.name
+
+    def state(self, cell: Cell) -> str:
+        """How far a cell is."""
+        if (self.cell(cell) / CELL).is_file():
+            return "finished"
+        try:
+            return f"trained to step {read_metrics(self.cell(cell) / 'train').index.max()} of {cell.steps}"
+        except DataError:
+            return "not started"
+
+
+def _run_cells(cells: list[Cell], grid: Grid, bench: Bench, parallel: int) -> None:
+    todo = [cell for cell in cells if bench.state(cell) != "finished"]
+    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell") as bar:
+        if parallel <= 1 or len(todo) <= 1:
+            for cell in todo:
+                bar.set_postfix_str(cell.name)
+                run_cell(cell, bench, grid)
+                bar.update()
+            return
+        # The evaluations before training are shared: made first, so that no two processes want the same one.
+        if bench.profile != "gpu":
+            for cell in {before_name(c): c for c in todo}.values():
+                evaluate_before(cell, bench, grid)
+        with ProcessPoolExecutor(parallel, mp_context=get_context("spawn")) as pool:
+            jobs = [pool.submit(_run_cell_apart, cell, bench, grid) for cell in todo]
+            for job in as_completed(jobs):
+                job.result()
+                bar.update()
+
+
+def _run_cell_apart(cell: Cell, bench: Bench, grid: Grid) -> None:
+    bench.cell(cell).mkdir(parents=True, exist_ok=True)
+    with (bench.cell(cell) / "cell.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        run_cell(cell, bench, grid)
+
+
+def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:
+    """Evaluate, train, evaluate again; whatever of it is done already is not done again.
+
+    On a GPU both accuracies are those of the trainer's own greedy validation, before the first and after the last step:
+    there is no second engine to load the policy into.
+    """
+    place = bench.cell(cell)
+    if (place / CELL).is_file():
+        return CellResult.model_validate_json((place / CELL).read_text(encoding="utf-8"))
+    if bench.profile == "gpu":
+        train_cell(cell, bench, grid)
+        checks = [t for t in RunFolder(place / "train").trajectories() if t.validation]
+        steps = [t.step or 0 for t in checks]
+        sides = [[t for t in checks if (t.step or 0) == step] for step in (min(steps), max(steps))]
+    else:
+        before = evaluate_before(cell, bench, grid)
+        train_cell(cell, bench, grid)
+        after = evaluate_after(cell, bench, grid)
+        sides = [list(before.trajectories()), list(after.trajectories())]
+    metrics, trainer = read_metrics(place / "train"), RunFolder(place / "train").config()["config"]["trainer"]
+    times = time_shares(metrics)
+    result = CellResult(
+        cell=cell,
+        size=model_size(cell.model),
+        split=grid.split,
+        initial=measure(sides[0], cell.agents),
+        final=measure(sides[1], cell.agents),
+        gpus=0 if trainer["device"] == "cpu" else trainer["n_gpus_per_node"] * trainer["nnodes"],
+        steps=int(metrics.index.max()),
+        hours=metrics.filter(["timing_s/step", "timing_s/testing"]).sum().sum() / 3600,
+        step_seconds=times["step_s"],
+        rollout_percent=times["rollout"],
+        update_percent=times["update"],
+    )
+    (place / CELL).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def train_cell(cell: Cell, bench: Bench, grid: Grid, *, dry_run: bool = False) -> Path:
+    """Train a cell, or go on training it; returns its training run folder, at once where it is finished."""
+    from sqlbench.training.launch import train
+
+    place = bench.cell(cell) / "train"
+    if RunFolder(place).finished and not dry_run:
+        return place
+    settings = {
+        "sqlbench.max_turns": cell.turns,
+        "sqlbench.table_info_truncate": cell.context,
+        "sqlbench.execution_truncate": cell.context,
+        "sqlbench.trained_agents": f"'{cell.agents}'",
+        "sqlbench.seed": cell.seed,
+        "trainer.total_training_steps": cell.steps,
+    }
+    return train(
+        bench.profile,
+        f"{bench.run}/cells/{cell.name}/train",
+        bench.data,
+        cell.model,
+        [*(f"{key}={value}" for key, value in settings.items()), *grid.overrides],
+        results=bench.results,
+        random_reward=cell.random_reward,
+        dry_run=dry_run,
+    )
+
+
+def evaluate_before(cell: Cell, bench: Bench, grid: Grid) -> RunFolder:
+    """The evaluation of a cell's model before training, made where it is missing."""
+    return _evaluate_once(cell, cell.model, f"cells/{before_name(cell, grid.split)}", bench, grid)
+
+
+def evaluate_after(cell: Cell, bench: Bench, grid: Grid) -> RunFolder:
+    """The evaluation of a trained cell's policy, made where it is missing."""
+    name = f"cells/{cell.name}/after" + _suffix(grid.split)
+    return _evaluate_once(cell, str(bench.cell(cell) / "train"), name, bench, grid)
+
+
+def before_name(cell: Cell, split: str = "headline") -> str:
+    """Folder of the evaluation before training, below ``cells/``; one for all cells that only train differently."""
+    model = "" if cell.model == "nano" else "_" + slug(cell.model)
+    return f"before_t{cell.turns}_c{cell.context}{model}{_suffix(split)}"
+
+
+def _suffix(split: str) -> str:
+    return "" if split == "headline" else f"_{split}"
+
+
+def _evaluate_once(cell: Cell, model: str, name: str, bench: Bench, grid: Grid) -> RunFolder:
+    folder = RunFolder(bench.folder / name)
+    wanted = {"split": grid.split, "limit": grid.limit, "rollout": cell.rollout.model_dump()}
+    if folder.finished:
+        seen = folder.config()
+        if changed := differences({key: seen.get(key) for key in wanted}, wanted):
+            raise RunError(f"{folder.root} holds another evaluation ({'; '.join(changed)}); choose another run name")
+        return folder
+    evaluate(
+        bench.data,
+        grid.split,
+        model,
+        f"{bench.run}/{name}",
+        results=bench.results,
+        profile=bench.profile,
+        limit=grid.limit,
+        **cell.rollout.model_dump(),
+    )
+    return folder
+
+
+def compare_splits(cell: Cell, bench: Bench, splits: Iterable[str], limit: int | None = None) -> pd.DataFrame:
+    """A trained cell before and after on several splits, one row each; evaluations that are missing are made."""
+    rows = []
+    for split in splits:
+        grid = Grid((cell,), split=split, limit=limit)
+        initial, final = (
+            measure(make(cell, bench, grid).trajectories(), cell.agents) for make in (evaluate_before, evaluate_after)
+        )
+        change = difference(initial, final)
+        rows.append(
+            {
+                "Split": split,
+                "Tasks": final.n,
+                "Acc (Initial)": round(initial.accuracy, 1),
+                "95% CI (Initial)": initial.interval_text,
+                "Acc (Final)": round(final.accuracy, 1),
+                "95% CI (Final)": final.interval_text,
+                "Gain": round(change.points, 1),
+                "Gained / lost": f"{change.gained} / {change.lost}",
+                "McNemar p": change.p_text,
+            }
+        )
+    return pd.DataFrame(rows)

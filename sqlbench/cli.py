@@ -1,0 +1,280 @@
+"""The ``sqlbench`` command: every sub-command calls one function of the library.
+
+Whatever goes wrong ends in one line on standard error: ``error: ...`` and status 1 for what a user can act on, status
+130 for an interruption, and for a defect of sqlbench the place where its traceback was written. ``SQLBENCH_DEBUG=1``
+shows tracebacks instead. Heavy libraries are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sqlbench.errors import DataError, SqlbenchError
+
+
+def _group(text: str) -> typer.Typer:
+    return typer.Typer(
+        help=text, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+
+
+app = _group("Train and evaluate a self-correcting text-to-SQL agent.")
+data_app = _group("Make and audit data sets.")
+nano_app = _group("The embedded policy.")
+app.add_typer(data_app, name="data")
+app.add_typer(nano_app, name="nano")
+
+Data = Annotated[Path, typer.Option(help="Data set folder.")]
+Run = Annotated[str, typer.Option(help="Name of the run: results/<profile>/<run>/.")]
+Results = Annotated[Path, typer.Option(help="Folder of all results.")]
+Profile = Annotated[str, typer.Option(help="laptop or gpu.")]
+Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what the run folder holds.")]
+POCKET = Path("data/pocket")
+RESULTS = Path("results")
+
+
+@data_app.command("pocket")
+def data_pocket(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = POCKET,
+    seed: Seed = 0,
+) -> None:
+    """Write the embedded data set: generated databases, questions, splits, gold audit."""
+    from sqlbench.data.audit import audit_dataset
+    from sqlbench.data.pocket import write_pocket
+
+    write_pocket(out, seed=seed)
+    typer.echo(audit_dataset(out).summary())
+    typer.echo(f"wrote {out}")
+
+
+@data_app.command("spider")
+def data_spider(
+    source: Annotated[Path | None, typer.Option("--from", help="A Spider release, zipped or unpacked.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the public archive first.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("data/spider"),
+    seed: Seed = 0,
+) -> None:
+    """Import a Spider release: splits, databases, tables.json, gold audit."""
+    from sqlbench.data.spider import download_spider, import_spider
+
+    if download == (source is not None):
+        raise DataError("say where the release is: either --from ZIP_OR_FOLDER or --download")
+    audit = import_spider(source or download_spider(out.parent), out, seed=seed)
+    typer.echo(audit.summary())
+    typer.echo(f"wrote {out}")
+
+
+@data_app.command("audit")
+def data_audit(data: Data = POCKET) -> None:
+    """Run every gold query of a data set and list the tasks that cannot be scored."""
+    from sqlbench.data.audit import audit_dataset
+
+    typer.echo(audit_dataset(data).summary())
+
+
+@nano_app.command("train")
+def nano_train(
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    minutes: Annotated[float, typer.Option(help="Time budget, as if --threads processors were free.")] = 9.0,
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="Processors to use.")] = 2,
+) -> None:
+    """Train the embedded policy from nothing."""
+    from sqlbench.models.nano import train_nano
+
+    train_nano(out, minutes=minutes, seed=seed, threads=threads)
+    typer.echo(f"wrote {out}")
+
+
+@app.command("eval")
+def eval_(
+    run: Run,
+    data: Data = POCKET,
+    split: Annotated[str, typer.Option(help="A split, or 'headline'.")] = "headline",
+    model: Annotated[str, typer.Option(help="nano, a checkpoint or run folder, or openai:NAME.")] = "nano",
+    profile: Profile = "laptop",
+    results: Results = RESULTS,
+    max_turns: Annotated[int, typer.Option(min=1, help="Queries the agent may write.")] = 3,
+    table_info_truncate: Annotated[int, typer.Option(min=1, help="Characters of schema in a prompt.")] = 2048,
+    execution_truncate: Annotated[int, typer.Option(min=1, help="Characters of a result in a prompt.")] = 2048,
+    strict: Annotated[bool, typer.Option(help="Close the reference evaluator's holes.")] = True,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds a call to an endpoint may take.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompt family if not the model's own: nano or chat.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Rollouts at a time.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many tasks.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run the agent over a split and write trajectories and a summary; goes on where it was interrupted."""
+    from sqlbench.evaluation import evaluate
+
+    summary = evaluate(
+        data,
+        split,
+        model,
+        run,
+        results=results,
+        profile=profile,
+        max_turns=max_turns,
+        table_info_truncate=table_info_truncate,
+        execution_truncate=execution_truncate,
+        strict=strict,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        timeout=timeout,
+        prompts=prompts,
+        concurrency=concurrency,
+        limit=limit,
+        overwrite=overwrite,
+    )
+    typer.echo(f"{summary.text()}\nwrote {results / profile / run}")
+
+
+@app.command("train")
+def train(
+    run: Run,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value for verl, passed on unchanged.")] = None,
+    profile: Profile = "laptop",
+    data: Annotated[Path | None, typer.Option(help="Data set folder; the profile's own by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="Policy to start from: nano, or a checkpoint folder.")] = None,
+    results: Results = RESULTS,
+    seed: Annotated[int | None, typer.Option(help="Short for sqlbench.seed=N.")] = None,
+    random_reward: Annotated[bool, typer.Option("--random-reward", help="Control: coin flips as rewards.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what it needs.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train with GRPO through verl; goes on at the last checkpoint."""
+    from sqlbench.training.launch import train as launch
+
+    given = [*(overrides or []), *([] if seed is None else [f"sqlbench.seed={seed}"])]
+    folder = launch(
+        profile,
+        run,
+        data,
+        model,
+        given,
+        results=results,
+        random_reward=random_reward,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        typer.echo(f"wrote {folder}")
+
+
+@app.command("score")
+def score(
+    data: Annotated[Path, typer.Option(help="Data set folder.")],
+    pairs: Annotated[Path, typer.Option(help="JSON lines with db_id, gold, pred (.jsonl or .jsonl.gz).")],
+    out: Annotated[Path, typer.Option(help="JSON lines to write: one verdict a pair.")],
+    keep_distinct: Annotated[bool, typer.Option("--keep-distinct", help="Do not drop DISTINCT.")] = False,
+    strict: Annotated[bool, typer.Option(help="Close the reference evaluator's holes.")] = True,
+) -> None:
+    """Score pairs of gold and predicted queries."""
+    from sqlbench.scoring import score_pairs
+
+    typer.echo(score_pairs(data, pairs, out, keep_distinct=keep_distinct, strict=strict))
+
+
+@app.command("ablate")
+def ablate(
+    grid: Annotated[str, typer.Option(help="short, full, seed or smoke.")] = "short",
+    profile: Profile = "laptop",
+    data: Data = POCKET,
+    run: Annotated[str | None, typer.Option(help="Name of the run; the grid's name by default.")] = None,
+    results: Results = RESULTS,
+    only: Annotated[str | None, typer.Option(help="One cell by name.")] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Cells trained at the same time.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do.")] = False,
+) -> None:
+    """Run or resume a grid of trainings and write the accuracy and efficiency tables."""
+    from sqlbench.ablation import ablate as run_grid
+
+    cells = run_grid(profile, grid, data=data, run=run, results=results, only=only, dry_run=dry_run, parallel=parallel)
+    typer.echo(cells.to_string(index=False))
+
+
+@app.command("notebooks")
+def notebooks(
+    parameters: Annotated[list[str] | None, typer.Argument(help="name=value for the parameters cells.")] = None,
+    profile: Annotated[str, typer.Option(help="laptop, gpu or smoke.")] = "laptop",
+    run: Annotated[str, typer.Option(help="Name of the run.")] = "demo",
+    only: Annotated[list[str] | None, typer.Option(help="A notebook by number or name; repeatable.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where the notebooks are.")] = Path("notebooks"),
+    results: Results = RESULTS,
+    force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
+) -> None:
+    """Execute the ordered notebooks and keep them with their results."""
+    from sqlbench.notebooks import run_notebooks
+
+    done = run_notebooks(
+        profile, run, only=only or (), parameters=parameters or (), folder=folder, results=results, force=force
+    )
+    typer.echo(done)
+
+
+@app.command("graph")
+def graph() -> None:
+    """Print the agent's state machine as mermaid text."""
+    from sqlbench.agent.graph import draw
+
+    typer.echo(draw())
+
+
+@app.command("checks")
+def checks() -> None:
+    """Print what can run on this machine."""
+    import shutil
+    from importlib.metadata import PackageNotFoundError, version
+
+    typer.echo(f"{'python':<17} {sys.version.split()[0]}, {os.cpu_count()} processors")
+    uses = {
+        "torch": "local models", "verl": "training", "ray": "training", "vllm": "training on a GPU",
+        "langchain-openai": "endpoints", "psycopg": "PostgreSQL", "papermill": "notebooks",
+        "openenv-core": "environment", "gepa": "prompt evolution",
+    }  # fmt: skip
+    for name, use in uses.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = "not installed"
+        typer.echo(f"{name:<17} {found} ({use})")
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    typer.echo(f"{'browser':<17} {browser or 'none'} (browser tests)")
+    typer.echo(f"{'GPU':<17} {'found' if Path('/dev/nvidiactl').exists() else 'none'}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the ``sqlbench`` command."""
+    debug = os.environ.get("SQLBENCH_DEBUG") == "1"
+    try:
+        app(arguments, prog_name="sqlbench")
+    except SystemExit as end:
+        if end.code == 130:
+            _say("interrupted; for eval, train, ablate and notebooks the same command goes on where it stopped")
+        raise
+    except SqlbenchError as error:
+        if debug:
+            raise
+        _say(f"error: {error}")
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        with tempfile.NamedTemporaryFile("w", prefix="sqlbench-error-", suffix=".log", delete=False) as file:
+            traceback.print_exc(file=file)
+        _say(f"internal error: {type(error).__name__}: {error} (traceback in {file.name}; please report it)")
+        sys.exit(70)
+
+
+def _say(line: str) -> None:
+    print(" ".join(line.split()), file=sys.stderr)

@@ -1,0 +1,43 @@
+"""Frozen settings that are written to disk with every run; each default is the one the tables report."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown names refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RolloutConfig(Settings):
+    """What shapes one rollout besides the task, the model and the prompts."""
+
+    max_turns: int = Field(3, ge=1)
+    """Write-or-rewrite calls at most."""
+    table_info_truncate: int = Field(2048, ge=1)
+    """Characters of schema text in a prompt."""
+    execution_truncate: int = Field(2048, ge=1)
+    """Characters of an execution result in a prompt."""
+    strict: bool = True
+    """Close the reference evaluator's holes (`sqlbench.reward.score`)."""
+
+
+class EvalConfig(Settings):
+    """Everything an evaluation's numbers depend on; two evaluations with equal configs may be continued as one."""
+
+    kind: str = "eval"
+    data: str
+    split: str
+    limit: int | None = None
+    """Only the first so many scorable tasks of the split."""
+    model: str
+    weights: str | None = None
+    """Checksum of a local model's weights."""
+    temperature: float = 0.0
+    max_tokens: int | None = None
+    """Tokens of an answer at most; None is the model's own default."""
+    rollout: RolloutConfig = RolloutConfig()
+    prompts: dict[str, str]
+    family: str

@@ -1,0 +1,268 @@
+"""The gold audit: which tasks of a data set can be trusted to give a verdict, found by running every gold query.
+
+A task is excluded (kept in its split, counted, never scored) when
+
+- ``missing_database``: the data set does not hold its database;
+- ``database_without_rows``: no table of its database has a row, so any query without rows matches;
+- ``gold_error``, ``gold_timeout``, ``gold_too_large``, ``gold_rejected``: its gold query does not run, or not within
+  the limits;
+- ``self_check``: its gold query, scored as a prediction, is not accepted in both reward modes (for example because it
+  gives another answer at every call).
+
+Two weaker findings are recorded without excluding: a gold query that returns no rows, and one that reads a table
+without rows. Written are ``audit.parquet`` (one row a task and split) and ``audit.json`` (counts a split and reason,
+the excluded tasks, empty tables, and what a policy earns that answers every question with one constant query).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+from tqdm.auto import tqdm
+
+from sqlbench.data.tasks import DataSet, Task, write_split
+from sqlbench.database.engine import cached_database
+from sqlbench.errors import DataError
+from sqlbench.reward import score
+from sqlbench.sqltree import hardness
+
+
+class Finding(BaseModel):
+    """What the audit found out about one task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    split: str
+    task_id: str
+    key: str
+    db_id: str
+    gold_runs: bool = False
+    n_rows: int = 0
+    needs_order: bool = False
+    hardness: str = ""
+    empty_tables: str = ""
+    """Comma-separated tables without rows that the gold query reads."""
+    excluded: str = ""
+    detail: str = ""
+    """The database's message, or what the self-check answered."""
+
+
+class SplitAudit(BaseModel):
+    """Counts of one split. `tasks` = `scorable` + the sum of `excluded`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: int
+    scorable: int
+    excluded: dict[str, int]
+    with_rows: int
+    """Tasks whose database is there and has rows."""
+    zero_rows: int
+    """Gold queries that run and return no rows, excluded tasks included."""
+    zero_rows_scorable: int
+    reads_empty_table: int
+    needs_order: int
+    hardness: dict[str, int]
+    """Scorable tasks by hardness."""
+    constant_floor: dict[str, float]
+    """Share of scorable tasks that one constant query earns, by reward mode."""
+
+
+class Audit(BaseModel):
+    """Content of ``audit.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    splits: dict[str, SplitAudit]
+    missing_databases: dict[str, int]
+    """Database to number of tasks that name it, each task counted once."""
+    databases_without_rows: dict[str, int]
+    tables_without_rows: dict[str, list[str]]
+    """Databases with rows: their tables that have none."""
+    excluded: list[Finding]
+
+    def summary(self) -> str:
+        """One line a split, as the command line prints it."""
+        lines = []
+        for name, s in self.splits.items():
+            reasons = ", ".join(f"{n} {reason}" for reason, n in s.excluded.items()) or "none"
+            lines.append(
+                f"{name}: {s.tasks} tasks, {s.scorable} scorable; excluded: {reasons}; without rows: {s.zero_rows}"
+            )
+        return "\n".join(lines)
+
+
+class Auditor:
+    """Audits tasks over the databases of one data set folder; equal (database, gold) pairs are run once."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.findings: list[Finding] = []
+        self._gold: dict[tuple[str, str], dict] = {}
+        self._tables = cache(self._read_tables)
+
+    def audit(self, tasks: list[Task], split: str) -> list[Task]:
+        """The same tasks with the audit's fields filled in; findings are kept for `write`."""
+        audited = []
+        for task in tqdm(tasks, desc=f"gold audit of {split}", unit="task", mininterval=0.5):
+            pair = (task.db_id, task.gold)
+            if pair not in self._gold:
+                self._gold[pair] = {"hardness": task.hardness or hardness(task.gold)} | self._examine(*pair)
+            found = Finding(split=split, task_id=task.task_id, key=task.key, db_id=task.db_id, **self._gold[pair])
+            self.findings.append(found)
+            audited.append(
+                task.model_copy(
+                    update={
+                        "hardness": found.hardness,
+                        "scorable": not found.excluded,
+                        "excluded": found.excluded,
+                        "needs_order": found.needs_order,
+                        "returns_rows": found.n_rows > 0,
+                    }
+                )
+            )
+        return audited
+
+    def write(self, splits: dict[str, list[Task]]) -> Audit:
+        """Write ``audit.parquet`` and ``audit.json`` for the tasks audited so far."""
+        frame = pd.DataFrame([f.model_dump() for f in self.findings], columns=list(Finding.model_fields))
+        frame.to_parquet(self.root / "audit.parquet", index=False)
+        first = {f.key: f for f in reversed(self.findings)}.values()  # a task counts once, whatever number of splits
+        empty = {db: t for db in sorted({f.db_id for f in self.findings}) if (t := self._tables(db)) is not None}
+        audit = Audit(
+            splits={name: self._count(name, tasks) for name, tasks in splits.items()},
+            missing_databases=_tally(f.db_id for f in first if f.excluded == "missing_database"),
+            databases_without_rows=_tally(f.db_id for f in first if f.excluded == "database_without_rows"),
+            tables_without_rows={db: sorted(none) for db, (some, none) in empty.items() if some and none},
+            excluded=[f for f in self.findings if f.excluded],
+        )
+        (self.root / "audit.json").write_text(audit.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return audit
+
+    def _count(self, split: str, tasks: list[Task]) -> SplitAudit:
+        found = [f for f in self.findings if f.split == split]
+        scorable = [f for f in found if not f.excluded]
+        without = ("missing_database", "database_without_rows")
+        return SplitAudit(
+            tasks=len(found),
+            scorable=len(scorable),
+            excluded=_tally(f.excluded for f in found if f.excluded),
+            with_rows=sum(f.excluded not in without for f in found),
+            zero_rows=sum(f.gold_runs and f.n_rows == 0 for f in found),
+            zero_rows_scorable=sum(f.n_rows == 0 for f in scorable),
+            reads_empty_table=sum(bool(f.empty_tables) for f in found),
+            needs_order=sum(f.needs_order for f in found),
+            hardness=_tally(f.hardness for f in scorable),
+            constant_floor=self._floor([t for t in tasks if t.scorable]),
+        )
+
+    def _examine(self, db_id: str, gold: str) -> dict:
+        """What running the gold query shows, as fields of a `Finding`."""
+        tables = self._tables(db_id)
+        if tables is None:
+            return {"excluded": "missing_database", "detail": f"no {db_id}.sqlite"}
+        filled, empty = tables
+        database = cached_database(self._path(db_id))
+        result = database.execute(gold)
+        found = {
+            "needs_order": "order by" in " ".join(gold.lower().split()),
+            "gold_runs": result.status == "ok",
+            "n_rows": len(result.rows),
+            "empty_tables": ",".join(sorted(self._reads(db_id, gold) & empty)) if empty else "",
+        }
+        if not filled:
+            return found | {"excluded": "database_without_rows"}
+        if result.status != "ok":
+            return found | {"excluded": f"gold_{result.status}", "detail": result.error or ""}
+        for mode, strict in (("reference", False), ("strict", True)):
+            verdict = score(gold, gold, database, strict=strict)
+            if verdict.match != 1:
+                return found | {"excluded": "self_check", "detail": f"{mode} mode: {verdict.reason}"}
+        return found
+
+    def _path(self, db_id: str) -> Path:
+        return self.root / "database" / db_id / f"{db_id}.sqlite"
+
+    def _connect(self, db_id: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(f"{self._path(db_id).resolve().as_uri()}?mode=ro", uri=True)
+        connection.text_factory = bytes
+        return connection
+
+    def _read_tables(self, db_id: str) -> tuple[set[str], set[str]] | None:
+        """Names in lower case of the tables with and without rows; None where the database is missing."""
+        if not self._path(db_id).is_file():
+            return None
+        filled, empty = set(), set()
+        connection = self._connect(db_id)
+        try:
+            names = connection.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+            ).fetchall()
+            for (name,) in names:
+                table = name.decode()
+                some = connection.execute('SELECT 1 FROM "{}" LIMIT 1'.format(table.replace('"', '""'))).fetchone()
+                (filled if some else empty).add(table.lower())
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{self._path(db_id)} is no readable SQLite database: {error}; import it again") from error
+        finally:
+            connection.close()
+        return filled, empty
+
+    def _reads(self, db_id: str, gold: str) -> set[str]:
+        """Tables in lower case that SQLite itself says a query reads; views are looked through."""
+        tables: set[str] = set()
+
+        def note(action: int, first: str | None, *rest: str | None) -> int:
+            if action == sqlite3.SQLITE_READ and first:
+                tables.add(first.lower())
+            return sqlite3.SQLITE_OK
+
+        connection = self._connect(db_id)
+        connection.set_authorizer(note)
+        try:
+            connection.execute(f"EXPLAIN {gold}")
+        except sqlite3.Error:
+            pass  # a query that does not compile is reported by its execution
+        finally:
+            connection.close()
+        return tables
+
+
+def _tally(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
+
+
+def audit_dataset(root: str | Path) -> Audit:
+    """Audit every split of a data set folder, rewrite the splits with what was found, and write the audit's two files.
+
+    Raises:
+        DataError: the folder is no data set or one of its databases is damaged.
+    """
+    data = DataSet(root)
+    auditor = Auditor(data.root)
+    audited = {split: auditor.audit(data.load(split), split) for split in data.splits()}
+    for split, tasks in audited.items():
+        write_split(data.root, split, tasks)
+    return auditor.write(audited)
+
+
+def read_audit(root: str | Path) -> Audit:
+    """The audit of a data set folder, as `audit_dataset` wrote it.
+
+    Raises:
+        DataError: the folder was not audited, or by a version that wrote something else.
+    """
+    path = Path(root) / "audit.json"
+    try:
+        return Audit.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = type(error).__name__
+        raise DataError(
+            f"no usable gold audit in {root} ({problem}); run 'sqlbench data audit --data {root}'"
+        ) from error

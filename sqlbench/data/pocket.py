@@ -1,0 +1,216 @@
+"""The embedded data set: generated questions on 23 small databases of our own, byte for byte the same for a seed.
+
+Splits cross schemas (seen or unseen in pretraining) with phrasing families (`sqlbench.data.questions`): ``train`` has
+seen schemas and families A, B and C; ``dev_<seen|unseen>_<pretrain|train|never>`` have family A, families B and C, and
+family D. The headline split is unseen schemas with phrasing outside pretraining. No (database, gold) pair of the dev
+splits occurs in pretraining or in ``train``.
+
+Every gold query runs and returns rows, and its answer is told apart from the most obvious wrong ones: no ties decide an
+ordering, and leaving out a condition, or half of a compound query, changes the result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from tqdm.auto import tqdm
+
+from sqlbench.data.domains import Domain, fill, seen_domains, unseen_domains
+from sqlbench.data.pretraining import connect, held_out
+from sqlbench.data.questions import FAMILIES, WEIGHTS, Draft, Skip, draw
+from sqlbench.data.tasks import Task, write_split
+from sqlbench.errors import DataError
+from sqlbench.sqltree import hardness
+
+TRAIN = {"A": 1200, "B": 1800, "C": 1800}
+"""Tasks of each phrasing family in the training split."""
+DEV = 400
+"""Tasks of each dev cell."""
+CELLS = {"pretrain": ("A",), "train": ("B", "C"), "never": ("D",)}
+HEADLINE = "headline"
+
+
+class _Bench:
+    """A filled domain with its open database, and the drafts it accepts."""
+
+    def __init__(self, domain: Domain, path: Path) -> None:
+        self.domain, self.path = domain, path
+        path.parent.mkdir(parents=True)
+        self.connection = connect(domain, str(path))
+        self.connection.execute("VACUUM")
+
+    def rows(self, sql: str) -> list[tuple] | None:
+        try:
+            return self.connection.execute(sql).fetchall()
+        except sqlite3.Error:
+            return None
+
+    def draw(self, rng: Random, family: str, construct: str, fresh: Callable[[Draft], bool]) -> Draft | None:
+        """A draft of a construct that is fresh and accepted; None where 40 attempts bring none."""
+        for _ in range(40):
+            try:
+                draft = draw(self.domain, rng, family, construct)
+            except Skip:
+                return None
+            if fresh(draft) and self.accepts(draft):
+                return draft
+        return None
+
+    def accepts(self, draft: Draft) -> bool:
+        """Whether the gold returns something worth asking, without ties, that no shortcut of it gives too."""
+        rows = self.rows(draft.sql)
+        if not rows or (len(rows) == 1 and all(cell in (None, 0) for cell in rows[0])):
+            return False
+        if draft.keys:
+            keys = self.rows(draft.keys) or []
+            if len(set(keys)) < len(keys):
+                return False
+        return all(sorted(map(repr, self.rows(s) or [])) != sorted(map(repr, rows)) for s in _shortcuts(draft.sql))
+
+
+def _shortcuts(sql: str) -> list[str]:
+    """Queries that leave out a condition, one side of AND / OR, one arm of a set operation, or HAVING."""
+    arms = re.split(r" (?:INTERSECT|EXCEPT|UNION) ", sql)
+    if len(arms) > 1:
+        return arms
+    found = [re.sub(r" HAVING .*", "", sql)] if " HAVING " in sql else []
+    if " WHERE " in sql:
+        head, where, tail = re.fullmatch(r"(.*?) WHERE (.*?)((?: ORDER BY .*)?)", sql).groups()  # type: ignore[union-attr]
+        found.append(head + tail)
+        if " BETWEEN " not in where and "(" not in where:
+            sides = re.split(r" (?:AND|OR) ", where)
+            found += [f"{head} WHERE {side}{tail}" for side in sides] if len(sides) == 2 else []
+    return found
+
+
+def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Random) -> list[Task]:
+    """Tasks of one split, evenly over its databases; every question, in dev every gold query, occurs once."""
+    dev = split != "train"
+    seen: set[tuple[str, str]] = set()
+    tasks: list[Task] = []
+
+    def fresh(db_id: str, draft: Draft) -> bool:
+        kept_apart = "unseen" in split or held_out(db_id, draft.sql) == dev
+        return kept_apart and (db_id, draft.sql if dev else draft.question) not in seen
+
+    for family, size in families.items():
+        start = len(tasks)
+        while len(tasks) - start < size:
+            bench = benches[(len(tasks) - start) % len(benches)]
+            db_id = bench.domain.name
+
+            construct = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+            draft = bench.draw(rng, family, construct, lambda d, db_id=db_id: fresh(db_id, d))
+            if draft is None:
+                continue
+            seen.add((db_id, draft.sql if dev else draft.question))
+            tasks.append(
+                Task(
+                    task_id=f"{split}-{len(tasks):04d}",
+                    db_id=db_id,
+                    question=draft.question,
+                    gold=draft.sql,
+                    split=split,
+                    hardness=hardness(draft.sql),
+                    construct=draft.construct,
+                    phrasing=family,
+                    needs_order="order by" in draft.sql.lower(),
+                )
+            )
+    return tasks
+
+
+def _spider_tables(domain: Domain) -> dict:
+    """A schema in the form of Spider's ``tables.json``."""
+    types = {"id": "number", "key": "number", "integer": "number", "real": "number", "year": "number", "date": "time"}
+    names, kinds, at = [[-1, "*"]], ["text"], {}
+    for i, (table, fields) in enumerate(domain.tables.items()):
+        for f in fields:
+            at[table, f.name] = len(names)
+            names.append([i, f.name])
+            kinds.append(types.get(f.kind, "text"))
+    return {
+        "db_id": domain.name,
+        "table_names": [t.replace("_", " ") for t in domain.tables],
+        "table_names_original": list(domain.tables),
+        "column_names": [[i, n.replace("_", " ")] for i, n in names],
+        "column_names_original": names,
+        "column_types": kinds,
+        "primary_keys": [at[t, p] for t in domain.tables if (p := domain.primary(t))],
+        "foreign_keys": [[at[t, c], at[ref, key]] for t, c, ref, key in domain.links()],
+    }
+
+
+def write_pocket(root: Path, seed: int = 0, progress: bool = True) -> None:
+    """Write the data set; the folder appears complete or not at all.
+
+    Args:
+        root: its folder; an earlier pocket data set there is replaced.
+        seed: of rows and questions.
+        progress: show a bar.
+
+    Raises:
+        DataError: the folder holds something else.
+    """
+    root = Path(root)
+    if root.exists() and any(root.iterdir()):
+        note = root / "dataset.json"
+        if not note.is_file() or json.loads(note.read_text()).get("name") != "pocket":
+            raise DataError(f"{root} exists and is no pocket data set; choose another folder or empty it")
+    work = root.parent / f".{root.name}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        _write(work, seed, progress)
+        shutil.rmtree(root, ignore_errors=True)
+        work.rename(root)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(root: Path, seed: int, progress: bool) -> None:
+    def benches(domains: list[Domain]) -> list[_Bench]:
+        return [
+            _Bench(fill(d, Random(f"rows {seed} {d.name}")), root / "database" / d.name / f"{d.name}.sqlite")
+            for d in domains
+        ]
+
+    seen, unseen = benches(seen_domains()), benches(unseen_domains())
+    plan = [("train", seen, TRAIN)]
+    for schema, group in (("seen", seen), ("unseen", unseen)):
+        plan += [
+            (f"dev_{schema}_{cell}", group, {f: DEV // len(families) for f in families})
+            for cell, families in CELLS.items()
+        ]
+    splits: dict[str, list[Task]] = {}
+    with tqdm(total=sum(sum(f.values()) for _, _, f in plan), desc="pocket", disable=not progress) as bar:
+        for name, group, families in plan:
+            splits[name] = _tasks(group, name, families, Random(f"{name} {seed}"))
+            bar.update(len(splits[name]))
+    dev = [t for name in sorted(splits) if name != "train" for t in splits[name]]
+    Random(f"order {seed}").shuffle(splits["train"])
+    splits["dev"] = dev
+    splits["dev_500"] = Random(f"dev_500 {seed}").sample(dev, 500)
+    splits[HEADLINE] = [t for t in dev if t.split in ("dev_unseen_train", "dev_unseen_never")]
+    for name, tasks in splits.items():
+        write_split(root, name, tasks)
+    for bench in (*seen, *unseen):
+        bench.connection.close()
+    tables = [_spider_tables(b.domain) for b in (*seen, *unseen)]
+    (root / "tables.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    note = {
+        "name": "pocket",
+        "source": "generated by sqlbench; schemas, word lists and phrasings are its own",
+        "seed": seed,
+        "headline": HEADLINE,
+        "splits": {name: len(tasks) for name, tasks in sorted(splits.items())},
+        "databases": {"seen": [b.domain.name for b in seen], "unseen": [b.domain.name for b in unseen]},
+        "phrasing_families": list(FAMILIES),
+    }
+    (root / "dataset.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")

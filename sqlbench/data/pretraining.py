@@ -1,0 +1,220 @@
+"""Examples for pretraining the nano policy: prompt messages and answer, endless and deterministic from a seed.
+
+Only phrasing family ``A`` is used, only seen domains and made-up ones, and no (database, gold) pair that is held out
+for evaluation (`held_out`) appears, neither as an answer nor as a corrupted query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sqlite3
+from dataclasses import dataclass
+from random import Random
+
+from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
+from sqlbench.agent.trajectory import Execution, Message
+from sqlbench.data.domains import Domain, Inventor, fill, seen_domains
+from sqlbench.data.questions import Draft, draw
+from sqlbench.database.schema import Column, ForeignKey, Schema, Table
+
+_SWAPS = (
+    ("DESC", "ASC"), ("ASC", "DESC"), (">", "<"), ("<", ">"), ("count(*)", "*"), ("max", "min"), ("min", "max"),
+    ("avg", "sum"), ("DISTINCT ", ""), ("NOT IN", "IN"), (" AND ", " OR "), (" OR ", " AND "), ("LIMIT 1", "LIMIT 3"),
+    ("INTERSECT", "EXCEPT"), ("EXCEPT", "INTERSECT"), ("UNION", "INTERSECT"), ("T1.", "T2."), ("T2.", "T1."),
+    ("!=", "="), ("IS NULL", "IS NOT NULL"), ("BETWEEN", "NOT BETWEEN"), ("'%", "'"),
+)  # fmt: skip
+
+
+def held_out(db_id: str, sql: str) -> bool:
+    """Whether a gold query of a seen database is kept for evaluation (one in five, by content)."""
+    return int(hashlib.sha256(f"{db_id}\x1f{sql}".encode()).hexdigest()[:8], 16) % 5 == 0
+
+
+def connect(domain: Domain, path: str = ":memory:") -> sqlite3.Connection:
+    """A SQLite database holding a filled domain."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    types = {"id": "INTEGER PRIMARY KEY", "key": "INTEGER", "integer": "INTEGER", "year": "INTEGER", "real": "REAL"}
+    connection.execute("BEGIN")
+    for table, fields in domain.tables.items():
+        columns = [f"{f.name} {types.get(f.kind, 'TEXT')}" for f in fields]
+        columns += [
+            f"FOREIGN KEY ({f.name}) REFERENCES {f.ref}({domain.primary(f.ref)})" for f in fields if f.kind == "key"
+        ]
+        connection.execute(f"CREATE TABLE {table} ({', '.join(columns)})")
+        connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(fields))})", domain.rows[table])
+    connection.execute("COMMIT")
+    return connection
+
+
+def schema_of(domain: Domain, tables: list[str] | None = None) -> Schema:
+    """The schema of a domain (or of some of its tables, in the order given), as introspection would find it."""
+    types = {"id": "INTEGER", "key": "INTEGER", "integer": "INTEGER", "year": "INTEGER", "real": "REAL"}
+    return Schema(
+        tuple(
+            Table(
+                table,
+                tuple(Column(f.name, types.get(f.kind, "TEXT"), True, f.kind == "id") for f in domain.tables[table]),
+                tuple(
+                    ForeignKey(f.name, f.ref, domain.primary(f.ref) or "")
+                    for f in domain.tables[table]
+                    if f.kind == "key"
+                ),
+            )
+            for table in tables or domain.tables
+        )
+    )
+
+
+def compact(schema: Schema) -> str:
+    """The compact schema text."""
+    lines = []
+    for t in schema.tables:
+        refs = {k.column: k.ref_table for k in t.foreign_keys}
+        lines.append(f" {t.name}: " + ", ".join(c.name + (f" > {refs[c.name]}" if c.name in refs else "") for c in t.columns))
+    return "\n".join(lines)
+
+
+def execute(connection: sqlite3.Connection, sql: str) -> Execution:
+    """Run a short query of ours or a corruption of one, with a bound on work."""
+    connection.set_progress_handler(lambda: 1, 2_000_000)
+    try:
+        rows = connection.execute(sql).fetchmany(2000)
+    except (sqlite3.Error, sqlite3.Warning) as error:
+        return Execution(turn=1, sql=sql, status="error", error=str(error))
+    return Execution(turn=1, sql=sql, status="ok", rows=[list(row) for row in rows[:20]], n_rows=len(rows))
+
+
+def same_result(connection: sqlite3.Connection, first: str, second: str) -> bool:
+    """Whether both queries run and give the same rows (in the same order where the second one orders)."""
+    connection.set_progress_handler(lambda: 1, 2_000_000)
+    try:
+        a, b = (connection.execute(q).fetchmany(2000) for q in (first, second))
+    except (sqlite3.Error, sqlite3.Warning):
+        return False
+    return a == b if "ORDER BY" in second else sorted(map(repr, a)) == sorted(map(repr, b))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer to learn."""
+
+    agent: str
+    messages: list[Message]
+    answer: str
+
+
+class Examples:
+    """An endless source of pretraining examples.
+
+    Args:
+        seed: of everything drawn here.
+        starts, middles: word pieces for pseudo-words (see `Inventor`).
+        made_up: share of made-up schemas at the top level (nearly all below it).
+        rewrite, check: shares of these prompts at the top level.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        starts: list[str] | None = None,
+        middles: list[str] | None = None,
+        made_up: float = 0.7,
+        rewrite: float = 0.15,
+        check: float = 0.08,
+    ) -> None:
+        self.rng = Random(f"pretraining {seed}")
+        self.inventor = Inventor(starts, middles)
+        self.made_up, self.rewrite, self.check = made_up, rewrite, check
+        self.prompts = prompts_for("nano")
+        self.seen = [fill(d, self.rng) for d in seen_domains()]
+
+    def draw(self, level: int) -> Example:
+        """One example; level 2 also mixes in easier ones."""
+        rng = self.rng
+        agent = "write"
+        if level == 2:
+            share = rng.random()
+            agent = "rewrite" if share < self.rewrite else "check" if share < self.rewrite + self.check else "write"
+            level = rng.choice((0, 1)) if rng.random() < 0.12 else 2
+        known = rng.random() >= (self.made_up if level == 2 else 0.9)
+        if known:
+            domain = rng.choice(self.seen)
+            if rng.random() < 0.02:
+                fill(domain, rng)
+        else:
+            domain = self.inventor.domain(rng, level)
+        draft = self._draft(domain, level)
+        schema = self._schema_text(domain, draft.sql, 0.4 if level == 2 else 0.9)
+        if agent == "write":
+            return Example(agent, self.prompts.write(draft.question, schema, "sqlite"), draft.sql)
+        connection = connect(domain)
+        sql, answer = self._corrupt(domain, draft), draft.sql
+        if agent == "check":
+            sql = draft.sql if rng.random() < 0.5 else sql
+            answer = CORRECT if sql == draft.sql or same_result(connection, sql, draft.sql) else INCORRECT
+        result = render_execution(execute(connection, sql), "nano", 2048, schema_of(domain))
+        connection.close()
+        if agent == "check":
+            return Example(agent, self.prompts.check(draft.question, schema, "sqlite", sql, result), answer)
+        return Example(agent, self.prompts.rewrite(draft.question, schema, "sqlite", sql, result, INCORRECT), answer)
+
+    def _draft(self, domain: Domain, level: int) -> Draft:
+        while True:
+            draft = draw(domain, self.rng, "A", level=level)
+            if not held_out(domain.name, draft.sql) or domain.name == "made_up":
+                return draft
+
+    def _schema_text(self, domain: Domain, sql: str, drop: float) -> str:
+        """The schema in declared or shuffled order, sometimes with only some of the tables that are not needed."""
+        tables = list(domain.tables)
+        if self.rng.random() < drop:
+            words = set(re.findall(r"\w+", sql))
+            tables = [t for t in tables if t in words or self.rng.random() < 0.3]
+        if self.rng.random() < 0.5:
+            self.rng.shuffle(tables)
+        return compact(schema_of(domain, tables))
+
+    def _corrupt(self, domain: Domain, draft: Draft) -> str:
+        for _ in range(20):
+            sql = self._damage(domain, draft.sql).strip()
+            if sql and sql != draft.sql and (domain.name == "made_up" or not held_out(domain.name, sql)):
+                return sql
+        return draft.sql + " LIMIT"
+
+    def _damage(self, domain: Domain, sql: str) -> str:
+        """One mistake such as a small model makes: a misspelt or wrong name, a swapped operator, a lost part."""
+        rng, kind = self.rng, self.rng.random()
+        tokens = re.findall(r"'(?:[^']|'')*'|\w+|[^\w\s]+|\s+", sql)
+        names = [
+            i for i, t in enumerate(tokens) if re.fullmatch(r"[a-z_]+", t) and t not in ("count", "avg", "max", "min", "sum")
+        ]
+        at = rng.choice(names)
+        if kind < 0.25:  # a name miscopied, everywhere
+            parts = tokens[at].split("_")
+            j = rng.randrange(len(parts))
+            word, cut = parts[j], rng.randint(1, max(1, len(parts[j]) - 1))
+            parts[j] = word[:cut] + rng.choice(("", self.inventor.word(rng)[-rng.randint(1, 5) :], word[-rng.randint(1, 3) :]))
+            return re.sub(rf"\b{tokens[at]}\b", "_".join(parts), sql)
+        if kind < 0.40:  # another name of this schema
+            tokens[at] = rng.choice([*domain.tables, *(f.name for fields in domain.tables.values() for f in fields)])
+        elif kind < 0.47:  # a name with a part lost or gained
+            name = tokens[at]
+            tokens[at] = name.split("_")[0] if "_" in name else name + rng.choice(("s", "_id", "_name"))
+        elif kind < 0.57:  # an operator swapped
+            found = [(a, b) for a, b in _SWAPS if a in sql]
+            return sql.replace(*rng.choice(found), 1) if found else sql
+        elif kind < 0.66:  # the end lost
+            return re.sub(r" (WHERE|GROUP BY|ORDER BY|HAVING|LIMIT)\b.*$", "", sql)
+        elif kind < 0.75:  # a literal spoilt
+            texts = [i for i, t in enumerate(tokens) if t.startswith("'")]
+            if not texts:
+                return sql
+            text = tokens[i := rng.choice(texts)]
+            tokens[i] = rng.choice((text.lower(), text[:-2] + "'", text[1:-1]))
+        elif kind < 0.85:  # a token lost
+            i = rng.choice([i for i, t in enumerate(tokens) if not t.isspace()])
+            return "".join(tokens[:i] + tokens[i + 1 :]).replace("  ", " ")
+        else:  # the answer to another question
+            return self._draft(domain, 2).sql
+        return "".join(tokens)

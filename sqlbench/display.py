@@ -1,0 +1,149 @@
+"""What the notebooks show of data, rollouts and runs, as values that Jupyter and GitHub both render.
+
+Nothing here computes a result: tables are made from summaries and audits, stories from trajectories.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Markdown
+
+from sqlbench.agent.trajectory import Execution, Trajectory
+from sqlbench.data.audit import audit_dataset, read_audit
+from sqlbench.data.tasks import DataSet, Task
+from sqlbench.evaluation import Score, Summary
+
+SHOWN_ROWS = 3
+
+
+def open_project() -> Path:
+    """Make the project folder the working directory, wherever the notebook was opened, and return it."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").is_file():
+            os.chdir(folder)
+            break
+    pd.set_option("display.max_colwidth", None, "display.max_rows", 200)
+    return Path.cwd()
+
+
+def ensure_data(data: Path | str, source: str = "pocket") -> DataSet:
+    """The data set in a folder, made and audited first where there is none.
+
+    Args:
+        data: its folder.
+        source: ``pocket``, ``download`` for the public Spider archive, or the path of a Spider release.
+    """
+    root = Path(data)
+    if not (root / "dataset.json").is_file():
+        if source == "pocket":
+            from sqlbench.data.pocket import write_pocket
+
+            write_pocket(root)
+        else:
+            from sqlbench.data.spider import download_spider, import_spider
+
+            import_spider(download_spider(root.parent) if source == "download" else source, root)
+    if not (root / "audit.json").is_file():
+        audit_dataset(root)
+    return DataSet(root)
+
+
+def audit_table(data: Path | str) -> pd.DataFrame:
+    """The gold audit, a row a split, with what one constant query would earn there."""
+    return pd.DataFrame(
+        {
+            "split": name,
+            "tasks": split.tasks,
+            "scorable": split.scorable,
+            "excluded": ", ".join(f"{count} {reason}" for reason, count in split.excluded.items()) or "none",
+            "gold without rows": split.zero_rows,
+            "needs order": split.needs_order,
+            **split.hardness,
+            "constant query (%)": round(100 * max(split.constant_floor.values(), default=0.0), 1),
+        }
+        for name, split in read_audit(data).splits.items()
+    )
+
+
+def task_frame(tasks: Iterable[Task]) -> pd.DataFrame:
+    """Tasks as a table."""
+    return pd.DataFrame([task.model_dump() for task in tasks], columns=list(Task.model_fields))
+
+
+def score_table(scores: Mapping[str, Score], name: str) -> pd.DataFrame:
+    """Accuracies with their intervals, in percent."""
+    rows = [
+        {
+            name: key,
+            "tasks": s.n,
+            "EX (%)": 100 * s.ex,
+            "95% CI": f"{100 * (s.low or 0):.1f} to {100 * (s.high or 0):.1f}",
+        }
+        for key, s in scores.items()
+        if s.ex is not None
+    ]
+    return pd.DataFrame(rows, columns=[name, "tasks", "EX (%)", "95% CI"]).round(1)
+
+
+def error_table(summary: Summary) -> pd.DataFrame:
+    """Why rollouts scored nothing, and which executed statements failed."""
+    rows = [("verdict", k, n) for k, n in summary.reasons.items()]
+    rows += [("failed statement", k, n) for k, n in summary.query_errors.items()]
+    rows += [("failed rollout", k, n) for k, n in summary.failures.items()]
+    return pd.DataFrame(rows, columns=["what", "class", "count"])
+
+
+def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataFrame:
+    """Tasks whose verdict changed between two evaluations, gained ones first."""
+    old = {t.task_key: t for t in before}
+    rows = [
+        {
+            "change": "gained" if new.reward else "lost",
+            "hardness": new.hardness,
+            "question": new.question,
+            "before": old[new.task_key].pred,
+            "after": new.pred,
+            "gold": new.gold,
+        }
+        for new in after
+        if new.task_key in old and None not in (new.reward, old[new.task_key].reward)
+        if new.reward != old[new.task_key].reward
+    ]
+    frame = pd.DataFrame(rows, columns=["change", "hardness", "question", "before", "after", "gold"])
+    return frame.sort_values(["change", "question"], ignore_index=True)
+
+
+def mermaid(text: str) -> Markdown:
+    """A mermaid diagram."""
+    return Markdown(f"```mermaid\n{text.strip()}\n```")
+
+
+def story(trajectory: Trajectory) -> Markdown:
+    """One rollout step by step: what each sub-agent answered and what the database said."""
+    verdict = {None: "could not be scored", 0.0: "wrong", 1.0: "right"}[trajectory.reward]
+    if trajectory.failed:
+        verdict = f"failed: {trajectory.error}"
+    lines = [f"**{trajectory.question}** ({trajectory.db_id}, {trajectory.hardness or 'no hardness'}): {verdict}", ""]
+    executions = {e.turn: e for e in trajectory.executions}
+    for transition in trajectory.transitions:
+        lines.append(f"{len(lines) - 1}. *{transition.agent}*: `{_one_line(transition.completion.text)}`")
+        if transition.agent != "check" and transition.turn in executions:
+            lines[-1] += f"  \n   *database*: {_result(executions[transition.turn])}"
+    return Markdown("\n".join([*lines, "", f"gold: `{_one_line(trajectory.gold)}`"]))
+
+
+def _result(execution: Execution) -> str:
+    if execution.status != "ok":
+        return f"{execution.status}: {_one_line(execution.error or '')}"
+    rows = "; ".join(str(tuple(row)) for row in execution.rows[:SHOWN_ROWS])
+    more = " ..." if execution.n_rows > SHOWN_ROWS else ""
+    return f"{execution.n_rows} row{'s' * (execution.n_rows != 1)}" + (f": `{_one_line(rows)}{more}`" if rows else "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("`", "'").split())

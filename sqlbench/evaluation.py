@@ -1,0 +1,402 @@
+"""Run a split through the agent and summarise what came out.
+
+Rollouts are written as they finish; a run that was interrupted goes on where it stopped, by the content of its tasks
+and not by row number, and runs its failed rollouts again. Failed rollouts and tasks that cannot be scored are counted
+and left out of the accuracy. Where every rollout fails in the same words (a dead endpoint), the evaluation stops
+instead of failing a thousand times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from sqlbench.agent.prompts import Prompts, prompts_for
+from sqlbench.agent.trajectory import Record, Trajectory, Transition
+from sqlbench.config import EvalConfig, RolloutConfig
+from sqlbench.data.tasks import DataSet, Task
+from sqlbench.database.engine import cached_database
+from sqlbench.errors import DataError, ModelError
+from sqlbench.models import open_model
+from sqlbench.models.base import ChatModel
+from sqlbench.rollout import failed_rollout, rollout
+from sqlbench.runs import TRAJECTORIES, RunFolder, run_path
+from sqlbench.sqltree import component_match, error_class
+from sqlbench.statistics import wilson
+
+STOP_AFTER = 8
+"""So many rollouts failing one after another in the same words end an evaluation."""
+
+
+class Score(Record):
+    """Execution match over some rollouts."""
+
+    n: int
+    """Scored rollouts."""
+    correct: float
+    ex: float | None
+    """Share of the scored rollouts; None where there are none."""
+    low: float | None
+    """Lower end of the 95% Wilson interval."""
+    high: float | None
+
+
+class Tokens(Record):
+    """Model calls, per transition."""
+
+    calls: int
+    prompt: float | None
+    """Mean prompt tokens; None where the model does not count them."""
+    response: float | None
+    cut: int
+    """Answers cut at the token limit."""
+
+
+class Summary(Record):
+    """What an evaluation found."""
+
+    model: str
+    data: str
+    split: str
+    rollouts: int
+    """All rollouts: scored, failed, and those whose task could not be scored after all."""
+    score: Score
+    by_hardness: dict[str, Score]
+    by_database: dict[str, Score]
+    by_phrasing: dict[str, Score]
+    failed: int
+    """Rollouts in which the model or the database broke; not part of the score."""
+    failures: dict[str, int]
+    """Failed rollouts by place and type of error."""
+    unscorable: int
+    """Tasks left out because no verdict on them can be trusted."""
+    turns: float | None
+    """Mean over the rollouts that did not fail, as the next two."""
+    transitions: float | None
+    rollout_seconds: float | None
+    tokens: dict[str, Tokens]
+    """By sub-agent, and ``all``."""
+    reasons: dict[str, int]
+    """Verdicts by reason code."""
+    query_errors: dict[str, int]
+    """Executed statements that failed, by class of error."""
+    components: dict[str, float]
+    """Mean match of each query component with the gold query."""
+    seconds: float
+    """Wall-clock time of the session that finished the run."""
+
+    def text(self) -> str:
+        """The headline, for the command line."""
+        if self.score.ex is None or self.score.low is None or self.score.high is None:
+            ex = "EX -"
+        else:
+            ex = f"EX {self.score.ex:.1%} (95% {self.score.low:.1%} to {self.score.high:.1%}, n={self.score.n})"
+        levels = ", ".join(f"{k} {v.ex:.1%}" for k, v in self.by_hardness.items() if v.ex is not None)
+        calls = self.tokens["all"]
+        return (
+            f"{self.model} on {self.split}: {ex}; {self.failed} failed, {self.unscorable} unscorable\n"
+            f"by hardness: {levels or '-'}\n"
+            f"per rollout: {_number(self.transitions)} transitions, {_number(self.turns)} turns; "
+            f"per transition: {_number(calls.prompt)} prompt and {_number(calls.response)} response tokens"
+        )
+
+
+def evaluate(
+    data: str | Path,
+    split: str,
+    model: str | ChatModel,
+    run: str,
+    *,
+    results: str | Path = "results",
+    profile: str = "laptop",
+    max_turns: int = 3,
+    table_info_truncate: int = 2048,
+    execution_truncate: int = 2048,
+    strict: bool = True,
+    temperature: float = 0.0,
+    max_tokens: int | None = None,
+    timeout: float | None = None,
+    prompts: str | Prompts | None = None,
+    concurrency: int | None = None,
+    limit: int | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Run one split of a data set and leave the run folder ``<results>/<profile>/<run>``.
+
+    Works in scripts and notebooks alike. Interrupting loses nothing: call it again with the same arguments.
+
+    Args:
+        data: data set folder.
+        split: name of a split; ``headline`` is the one that the data set calls so.
+        model: ``nano``, a path, ``openai:NAME``, or a model object (its sampling settings are then its own).
+        run: name of the run.
+        results: folder of all results.
+        profile: ``laptop`` or ``gpu``.
+        max_turns: queries the agent may write.
+        table_info_truncate: characters of schema text in a prompt.
+        execution_truncate: characters of an execution result in a prompt.
+        strict: close the reference evaluator's holes.
+        temperature: 0 is greedy.
+        max_tokens: tokens of an answer at most; None is the model's own default.
+        timeout: seconds one call to an endpoint may take.
+        prompts: a prompt family or edited components; None is the model's own family.
+        concurrency: rollouts at a time; None is 128 for a model in this process (they share its batches), else 16.
+        limit: only the first so many scorable tasks.
+        overwrite: discard what the run folder holds.
+
+    Raises:
+        DataError: no such data set or split.
+        ModelError: no such model, or it cannot be reached.
+        RunError: the run folder cannot be written, is in use, finished, or belongs to other settings.
+    """
+    folder = RunFolder(run_path(results, profile, run))
+    dataset = DataSet(data)
+    tasks = dataset.load(_headline(dataset) if split == "headline" else split)
+    chosen = [task for task in tasks if task.scorable][:limit]
+    if not chosen:
+        raise DataError(f"split '{split}' of {data} has no scorable task")
+    if isinstance(model, str):
+        model = open_model(model, temperature=temperature, max_tokens=max_tokens, timeout=timeout)
+    if not isinstance(prompts, Prompts):
+        prompts = prompts_for(prompts or model.family)
+    config = EvalConfig(
+        data=_relative(data),
+        split=split,
+        limit=limit,
+        model=model.name,
+        weights=_weights(model),
+        temperature=temperature,
+        max_tokens=max_tokens,
+        rollout=RolloutConfig(
+            max_turns=max_turns,
+            table_info_truncate=table_info_truncate,
+            execution_truncate=execution_truncate,
+            strict=strict,
+        ),
+        prompts=prompts.components,
+        family=prompts.family,
+    )
+    concurrency = concurrency or (16 if model.name.startswith("openai:") else 128)
+    started = time.perf_counter()
+    with folder.open(config, overwrite=overwrite):
+        left = _not_yet_run(chosen, folder)
+        run_sync(lambda: _run(left, dataset, model, prompts, config.rollout, folder, concurrency, len(chosen)))
+        summary = summarise(
+            folder.trajectories(),
+            tasks,
+            model=config.model,
+            data=config.data,
+            split=split,
+            seconds=time.perf_counter() - started,
+        )
+        folder.finish(summary)
+    return summary
+
+
+def summarise(
+    trajectories: Iterable[Trajectory],
+    tasks: Sequence[Task] = (),
+    *,
+    model: str = "",
+    data: str = "",
+    split: str = "",
+    seconds: float = 0.0,
+) -> Summary:
+    """The summary of some rollouts; `tasks` adds the phrasing families and the count of unscorable tasks."""
+    rollouts = list(trajectories)
+    phrasing = {task.key: task.phrasing for task in tasks}
+    good = [t for t in rollouts if not t.failed]
+    scored = [t for t in good if t.reward is not None]
+    calls: dict[str, list[Transition]] = defaultdict(list)
+    for transition in (x for t in good for x in t.transitions):
+        calls["all"].append(transition)
+        calls[transition.agent].append(transition)
+    parts: dict[str, list[float]] = defaultdict(list)
+    for t in scored:
+        for name, value in component_match(t.gold, t.pred or "").items():
+            parts[name].append(value)
+    return Summary(
+        model=model,
+        data=data,
+        split=split,
+        rollouts=len(rollouts),
+        score=_score(scored),
+        by_hardness=_scores(scored, lambda t: t.hardness, ("easy", "medium", "hard", "extra")),
+        by_database=_scores(scored, lambda t: t.db_id),
+        by_phrasing=_scores(scored, lambda t: phrasing.get(t.task_key, "")),
+        failed=len(rollouts) - len(good),
+        failures=_tally(_failure_class(t.error or "") for t in rollouts if t.failed),
+        unscorable=len(good) - len(scored) + sum(not task.scorable for task in tasks),
+        turns=_mean([t.turns for t in good]),
+        transitions=_mean([len(t.transitions) for t in good]),
+        rollout_seconds=_mean([t.seconds for t in good]),
+        tokens={"all": _tokens([])} | {agent: _tokens(some) for agent, some in calls.items()},
+        reasons=_tally(t.reason for t in good),
+        query_errors=_tally(
+            error_class(e.error or e.status) if e.status == "error" else e.status
+            for t in good
+            for e in t.executions
+            if e.status != "ok"
+        ),
+        components={name: sum(values) / len(values) for name, values in sorted(parts.items())},
+        seconds=seconds,
+    )
+
+
+def run_sync(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine to its end, also where an event loop runs already (Jupyter): then in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work())
+        return
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def tracked() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
+        await work()
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(asyncio.run, tracked())
+        try:
+            future.result()
+        except KeyboardInterrupt:
+            for loop, task in running:
+                loop.call_soon_threadsafe(task.cancel)
+            raise
+
+
+async def _run(
+    tasks: list[Task],
+    dataset: DataSet,
+    model: ChatModel,
+    prompts: Prompts,
+    config: RolloutConfig,
+    folder: RunFolder,
+    concurrency: int,
+    total: int,
+) -> None:
+    queue = iter(tasks)
+    recent: list[str] = []
+    scored: list[float] = []
+
+    async def worker() -> None:
+        for task in queue:
+            try:
+                database = cached_database(dataset.database(task.db_id))
+            except Exception as error:
+                record = failed_rollout(task, "database", error)
+            else:
+                record = await rollout(task, database, model, prompts, config)
+            folder.append(TRAJECTORIES, record)
+            recent.append(record.error or "")
+            if record.reward is not None:
+                scored.append(record.reward)
+                bar.set_postfix(EX=f"{sum(scored) / len(scored):.1%}", refresh=False)
+            bar.update()
+            last = set(recent[-STOP_AFTER:])
+            if len(recent) >= STOP_AFTER and len(last) == 1 and record.failed:
+                raise ModelError(f"stopped: {STOP_AFTER} rollouts in a row failed with: {record.error}")
+
+    with tqdm(total=total, initial=total - len(tasks), desc="rollouts", unit="rollout", mininterval=0.5) as bar:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(concurrency, len(tasks))):
+                    group.create_task(worker())
+        except BaseExceptionGroup as problems:
+            raise problems.exceptions[0] from None
+
+
+def _not_yet_run(tasks: list[Task], folder: RunFolder) -> list[Task]:
+    """The tasks without a good rollout in the folder; failed rollouts are taken out of it."""
+    done = list(folder.trajectories())
+    good = [t for t in done if not t.failed]
+    if len(good) < len(done):
+        folder.rewrite(TRAJECTORIES, good)
+    have = Counter(t.task_key for t in good)
+    left = []
+    for task in tasks:
+        if have[task.key]:
+            have[task.key] -= 1
+        else:
+            left.append(task)
+    return left
+
+
+def _headline(dataset: DataSet) -> str:
+    """The split that the data set calls its headline."""
+    try:
+        return str(json.loads((dataset.root / "dataset.json").read_text(encoding="utf-8")).get("headline", "headline"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {dataset.root / 'dataset.json'}: {error}") from error
+
+
+def _weights(model: ChatModel) -> str | None:
+    """Checksum of a model in this process, so that a run is never continued with other weights."""
+    if model.name.startswith("openai:"):
+        return None
+    from sqlbench.models.local import LocalChatModel
+
+    return model.batched.engine.checksum() if isinstance(model, LocalChatModel) else None
+
+
+def _relative(path: str | Path) -> str:
+    """A path as it is written to disk: relative where it lies below the working directory."""
+    full = Path(path).resolve()
+    return os.path.relpath(full) if full.is_relative_to(Path.cwd()) else str(full)
+
+
+def _score(scored: Sequence[Trajectory]) -> Score:
+    n, correct = len(scored), sum(t.reward or 0.0 for t in scored)
+    if not n:
+        return Score(n=0, correct=0, ex=None, low=None, high=None)
+    low, high = wilson(correct, n)
+    return Score(n=n, correct=correct, ex=correct / n, low=low, high=high)
+
+
+def _scores(
+    scored: Sequence[Trajectory], group: Callable[[Trajectory], str], order: Sequence[str] = ()
+) -> dict[str, Score]:
+    groups: dict[str, list[Trajectory]] = defaultdict(list)
+    for t in scored:
+        if name := group(t):
+            groups[name].append(t)
+    names = [*(n for n in order if n in groups), *sorted(n for n in groups if n not in order)]
+    return {name: _score(groups[name]) for name in names}
+
+
+def _tokens(transitions: Sequence[Transition]) -> Tokens:
+    return Tokens(
+        calls=len(transitions),
+        prompt=_mean([t.completion.prompt_tokens for t in transitions]),
+        response=_mean([t.completion.response_tokens for t in transitions]),
+        cut=sum(t.completion.finish_reason == "length" for t in transitions),
+    )
+
+
+def _failure_class(error: str) -> str:
+    return ": ".join(error.split(": ", 2)[:2])
+
+
+def _tally(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _mean(values: Sequence[float | int | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

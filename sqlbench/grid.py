@@ -1,0 +1,127 @@
+"""The cells of an ablation, what each of them trains, and the named grids that demo, tests and tables run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlbench.config import RolloutConfig, Settings
+
+AGENTS, AGENTS_CHECK = "write|rewrite", "write|rewrite|check"
+
+
+class Cell(Settings):
+    """One training configuration; every default is that of the headline experiment."""
+
+    turns: int = 3
+    context: int = 2048
+    """`table_info_truncate` and `execution_truncate`, in characters, as in the seed experiment."""
+    agents: str = AGENTS
+    """Regular expression over sub-agent names: which transitions are trained on and counted."""
+    model: str = "nano"
+    seed: int = 1
+    random_reward: bool = False
+    """Control: rewards drawn by coin, so nothing can be learned from them."""
+    steps: int = 60
+
+    @property
+    def name(self) -> str:
+        """Folder name; unique among cells that differ."""
+        parts = [f"t{self.turns}", f"c{self.context}", self.agents.replace("|", "-")]
+        parts += [] if self.model == "nano" else [slug(self.model)]
+        parts += [] if self.steps == 60 else [f"{self.steps}steps"]
+        parts += [] if self.seed == 1 else [f"seed{self.seed}"]
+        parts += ["random-reward"] if self.random_reward else []
+        return "_".join(parts)
+
+    @property
+    def label(self) -> str:
+        """Model column of the tables."""
+        model = "nano" if self.model == "nano" else re.sub(r"-[\d.]+B.*", "", self.model.split("/")[-1])
+        notes = [f"seed {self.seed}"] * (self.seed != 1) + ["random reward"] * self.random_reward
+        return f"{model} ({', '.join(notes)})" if notes else model
+
+    @property
+    def title(self) -> str:
+        """The cell in words, without its seed."""
+        words = f"{self.turns} turn{'s' * (self.turns > 1)}, context {self.context}, {self.agents}"
+        words = words if self.model == "nano" else f"{self.model.split('/')[-1]}, {words}"
+        return words + f", {self.steps} steps" * (self.steps != 60) + ", random reward" * self.random_reward
+
+    @property
+    def rollout(self) -> RolloutConfig:
+        """Settings of every rollout of this cell, in training and in evaluation."""
+        return RolloutConfig(max_turns=self.turns, table_info_truncate=self.context, execution_truncate=self.context)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells to run, and the tasks on which each is measured before and after."""
+
+    cells: tuple[Cell, ...]
+    split: str = "headline"
+    limit: int | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def _factorial(contexts: Iterable[int], **common: object) -> tuple[Cell, ...]:
+    return tuple(
+        Cell(turns=turns, context=context, agents=agents, **common)
+        for context in contexts
+        for turns in (1, 3)
+        for agents in (AGENTS, AGENTS_CHECK)
+    )
+
+
+LAPTOP_CONTEXTS = (128, 2048)
+_QWEN, _LLAMA = "Qwen/Qwen2.5-Coder-{}-Instruct", "meta-llama/Llama-3.2-{}-Instruct"
+
+SMALLEST = (
+    "data.train_batch_size=2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "actor_rollout_ref.rollout.n=2",
+    "sqlbench.validation_tasks=8",
+)
+"""Overrides that make a training as small as it can be."""
+
+GRIDS: dict[str, Grid] = {
+    "smoke": Grid((Cell(steps=2), Cell(turns=1, steps=1)), limit=8, overrides=SMALLEST),
+    "short": Grid(
+        (Cell(turns=1, steps=15), Cell(steps=15), Cell(agents=AGENTS_CHECK, steps=15)),
+        limit=400,
+    ),
+    "full": Grid(
+        (
+            *_factorial(LAPTOP_CONTEXTS),
+            Cell(seed=2),
+            Cell(seed=3),
+            Cell(random_reward=True),
+        )
+    ),
+    "seed": Grid(
+        (
+            Cell(model=_LLAMA.format("1B"), steps=436),
+            Cell(model=_LLAMA.format("3B"), steps=436),
+            Cell(model=_QWEN.format("1.5B"), steps=436),
+            *(
+                Cell(model=_QWEN.format("3B"), context=context, turns=turns, agents=agents, steps=436)
+                for context, turns, agents in (
+                    (2048, 1, AGENTS),
+                    (2048, 3, AGENTS),
+                    (2048, 3, AGENTS_CHECK),
+                    (4096, 1, AGENTS),
+                    (4096, 3, AGENTS),
+                )
+            ),
+        ),
+        split="dev_500",
+    ),
+}
+"""Named grids: ``smoke`` for tests, ``short`` for the demo, ``full`` for the laptop's whole grid with two more seeds of
+the headline cell and its random-reward control, ``seed`` for the eight rows of the seed experiment (GPU)."""
+
+
+def slug(model: str) -> str:
+    """A model's name as part of a folder name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", model.split("/")[-1])

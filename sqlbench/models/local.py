@@ -1,0 +1,433 @@
+"""A batched token-in, token-out engine for one Hugging Face checkpoint, in this process.
+
+Guarantees: the tokens returned are the tokens sampled, with their log-probability under the distribution they were
+sampled from (temperature and filters applied; at temperature 0 the plain softmax); a request with a seed gives the
+same tokens whatever else is in its batch, up to the rounding of floating-point sums; a prompt is never cut. Batches
+are static: each distinct prompt is computed once, and rows that are done leave the batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqlbench.agent.trajectory import Completion, Message
+from sqlbench.errors import ModelError
+
+_COMPACT_BELOW = 0.75
+"""Share of unfinished rows below which finished rows are taken out of the key-value cache (a copy of the cache)."""
+_PREFILL_TOKENS = 4096
+"""Prompt tokens (padding included) computed in one forward pass: bounds the memory of long prompts."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to continue."""
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or negative: no limit."""
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was sampled for one request."""
+
+    token_ids: list[int]
+    """End-of-sequence token included."""
+    logprobs: list[float]
+    finish_reason: str
+    """``stop`` or ``length``."""
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    """Token ids of a chat prompt, generation prompt included: the one way in which sqlbench tokenizes a prompt."""
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options)
+    return [int(i) for i in ids]
+
+
+def checkpoint_family(path: str | Path) -> str:
+    """Prompt family of a checkpoint folder, from its ``sqlbench.json``; ``chat`` where it has none."""
+    note = Path(path) / "sqlbench.json"
+    return str(json.loads(note.read_text()).get("family", "chat")) if note.is_file() else "chat"
+
+
+def check_checkpoint(path: str | Path) -> Path:
+    """Path of a usable checkpoint folder.
+
+    Raises:
+        ModelError: not a folder, or weights, config or tokenizer are missing.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"no checkpoint folder '{path}'; give a folder in Hugging Face format, 'nano' or 'openai:NAME'")
+    missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    if not list(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise ModelError(f"{folder} is no complete Hugging Face checkpoint: it has no {' and no '.join(missing)}")
+    return folder
+
+
+class LocalEngine:
+    """A model and its tokenizer, ready to continue batches of prompts.
+
+    Not thread-safe: one call at a time (`BatchedEngine` sees to that).
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int = 1,
+        max_model_len: int = 1024,
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = check_checkpoint(path)
+        _register_attention()
+        if device == "cpu":
+            torch.set_num_threads(threads)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation=_ATTENTION
+            ).to(device)
+        except Exception as error:
+            raise ModelError(f"cannot load the checkpoint {folder}: {type(error).__name__}: {error}") from error
+        self.model.eval()
+        self.device = torch.device(device)
+        self.max_model_len = min(max_model_len, int(getattr(self.model.config, "max_position_embeddings", max_model_len)))
+        eos = self.model.generation_config.eos_token_id
+        self.stop_ids = {i for i in (*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id) if i is not None}
+        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.stop_ids)
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """Continue all prompts in one static batch; answers come in the order of the requests.
+
+        Raises:
+            ModelError: a prompt leaves no room for a single token.
+        """
+        if not requests:
+            return []
+        for request in requests:
+            if not 0 < len(request.prompt_ids) < self.max_model_len:
+                raise ModelError(
+                    f"a prompt has {len(request.prompt_ids)} tokens, the model takes 1 to {self.max_model_len - 1}; "
+                    "lower table_info_truncate or execution_truncate, or raise max_model_len"
+                )
+        import torch
+
+        with torch.inference_mode():
+            return self._generate(requests)
+
+    def _generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        import torch
+
+        count = len(requests)
+        limit = np.array([min(r.max_tokens, self.max_model_len - len(r.prompt_ids)) for r in requests])
+        uniform = np.stack([np.random.default_rng(r.seed).random(int(limit.max())) for r in requests])
+        temperature = torch.tensor([r.temperature for r in requests], device=self.device)
+        tokens = np.zeros((count, int(limit.max())), dtype=np.int64)
+        logprobs = np.zeros(tokens.shape)
+        length = np.zeros(count, dtype=np.int64)
+        stopped = np.zeros(count, dtype=bool)
+
+        logits, cache, mask = self._prefill([r.prompt_ids for r in requests], int(limit.max()))
+        rows = np.arange(count)  # row of the batch -> request
+        width = mask.shape[1] - int(limit.max())
+        position = mask[:, :width].sum(1, keepdim=True)
+        step = 0
+        while True:
+            draw = torch.as_tensor(uniform[rows, step], device=self.device)
+            chosen, logp = _sample(logits, temperature, draw, [requests[i] for i in rows])
+            ids = chosen.cpu().numpy()
+            active = ~stopped[rows] & (length[rows] < limit[rows])
+            live = rows[active]
+            tokens[live, step], logprobs[live, step] = ids[active], logp.cpu().numpy()[active]
+            length[live] += 1
+            stopped[live] = np.isin(ids[active], list(self.stop_ids))
+            step += 1
+            active &= ~stopped[rows] & (length[rows] < limit[rows])
+            if not active.any():
+                break
+            if active.mean() < _COMPACT_BELOW:
+                keep = torch.as_tensor(np.flatnonzero(active), device=self.device)
+                cache.batch_select_indices(keep)
+                chosen, mask, position, temperature = chosen[keep], mask[keep], position[keep], temperature[keep]
+                rows = rows[active]
+            mask[:, width + step - 1] = 1
+            logits = self.model(
+                input_ids=chosen.unsqueeze(1),
+                attention_mask=mask[:, : width + step],
+                position_ids=position,
+                past_key_values=cache,
+                logits_to_keep=1,
+            ).logits[:, -1].float()
+            position = position + 1
+        return [
+            Generation(tokens[i, : length[i]].tolist(), logprobs[i, : length[i]].tolist(), "stop" if stopped[i] else "length")
+            for i in range(count)
+        ]
+
+    def _prefill(self, prompts: list[tuple[int, ...]], room: int) -> tuple[Any, Any, Any]:
+        """Next-token logits, key-value cache and attention mask (left-padded, with `room` free columns) of the prompts."""
+        import torch
+        from transformers import DynamicCache
+
+        index: dict[tuple[int, ...], int] = {}
+        row = torch.tensor([index.setdefault(p, len(index)) for p in prompts], device=self.device)
+        width = max(map(len, index))
+        ids = torch.full((len(index), width), self.pad_id, device=self.device)
+        mask = torch.zeros((len(index), width + room), dtype=torch.long, device=self.device)
+        for prompt, i in index.items():
+            ids[i, width - len(prompt) :] = torch.tensor(prompt, device=self.device)
+            mask[i, width - len(prompt) : width] = 1
+        position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
+        layers, logits = [], []
+        for part in torch.arange(len(index), device=self.device).split(max(1, _PREFILL_TOKENS // width)):
+            cache = DynamicCache(config=self.model.config)
+            out = self.model(
+                input_ids=ids[part],
+                attention_mask=mask[part, :width],
+                position_ids=position[part],
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+            logits.append(out.logits[:, -1].float())
+            layers.append([(layer.keys, layer.values) for layer in cache.layers])
+        full = DynamicCache(config=self.model.config)
+        for number, parts in enumerate(zip(*layers, strict=True)):
+            keys, values = (torch.cat([p[i] for p in parts])[row] for i in (0, 1))
+            full.layers[number] = _roomy_layer(keys, values, room)
+        return torch.cat(logits)[row], full, mask[row]
+
+    def load(self, named: Iterable[tuple[str, Any]]) -> None:
+        """Overwrite weights by name.
+
+        Raises:
+            ModelError: a name or shape that this model does not have.
+        """
+        import torch
+
+        state = self.model.state_dict()
+        with torch.no_grad():
+            for name, tensor in named:
+                if name not in state or state[name].shape != tensor.shape:
+                    raise ModelError(f"weight '{name}' of shape {tuple(tensor.shape)} does not belong to this model")
+                state[name].copy_(tensor)
+
+    def checksum(self) -> str:
+        """Hash of all weights; equal checksums mean equal models."""
+        import torch
+
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class BatchedEngine:
+    """Collects concurrent requests into large batches and runs them one batch after another in a thread of its own.
+
+    A batch starts when no new request has come for `wait_ms`, or when `max_batch` requests wait. Requests of similar
+    prompt length go together.
+    """
+
+    def __init__(self, engine: LocalEngine, max_batch: int = 256, wait_ms: float = 15.0) -> None:
+        self.engine = engine
+        self.max_batch = max_batch
+        self.wait = wait_ms / 1000
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="local-engine")
+        self._waiting: list[tuple[GenerationRequest, asyncio.Future[Generation]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Continue one prompt, together with whatever else is waiting.
+
+        Raises:
+            ModelError: see `LocalEngine.generate`; only the request at fault gets it.
+        """
+        loop = asyncio.get_running_loop()
+        if self._worker is None or self._worker.done() or self._worker.get_loop() is not loop:
+            self._waiting.clear()  # a worker ends only with nothing waiting, or with its event loop
+            self._worker = loop.create_task(self._run())
+        future: asyncio.Future[Generation] = loop.create_future()
+        self._waiting.append((request, future))
+        return await future
+
+    async def run(self, function: Any, *args: Any) -> Any:
+        """Call a function of the engine between two batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    async def _run(self) -> None:
+        await asyncio.sleep(0)
+        while self._waiting:
+            seen = -1
+            while seen != len(self._waiting) < self.max_batch:
+                seen = len(self._waiting)
+                await asyncio.sleep(self.wait)
+            self._waiting.sort(key=lambda pair: (len(pair[0].prompt_ids), pair[0].prompt_ids))
+            batch, self._waiting = self._waiting[: self.max_batch], self._waiting[self.max_batch :]
+            answers = await self.run(self._attempt, [request for request, _ in batch])
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if future.done():
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+
+    def _attempt(self, requests: list[GenerationRequest]) -> list[Generation | Exception]:
+        try:
+            return list(self.engine.generate(requests))
+        except Exception as error:
+            if len(requests) == 1:
+                return [error]
+            return [answer for request in requests for answer in self._attempt([request])]
+
+
+class LocalChatModel:
+    """A checkpoint of this machine as a `sqlbench.models.base.ChatModel`.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        temperature: float = 0.0,
+        max_tokens: int = 96,
+        seed: int | None = None,
+        device: str = "cpu",
+        threads: int = 1,
+        max_model_len: int = 1024,
+        max_batch: int = 256,
+    ) -> None:
+        self.family = checkpoint_family(check_checkpoint(path))
+        self.name = name or str(path)
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+        self.batched = BatchedEngine(LocalEngine(path, device, threads=threads, max_model_len=max_model_len), max_batch)
+        self._seeds = np.random.default_rng(seed)
+
+    async def complete(self, messages: list[Message]) -> Completion:
+        """Answer one prompt; see `sqlbench.models.base.ChatModel.complete`."""
+        start = time.perf_counter()
+        tokenizer = self.batched.engine.tokenizer
+        ids = encode_chat(tokenizer, [m.model_dump() for m in messages])
+        request = GenerationRequest(tuple(ids), self.max_tokens, self.temperature, seed=int(self._seeds.integers(2**63)))
+        return completion(tokenizer, ids, await self.batched.generate(request), time.perf_counter() - start)
+
+
+def completion(tokenizer: Any, prompt_ids: list[int], generation: Generation, seconds: float) -> Completion:
+    """The record of one answer, as the agent sees it."""
+    return Completion(
+        text=tokenizer.decode(generation.token_ids, skip_special_tokens=True),
+        prompt_ids=prompt_ids,
+        response_ids=generation.token_ids,
+        logprobs=generation.logprobs,
+        prompt_tokens=len(prompt_ids),
+        response_tokens=len(generation.token_ids),
+        finish_reason=generation.finish_reason,
+        seconds=seconds,
+    )
+
+
+def _sample(logits: Any, temperature: Any, draw: Any, requests: list[GenerationRequest]) -> tuple[Any, Any]:
+    """Chosen token and its log-probability for every row, by inversion of the cumulative distribution."""
+    import torch
+
+    greedy = temperature <= 0
+    scaled = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1)
+    if any(r.top_k > 0 or r.top_p < 1 for r in requests):
+        scaled = _filter(scaled, requests)
+    logp = torch.log_softmax(scaled, -1)
+    cumulative = logp.double().exp().cumsum(-1)
+    target = (draw * cumulative[:, -1]).unsqueeze(1)
+    chosen = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    chosen = torch.where(greedy, logits.argmax(-1), chosen)
+    return chosen, logp.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+
+def _filter(logits: Any, requests: list[GenerationRequest]) -> Any:
+    """Logits with everything outside top-k and top-p set to minus infinity, row by row."""
+    import torch
+
+    size = logits.shape[1]
+    top_k = torch.tensor([r.top_k if 0 < r.top_k < size else size for r in requests], device=logits.device)
+    top_p = torch.tensor([r.top_p for r in requests], device=logits.device)
+    ordered, order = logits.sort(dim=1, descending=True)
+    before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)
+    rank = torch.arange(size, device=logits.device)
+    drop = (rank >= top_k.unsqueeze(1)) | ((before >= top_p.unsqueeze(1)) & (rank > 0))
+    return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+
+
+_ATTENTION = "sqlbench_gqa"
+
+
+def _register_attention() -> None:
+    """Register attention that shares key-value heads in place.
+
+    The stock ``sdpa`` copies them for every query head where there is a mask: three times slower on a CPU.
+    """
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **_: Any) -> Any:
+        causal = query.shape[2] > 1 and attention_mask is None
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=causal, enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(_ATTENTION, attend)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+def _roomy_layer(keys: Any, values: Any, room: int) -> Any:
+    """A key-value cache layer that holds `keys` and `values` and appends in place for `room` more tokens."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+            start, self.used = self.used, self.used + key_states.shape[2]
+            self.buffers[0][:, :, start : self.used] = key_states
+            self.buffers[1][:, :, start : self.used] = value_states
+            self.keys, self.values = (b[:, :, : self.used] for b in self.buffers)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Any) -> None:
+            self.buffers = [b[indices] for b in self.buffers]
+            self.keys, self.values = (b[:, :, : self.used] for b in self.buffers)
+
+    layer = RoomyLayer()
+    layer.lazy_initialization(keys, values)
+    layer.used = keys.shape[2]
+    layer.buffers = [torch.cat([t, t.new_zeros(*t.shape[:2], room, t.shape[3])], 2) for t in (keys, values)]
+    layer.keys, layer.values = keys, values
+    return layer

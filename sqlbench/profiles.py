@@ -1,0 +1,201 @@
+"""The two training profiles, as data: what they change in verl's own default configuration.
+
+``laptop`` trains the embedded policy on a CPU; ``gpu`` is the seed experiment (Qwen2.5-Coder-3B-Instruct on Spider, one
+GPU). A profile is a tree of verl's keys; the section ``sqlbench`` is ours and is read by the agent loop and the
+trainer. Precedence: verl's defaults < profile < arguments < ``key=value`` overrides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One way to train."""
+
+    name: str
+    model: str
+    """Default policy: ``nano``, a folder, or (GPU) a name on the Hugging Face hub."""
+    data: str
+    """Default data set folder."""
+    config: dict[str, Any]
+    """Changes to verl's defaults."""
+    environment: dict[str, str]
+    """Environment of the training processes; a variable that is set already wins."""
+    device: str = "cpu"
+
+
+SQLBENCH = {
+    "trained_agents": "write",
+    "max_turns": 3,
+    "table_info_truncate": 2048,
+    "execution_truncate": 2048,
+    "seed": 1,
+    "random_reward": False,
+    "max_failed_share": 0.2,
+    "drop_useless_groups": True,
+    "seed_sampling": True,
+    "validation_tasks": 200,
+}
+"""Settings of ours that both profiles start from.
+
+trained_agents: regular expression over sub-agent names; ``write`` finds ``rewrite`` too.
+max_failed_share: of the rollouts of a step; the run stops above it.
+drop_useless_groups: leave groups whose rewards are all equal out of the update (their advantage is 0).
+seed_sampling: give every model call its own seed, so that a run repeats; vLLM is slower with it.
+validation_tasks: number of tasks of the headline split that verl validates on.
+"""
+
+_COMMON: dict[str, Any] = {
+    "algorithm": {"adv_estimator": "grpo", "use_kl_in_reward": False},
+    "data": {
+        "seed": "${sqlbench.seed}",
+        "dataloader_num_workers": 0,
+        "truncation": "error",
+        "custom_cls": {"path": "pkg://sqlbench.training.tasks", "name": "TaskRows"},
+    },
+    "actor_rollout_ref": {
+        "actor": {
+            "use_kl_loss": False,
+            "kl_loss_coef": 0.0,
+            "entropy_coeff": 0,
+            "calculate_entropy": True,
+            "clip_ratio_low": 0.2,
+            "clip_ratio_high": 0.3,
+            "policy_loss": {"loss_mode": "token_mean"},
+            "checkpoint": {"save_contents": ["model", "optimizer", "extra", "hf_model"]},
+        },
+        "model": {"external_lib": "sqlbench.training.loss"},
+        "rollout": {
+            "tensor_model_parallel_size": 1,
+            "calculate_log_probs": True,
+            "multi_turn": {"format": "hermes"},
+            "val_kwargs": {"temperature": 0, "do_sample": False},
+            "agent": {"default_agent_loop": "sqlbench"},
+        },
+    },
+    "trainer": {
+        "n_gpus_per_node": 1,
+        "nnodes": 1,
+        "critic_warmup": 0,
+        "val_before_train": True,
+        "resume_mode": "auto",
+        "v1": {"trainer_mode": "sqlbench"},
+    },
+    "ray_kwargs": {"ray_init": {"address": "local", "include_dashboard": False}},
+}
+
+_LAPTOP: dict[str, Any] = {
+    "algorithm": {"rollout_correction": {"bypass_mode": True}},
+    "data": {"train_batch_size": 16, "max_prompt_length": 640, "max_response_length": 96},
+    "actor_rollout_ref": {
+        "actor": {
+            "strategy": "fsdp2",
+            "ppo_mini_batch_size": 16,
+            "use_dynamic_bsz": True,
+            "ppo_max_token_len_per_gpu": 8192,
+            "use_torch_compile": False,
+            "fsdp_config": {
+                "use_torch_compile": False,
+                "mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+            },
+            "optim": {"lr": 1e-4},
+        },
+        "model": {
+            "use_remove_padding": False,
+            "enable_gradient_checkpointing": False,
+            "override_config": {"attn_implementation": "sdpa"},
+        },
+        "rollout": {
+            "name": "local",
+            "n": 8,
+            "temperature": 1.0,
+            "dtype": "float32",
+            "load_format": "auto",
+            "free_cache_engine": False,
+            "max_model_len": 736,
+            "log_prob_micro_batch_size_per_gpu": 32,
+            "agent": {"num_workers": 1},
+            "engine_kwargs": {"local": {"threads": 1, "wait_ms": 15}},
+        },
+    },
+    "reward": {"num_workers": 0},
+    "transfer_queue": {"backend": {"SimpleStorage": {"num_data_storage_units": 1}}},
+    "trainer": {
+        "device": "cpu",
+        "logger": ["console", "file"],
+        "total_training_steps": 60,
+        "total_epochs": 1000,
+        "test_freq": 20,
+        "save_freq": 20,
+        "max_actor_ckpt_to_keep": 2,
+    },
+    # Logical resources: verl asks for 3 CPUs and 1 GPU in one bundle, whatever the machine has.
+    "ray_kwargs": {"ray_init": {"num_cpus": 8, "num_gpus": 1}},
+}
+
+_GPU: dict[str, Any] = {
+    "data": {"train_batch_size": 32, "max_prompt_length": 4096, "max_response_length": 2048},
+    "actor_rollout_ref": {
+        "actor": {
+            "ppo_mini_batch_size": 32,
+            "ppo_micro_batch_size_per_gpu": 4,
+            "fsdp_config": {"param_offload": True, "optimizer_offload": True},
+            "optim": {"lr": 1e-6},
+        },
+        "model": {"use_remove_padding": True, "enable_gradient_checkpointing": True},
+        "rollout": {
+            "name": "vllm",
+            "n": 4,
+            "gpu_memory_utilization": 0.8,
+            "log_prob_micro_batch_size_per_gpu": 4,
+        },
+        "ref": {"log_prob_micro_batch_size_per_gpu": 8, "fsdp_config": {"param_offload": True}},
+    },
+    "trainer": {
+        "device": "cuda",
+        "logger": ["console", "file"],
+        "save_freq": 256,
+        "test_freq": 32,
+        "total_epochs": 2,
+    },
+    "sqlbench": {"seed_sampling": False, "validation_tasks": 500},
+}
+
+
+def merged(*trees: dict[str, Any]) -> dict[str, Any]:
+    """Trees laid over each other; later leaves win."""
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            below = result.get(key)
+            result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+PROFILES = {
+    "laptop": Profile(
+        name="laptop",
+        model="nano",
+        data="data/pocket",
+        config=merged(_COMMON, _LAPTOP, {"sqlbench": SQLBENCH}),
+        environment={
+            "VERL_PLATFORM": "cpu",
+            "VERL_USE_EXTERNAL_MODULES": "sqlbench.training.cpu_plugin",
+            # More threads than that are slower: rollout, trainer and agents share the cores already.
+            "OMP_NUM_THREADS": "1",
+            "TQ_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
+    ),
+    "gpu": Profile(
+        name="gpu",
+        model="Qwen/Qwen2.5-Coder-3B-Instruct",
+        data="data/spider",
+        config=merged(_COMMON, {"sqlbench": SQLBENCH}, _GPU),
+        environment={},
+        device="cuda",
+    ),
+}

@@ -1,0 +1,69 @@
+"""One rollout: task in, trajectory with a reward out. Evaluation, training, environment and chat all run this one.
+
+A broken model, database or verdict never raises: it becomes `Trajectory.error` with reward None, which is counted and
+is not the same as a wrong answer (reward 0). A task whose gold query cannot be scored has reward None and a reason, and
+did not fail.
+"""
+
+from __future__ import annotations
+
+import time
+
+from sqlbench.agent.graph import AgentContext, AgentState, failure, run_agent
+from sqlbench.agent.prompts import Prompts, schema_style
+from sqlbench.agent.trajectory import Trajectory
+from sqlbench.config import RolloutConfig
+from sqlbench.data.tasks import Task
+from sqlbench.database.engine import Database
+from sqlbench.database.schema import introspect, schema_text
+from sqlbench.models.base import ChatModel
+from sqlbench.reward import ascore
+
+__all__ = ["RolloutConfig", "failed_rollout", "rollout"]
+
+
+async def rollout(
+    task: Task, database: Database, model: ChatModel, prompts: Prompts, config: RolloutConfig
+) -> Trajectory:
+    """Let the agent answer one task and score its last query against the gold one.
+
+    A completion that was cut at the token limit is executed as it is; its `finish_reason` says so.
+    """
+    started = time.perf_counter()
+    state: AgentState = {}
+    reward, reason, error = None, "", None
+    try:
+        schema = introspect(database)
+        text = schema_text(schema, schema_style(prompts.family), config.table_info_truncate)
+    except Exception as problem:
+        error = failure("schema", problem)
+    else:
+        state = await run_agent(task.question, text, AgentContext(model, database, schema, prompts, config))
+        error = state.get("error")
+    if error is None:
+        try:
+            verdict = await ascore(task.gold, state["sql"], database, strict=config.strict)
+        except Exception as problem:
+            error = failure("reward", problem)
+        else:
+            reward, reason = None if verdict.match is None else float(verdict.match), verdict.reason
+    return Trajectory(
+        **_of(task),
+        transitions=state.get("transitions", []),
+        executions=state.get("executions", []),
+        pred=state.get("sql"),
+        reward=reward,
+        reason=reason,
+        error=error,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def failed_rollout(task: Task, where: str, error: Exception) -> Trajectory:
+    """The record of a rollout that could not even start."""
+    return Trajectory(**_of(task), error=failure(where, error))
+
+
+def _of(task: Task) -> dict[str, str]:
+    copied = ("task_id", "db_id", "question", "gold", "hardness", "split")
+    return {"task_key": task.key, **{name: str(getattr(task, name)) for name in copied}}

@@ -1,0 +1,241 @@
+"""A run is a folder: one process writes it at a time, whole lines only, and it can always be continued.
+
+``config.json`` (what was asked, complete), ``trajectories.jsonl`` (one rollout a line), ``metrics.jsonl`` (one step a
+line), ``summary.json`` (there when the run is finished). A line is written in one piece and flushed, not synced: after
+a crash of the machine the end of a file may be missing; a torn last line is dropped wherever it is read. The lock is
+the operating system's, so it ends with its process; it does not hold across machines that share a network drive.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel, ValidationError
+
+from sqlbench.agent.trajectory import Trajectory
+from sqlbench.errors import DataError, RunError
+
+CONFIG, TRAJECTORIES, METRICS, SUMMARY = "config.json", "trajectories.jsonl", "metrics.jsonl", "summary.json"
+
+
+class RunFolder:
+    """A run folder; reading needs nothing, writing needs `open`."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._lock: IO[str] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its summary."""
+        return (self.root / SUMMARY).is_file()
+
+    def config(self) -> dict[str, Any]:
+        """What the run was asked to do.
+
+        Raises:
+            DataError: this is no run folder.
+        """
+        return _read_json(self.root / CONFIG)
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of a finished run.
+
+        Raises:
+            DataError: the run is not finished, or this is no run folder.
+        """
+        return _read_json(self.root / SUMMARY)
+
+    def trajectories(self) -> Iterator[Trajectory]:
+        """All rollouts written so far."""
+        return read_trajectories(self.root / TRAJECTORIES)
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """All metric lines written so far."""
+        return read_jsonl(self.root / METRICS)
+
+    def open(self, config: BaseModel | dict[str, Any], *, overwrite: bool = False) -> RunFolder:
+        """Lock the folder for writing, as a new run or as the continuation of one with the same config.
+
+        Use the result as a context manager, or call `close`.
+
+        Raises:
+            RunError: it cannot be written, another process writes it, it is finished (and `overwrite` is not set), or
+                it was started with another config.
+        """
+        wanted = json.loads(_dump(config))
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.root / ".lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            raise RunError(f"cannot write the run folder {self.root}: {error.strerror}; choose another") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise RunError(f"another process is writing the run {self.root}; wait or choose another name") from error
+        try:
+            self._claim(wanted, overwrite)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _claim(self, wanted: dict[str, Any], overwrite: bool) -> None:
+        if overwrite:
+            for name in (CONFIG, TRAJECTORIES, METRICS, SUMMARY):
+                (self.root / name).unlink(missing_ok=True)
+        elif self.finished:
+            raise RunError(f"the run {self.root} is finished; choose another name, or ask to overwrite it")
+        elif (self.root / CONFIG).is_file() and (difference := differences(self.config(), wanted)):
+            raise RunError(
+                f"the run {self.root} was started with other settings ({'; '.join(difference[:5])}); "
+                "choose another name, or ask to overwrite it"
+            )
+        self._write(CONFIG, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        for name in (TRAJECTORIES, METRICS):
+            _drop_torn_line(self.root / name)
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, name: str, record: BaseModel | dict[str, Any]) -> None:
+        """Append one line to ``trajectories.jsonl`` or ``metrics.jsonl``."""
+        try:
+            with open(self.root / name, "ab") as file:
+                file.write(_dump(record).encode() + b"\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.root / name}: {error.strerror}") from error
+
+    def rewrite(self, name: str, records: Iterable[BaseModel]) -> None:
+        """Replace a file of lines in one step."""
+        self._write(name, "".join(_dump(record) + "\n" for record in records))
+
+    def finish(self, summary: BaseModel | dict[str, Any]) -> None:
+        """Write the summary: from now on the run is finished."""
+        self._write(SUMMARY, json.dumps(json.loads(_dump(summary)), indent=2, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.root / f".{name}.new"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.root / name)
+        except OSError as error:
+            raise RunError(f"cannot write {self.root / name}: {error.strerror}") from error
+
+
+def run_path(results: str | Path, profile: str, run: str) -> Path:
+    """The folder ``<results>/<profile>/<run>``; a run's name may have several parts, but stays below its profile.
+
+    Raises:
+        RunError: that is no name for a run.
+    """
+    if not run.strip() or Path(run).is_absolute() or ".." in Path(run).parts:
+        raise RunError(f"'{run}' is no name for a run; use letters, digits, '-' and '_'")
+    return Path(results) / profile / run
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, a torn last one left out; nothing where there is no file.
+
+    Raises:
+        DataError: a line before the last is no JSON object.
+    """
+    for number, line in _lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}, is no JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}, is no JSON object: {line[:60]!r}")
+        yield record
+
+
+def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
+    """The rollouts of a ``trajectories.jsonl``, or of the run folder that holds one.
+
+    Raises:
+        DataError: a line before the last is no trajectory.
+    """
+    path = Path(path)
+    for number, line in _lines(path / TRAJECTORIES if path.is_dir() else path):
+        try:
+            yield Trajectory.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DataError(f"{path}, line {number}, is no trajectory: {where} {first['msg']}") from error
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Every setting in which two configs differ, in words."""
+    before, now = _flat(old), _flat(new)
+    return [
+        f"{key} was {_short(before.get(key))}, is now {_short(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _dump(record: BaseModel | dict[str, Any]) -> str:
+    return record.model_dump_json() if isinstance(record, BaseModel) else json.dumps(record, ensure_ascii=False)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    if not Path(path).is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            yield number, line
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.is_file():
+        return
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = size
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)

@@ -1,0 +1,125 @@
+"""The rollout of `sqlbench.rollout` as an agent loop of verl: one output per transition of a trained sub-agent.
+
+Guarantees: the tokens and log-probabilities handed to the trainer are those that were sampled; the reward sits on the
+last output of a rollout, and verl gives its advantage to all of them; a failed rollout hands over nothing (its group
+goes on without it) but is on record with all others in ``trajectories.jsonl``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
+
+from sqlbench.agent.prompts import prompts_for
+from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transition
+from sqlbench.config import RolloutConfig
+from sqlbench.data.tasks import Task
+from sqlbench.database.engine import cached_database
+from sqlbench.errors import ModelError
+from sqlbench.models.local import encode_chat
+from sqlbench.rollout import rollout
+
+
+def stable_number(*parts: object) -> int:
+    """A number in [0, 2**63) that depends only on the parts."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+class SqlAgentLoop(AgentLoopBase):
+    """Runs one rollout of one task. Settings come from the section ``sqlbench`` of the training configuration."""
+
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> list[AgentLoopOutput]:
+        """Run the rollout, record it, and return the transitions to train on."""
+        settings = self.config.sqlbench
+        info = row["extra_info"]
+        task = Task.model_validate_json(info["task"])
+        validation = bool(info["validation"])
+        seed = stable_number(settings.seed, int(row["global_steps"]), validation, task.key, int(row["session_id"]))
+        model = _ServerModel(self, dict(sampling_params), settings.family, seed if settings.seed_sampling else None)
+        database = cached_database(Path(settings.data) / "database" / task.db_id / f"{task.db_id}.sqlite")
+        limits = RolloutConfig(
+            max_turns=settings.max_turns,
+            table_info_truncate=settings.table_info_truncate,
+            execution_truncate=settings.execution_truncate,
+        )
+        record = await rollout(task, database, model, prompts_for(settings.family), limits)
+        record = record.model_copy(
+            update={"step": int(row["global_steps"]), "validation": validation, "sample": int(row["session_id"])}
+        )
+        with (Path(settings.run_folder) / "trajectories.jsonl").open("a", encoding="utf-8") as file:
+            file.write(record.model_dump_json() + "\n")
+        if record.failed or record.reward is None:
+            return []
+        reward = record.reward
+        if settings.random_reward and not validation:
+            reward = float(stable_number(seed, "reward") % 2)
+        return self._outputs(record, reward, model.extra, settings.trained_agents)
+
+    def _outputs(
+        self, record: Trajectory, reward: float, extra: dict[str, Any], trained: str
+    ) -> list[AgentLoopOutput]:
+        chosen = trained_transitions(record, trained)
+        outputs = [
+            AgentLoopOutput(
+                prompt_ids=t.completion.prompt_ids or [],
+                response_ids=t.completion.response_ids or [],
+                response_mask=[1] * len(t.completion.response_ids or []),
+                response_logprobs=t.completion.logprobs,
+                num_turns=record.turns,
+                metrics={"generate_sequences": t.completion.seconds, "num_preempted": -1},
+                extra_fields={**extra, "turn_scores": [], "tool_rewards": [], "reward_extra_info": {"ex": reward}},
+            )
+            for t in chosen
+        ]
+        if outputs:
+            outputs[-1].reward_score = reward
+        return outputs
+
+
+def trained_transitions(record: Trajectory, trained: str) -> list[Transition]:
+    """Transitions whose sub-agent's name the regular expression `trained` finds (``write`` finds ``rewrite`` too)."""
+    return [t for t in record.transitions if re.search(trained, t.agent)]
+
+
+class _ServerModel:
+    """verl's rollout server as a `sqlbench.models.base.ChatModel` for one rollout."""
+
+    def __init__(self, loop: SqlAgentLoop, sampling: dict[str, Any], family: str, seed: int | None) -> None:
+        self.name = "policy"
+        self.family = family
+        self.extra: dict[str, Any] = {}
+        self._loop, self._sampling, self._seed, self._calls = loop, sampling, seed, 0
+
+    async def complete(self, messages: list[Message]) -> Completion:
+        start = time.perf_counter()
+        loop, tokenizer = self._loop, self._loop.tokenizer
+        ids = encode_chat(tokenizer, [m.model_dump() for m in messages], **dict(loop.apply_chat_template_kwargs))
+        room = loop.rollout_config.prompt_length
+        if len(ids) > room:
+            raise ModelError(f"a prompt has {len(ids)} tokens, data.max_prompt_length is {room}; raise it, or truncate more")
+        sampling = dict(self._sampling)
+        if self._seed is not None:
+            sampling["seed"] = stable_number(self._seed, self._calls)
+        self._calls += 1
+        answer = await loop.server_manager.generate(request_id=uuid4().hex, prompt_ids=ids, sampling_params=sampling)
+        length = loop.rollout_config.response_length
+        tokens = answer.token_ids[:length]
+        if not tokens or answer.log_probs is None:
+            raise ModelError(f"the rollout server gave no tokens or no log-probabilities (stop: {answer.stop_reason})")
+        self.extra = dict(answer.extra_fields)
+        return Completion(
+            text=tokenizer.decode(tokens, skip_special_tokens=True),
+            prompt_ids=ids,
+            response_ids=tokens,
+            logprobs=[float(p) for p in answer.log_probs[:length]],
+            prompt_tokens=len(ids),
+            response_tokens=len(tokens),
+            finish_reason="length" if len(tokens) >= length and tokens[-1] != tokenizer.eos_token_id else "stop",
+            seconds=time.perf_counter() - start,
+        )

@@ -1,0 +1,496 @@
+"""Compose a training run from a profile and overrides, check it, run verl's own trainer, and resume it.
+
+Guarantees: the configuration in ``config.json`` is complete and is what ran; whatever would fail for a reason known
+beforehand is refused in one line before anything starts; the same call again goes on at the last checkpoint; nothing
+is left running when the call returns, however it returns. verl runs in a process of its own (`sqlbench.training.worker`)
+with its output in ``logs/train.log``; call from a thread that lives as long as the training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from sqlbench.data.tasks import DataSet, Task
+from sqlbench.errors import SqlbenchError, TrainingError
+from sqlbench.models.local import check_checkpoint, checkpoint_family
+from sqlbench.profiles import PROFILES, Profile, merged
+from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, read_trajectories
+from sqlbench.training.metrics import read_rows, write_rows
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+AGENTS = ("write", "rewrite", "check")
+STOP_SECONDS = 15
+"""How long a stopped training may take to end before it is killed."""
+
+
+def train(
+    profile: str,
+    run: str,
+    data: str | Path | None = None,
+    model: str | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    results: str | Path = "results",
+    random_reward: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Path:
+    """Train, or go on training, and return the run folder ``<results>/<profile>/<run>``.
+
+    Args:
+        profile: ``laptop`` or ``gpu``.
+        run: name of the run; the same name with the same settings resumes.
+        data: data set folder; the profile's own by default.
+        model: policy to start from: ``nano``, a checkpoint folder, or a hub name on the GPU.
+        overrides: ``key=value`` for verl's configuration, unchanged; ``sqlbench.key=value`` for ours.
+        results: where run folders are.
+        random_reward: control: rewards are coin flips, so nothing can be learned.
+        overwrite: start again where the run exists.
+        dry_run: print the resolved configuration and what it needs; run nothing.
+
+    Raises:
+        TrainingError: the run cannot be composed or started, or had to be stopped; the message names the reason.
+        SqlbenchError: data set, checkpoint or run folder are missing or unusable.
+    """
+    chosen = PROFILES.get(profile)
+    if chosen is None:
+        raise TrainingError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
+    folder = (Path(results) / profile / run).absolute()
+    config = compose(
+        chosen,
+        run=run,
+        folder=folder,
+        data=Path(data or chosen.data).absolute(),
+        model=_policy(model or chosen.model, chosen),
+        overrides=overrides,
+        random_reward=random_reward,
+    )
+    if dry_run:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(config, resolve=True))
+        print("\n".join(f"# needs {line}" for line in needs(chosen, config)))
+        return folder
+    train_tasks, validation = _preflight(chosen, config)
+    return _Run(chosen, config, folder, list(overrides), train_tasks, validation).run(overwrite)
+
+
+def compose(
+    profile: Profile,
+    *,
+    run: str,
+    folder: Path,
+    data: Path,
+    model: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    random_reward: bool = False,
+) -> DictConfig:
+    """The resolved configuration of a run: verl's defaults, the profile, the arguments, the overrides.
+
+    Raises:
+        TrainingError: an override is no ``key=value``, or names a key that does not exist.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    arguments = {
+        "data": {"train_files": str(folder / "data/train.parquet"), "val_files": str(folder / "data/validation.parquet")},
+        "actor_rollout_ref": {
+            "model": {"path": model},
+            "rollout": {"agent": {"agent_loop_config_path": str(folder / "data/agent_loop.yaml")}}
+            | ({"router_config_path": str(folder / "data/router.yaml")} if profile.device == "cpu" else {}),
+        },
+        "trainer": {
+            "project_name": "sqlbench",
+            "experiment_name": run,
+            "default_local_dir": str(folder / "checkpoints"),
+        },
+        "sqlbench": {
+            "run_folder": str(folder),
+            "data": str(data),
+            "model": model,
+            "family": checkpoint_family(model),
+            "random_reward": random_reward,
+        },
+    }
+    spec = importlib.util.find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise TrainingError("verl is not installed; install sqlbench with the extra 'train'")
+    defaults = Path(spec.submodule_search_locations[0]) / "trainer/config"
+    base = [f"++{key}={_literal(value)}" for key, value in _leaves(merged(profile.config, arguments))]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(defaults), version_base=None):
+            config = hydra_compose("ppo_trainer", overrides=[*base, *overrides])
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = str(error).strip().splitlines()[0]
+        raise TrainingError(f"cannot compose the training configuration: {message}") from error
+    return config
+
+
+def needs(profile: Profile, config: DictConfig) -> list[str]:
+    """What this configuration needs, with whether it is there; for people."""
+    batch, model = config.data.train_batch_size, config.actor_rollout_ref.model.path
+    lines = []
+    if profile.device == "cuda":
+        count = config.trainer.n_gpus_per_node * config.trainer.nnodes
+        lines.append(f"{count} GPU(s) with CUDA: {'found' if _gpu_present() else 'NOT found on this machine'}")
+        lines.append(f"vllm: {'installed' if importlib.util.find_spec('vllm') else 'NOT installed (environment.yml)'}")
+    lines.append(f"model {model}: {'a folder' if Path(model).is_dir() else 'downloaded from the Hugging Face hub'}")
+    steps = config.trainer.total_training_steps
+    try:
+        tasks = sum(t.scorable for t in DataSet(config.sqlbench.data).load("train"))
+        lines.append(f"data {config.sqlbench.data}: {tasks} training tasks, {tasks // batch} steps an epoch")
+        steps = steps or tasks // batch * config.trainer.total_epochs
+    except SqlbenchError as error:
+        lines.append(f"data: {error}")
+    n = config.actor_rollout_ref.rollout.n
+    lines.append(f"{steps or 'unknown number of'} steps of {batch} tasks x {n} rollouts")
+    return lines
+
+
+def export_policy(run: str | Path) -> Path:
+    """Copy the newest checkpoint of a run to ``<run>/policy`` as a complete Hugging Face folder, and return it.
+
+    Tokenizer and family files come from the policy that training started from, byte by byte.
+
+    Raises:
+        TrainingError: the run has no checkpoint yet.
+    """
+    run = Path(run)
+    saved = sorted((run / "checkpoints").glob("global_step_*/actor/huggingface/config.json"), key=_step_of)
+    if not saved:
+        raise TrainingError(f"{run} has no checkpoint; train it to its first one (trainer.save_freq) first")
+    target, building = run / "policy", run / ".policy.new"
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(saved[-1].parent, building)
+    start = Path(RunFolder(run).config()["config"]["sqlbench"]["model"])
+    if start.is_dir():
+        for file in start.iterdir():
+            if file.is_file() and ("token" in file.name or file.name in ("sqlbench.json", "chat_template.jinja")):
+                shutil.copy2(file, building / file.name)
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
+    return target
+
+
+def latest_checkpoint(run: str | Path) -> Path:
+    """Folder of a run's newest policy, ready for `sqlbench.models.local`."""
+    policy = Path(run) / "policy"
+    return policy if policy.is_dir() else export_policy(run)
+
+
+def _step_of(path: Path) -> int:
+    found = re.search(r"global_step_(\d+)", str(path))
+    return int(found[1]) if found else -1
+
+
+def _policy(model: str, profile: Profile) -> str:
+    if model == "nano":
+        from sqlbench.models.nano import NANO_PATH
+
+        model = str(NANO_PATH)
+    if Path(model).is_dir() or profile.device == "cpu" or model.startswith((".", "/")):
+        return str(check_checkpoint(model).absolute())
+    return model
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
+
+
+def _literal(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    if isinstance(value, str) and not value.startswith("${"):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _gpu_present() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Task]]:
+    """Tasks to train and to validate on; refuses what cannot work."""
+    from sqlbench.training.tasks import validation_tasks
+
+    settings = config.sqlbench
+    try:
+        matched = [a for a in AGENTS if re.search(settings.trained_agents, a)]
+    except re.error as error:
+        raise TrainingError(f"sqlbench.trained_agents={settings.trained_agents} is no regular expression: {error}") from error
+    if not matched or (matched == ["rewrite"] or matched == ["check"]) and settings.max_turns == 1:
+        raise TrainingError(
+            f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
+            f"the sub-agents are {', '.join(AGENTS)}"
+        )
+    if profile.device == "cuda":
+        missing = [line for line in needs(profile, config) if "NOT" in line]
+        if missing:
+            raise TrainingError(f"this machine cannot run the profile: {'; '.join(missing)}; see --dry-run")
+    dataset = DataSet(settings.data)
+    tasks = [t for t in dataset.load("train") if t.scorable]
+    if len(tasks) < config.data.train_batch_size:
+        raise TrainingError(f"{dataset.root} has {len(tasks)} training tasks, a batch takes {config.data.train_batch_size}")
+    headline = json.loads((dataset.root / "dataset.json").read_text()).get("headline", "dev")
+    for task in {t.db_id: t for t in tasks}.values():
+        dataset.database(task.db_id)
+    return tasks, validation_tasks(dataset, headline, settings.validation_tasks)
+
+
+class _Run:
+    """One call of `train` on its run folder."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        config: DictConfig,
+        folder: Path,
+        overrides: list[str],
+        tasks: list[Task],
+        validation: list[Task],
+    ) -> None:
+        self.profile, self.config, self.folder, self.overrides = profile, config, folder, overrides
+        self.tasks, self.validation = tasks, validation
+        self.total = config.trainer.total_training_steps or (
+            len(tasks) // config.data.train_batch_size * config.trainer.total_epochs
+        )
+
+    def run(self, overwrite: bool) -> Path:
+        from omegaconf import OmegaConf
+
+        record = {
+            "kind": "training",
+            "profile": self.profile.name,
+            "overrides": self.overrides,
+            "tasks": _digest(t.key for t in self.tasks),
+            "validation_tasks": _digest(t.key for t in self.validation),
+            "model_files": _model_digest(self.config.sqlbench.model),
+            "config": OmegaConf.to_container(self.config, resolve=True),
+        }
+        folder = RunFolder(self.folder)
+        with folder.open(record, overwrite=overwrite):
+            if overwrite:
+                for name in ("checkpoints", "policy", "logs"):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+            started = time.time()
+            done = self._rewind()
+            self._write_data()
+            self._follow(self._prepare_attempt(done), done)
+            rows = read_rows(self.folder / METRICS)
+            if max(rows, default=0) < self.total:
+                raise TrainingError(f"verl ended at step {max(rows, default=0)} of {self.total}; see {self._log()}")
+            export_policy(self.folder)
+            validated = [row["sqlbench/val_ex"] for row in rows.values() if "sqlbench/val_ex" in row]
+            folder.finish(
+                {
+                    "steps": self.total,
+                    "seconds": round(time.time() - started, 1),
+                    "resumed_at": done,
+                    "val_ex_first": validated[0] if validated else None,
+                    "val_ex_last": validated[-1] if validated else None,
+                    "failed_rollouts": int(sum(row.get("sqlbench/failed_rollouts", 0) for row in rows.values())),
+                    "policy": "policy",
+                }
+            )
+        return self.folder
+
+    def _log(self) -> Path:
+        return self.folder / "logs/train.log"
+
+    def _rewind(self) -> int:
+        """Step of the last checkpoint; what was logged after it is dropped."""
+        note = self.folder / "checkpoints/latest_checkpointed_iteration.txt"
+        done = int(note.read_text()) if note.is_file() else 0
+        rows = read_rows(self.folder / METRICS)
+        write_rows(self.folder / METRICS, {s: row for s, row in rows.items() if s <= done and (done or s < 0)})
+        kept = (t for t in read_trajectories(self.folder) if done and (t.step or 0) <= done)
+        RunFolder(self.folder).rewrite(TRAJECTORIES, kept)
+        return done
+
+    def _write_data(self) -> None:
+        from sqlbench.training.tasks import write_rows as write_tasks
+
+        source = Path(self.config.sqlbench.data).name
+        write_tasks(Path(self.config.data.train_files), source, self.tasks, validation=False)
+        write_tasks(Path(self.config.data.val_files), source, self.validation, validation=True)
+        (self.folder / "data/agent_loop.yaml").write_text(
+            "- name: sqlbench\n  _target_: sqlbench.training.agent_loop.SqlAgentLoop\n"
+        )
+        (self.folder / "data/router.yaml").write_text("router_class: sqlbench.training.local_server.Router\n")
+
+    def _prepare_attempt(self, done: int) -> Path:
+        """Write the configuration of this attempt: a resumed one has been validated at its first step already."""
+        from omegaconf import OmegaConf, open_dict
+
+        config = self.config.copy()
+        with open_dict(config):
+            if done:
+                config.trainer.val_before_train = False
+        path = self.folder / "data/verl.yaml"
+        OmegaConf.save(config, path)
+        return path
+
+    def _follow(self, config_file: Path, done: int) -> None:
+        """Run verl, showing its progress; returns when it ended well."""
+        self._log().parent.mkdir(exist_ok=True)
+        ray_folder = Path(tempfile.mkdtemp(prefix="sqlbench-"))
+        metrics_file = ray_folder / "metrics.jsonl"
+        environment = _environment(self.profile, ray_folder, metrics_file)
+        with self._log().open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sqlbench.training.worker", str(config_file), str(os.getpid()), str(ray_folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        bar = tqdm(total=self.total, initial=done, desc="starting verl", unit="step")
+        try:
+            position = 0
+            while True:
+                ended = process.poll() is not None
+                position = self._take(metrics_file, position, bar)
+                if ended:
+                    break
+                bar.refresh()
+                time.sleep(0.2)
+        finally:
+            _stop(process)
+            bar.close()
+            shutil.rmtree(ray_folder, ignore_errors=True)
+        if process.returncode != 0:
+            raise TrainingError(f"training stopped: {_reason(self._log(), process.returncode)} (see {self._log()})")
+
+    def _take(self, source: Path, position: int, bar: Any) -> int:
+        """Move new metric lines to the run folder and onto the screen."""
+        if not source.is_file():
+            return position
+        with source.open("rb") as file:
+            file.seek(position)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        with (self.folder / METRICS).open("ab") as file:
+            file.write(whole)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            bar.set_description("training")
+            bar.update(max(0, record["step"] - bar.n))
+            bar.write(describe(record["step"], record["data"]))
+        return position + len(whole)
+
+
+def describe(step: int, data: dict[str, float]) -> str:
+    """One step in one line."""
+    parts = [f"step {step:3d}"]
+    for name, label, scale in (("sqlbench/ex", "EX", 100), ("sqlbench/val_ex", "validation EX", 100)):
+        if name in data:
+            parts.append(f"{label} {scale * data[name]:.1f}%")
+    if "sqlbench/rows" in data:
+        parts.append(f"rows {data['sqlbench/rows']:.0f}")
+        parts.append(f"failed {data['sqlbench/failed_rollouts']:.0f}")
+        parts.append(f"no signal {100 * data['sqlbench/zero_variance_groups']:.0f}%")
+        parts.append(f"{data['sqlbench/seconds']:.1f} s (rollout {data['sqlbench/rollout_percent']:.0f}%")
+        parts[-1] += f", update {data['sqlbench/update_percent']:.0f}%)"
+    return "  ".join(parts)
+
+
+def _environment(profile: Profile, ray_folder: Path, metrics_file: Path) -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "VERL_FILE_LOGGER_PATH")}
+    if not environment.get("CUDA_VISIBLE_DEVICES", "unset"):
+        del environment["CUDA_VISIBLE_DEVICES"]  # Ray refuses an empty one
+    defaults = {
+        **profile.environment,
+        "HYDRA_FULL_ERROR": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    here = Path(__file__).resolve().parent
+    paths = [str(here.parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    if profile.device == "cpu":
+        paths.insert(0, str(here / "startup"))
+    return {
+        **defaults,
+        **environment,
+        "VERL_FILE_LOGGER_PATH": str(metrics_file),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the training processes, whatever state they are in."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _reason(log: Path, status: int) -> str:
+    """The error that ended a training, from the end of its log."""
+    if status == -signal.SIGKILL:
+        return "it was killed (signal 9); was the memory used up?"
+    lines = _tail(log.open("rb"))
+    errors = [line for line in lines if re.match(r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b: ?", line)]
+    text = errors[-1] if errors else (lines[-1] if lines else "no output")
+    return re.sub(r"^[\w.]*\.(?=\w+:)", "", text)[:500]
+
+
+def _tail(file: IO[bytes], size: int = 65536) -> list[str]:
+    with file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        text = file.read().decode(errors="replace")
+    return [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+
+
+def _digest(keys: Any) -> str:
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+
+
+def _model_digest(model: str) -> str | None:
+    """Hash of the weights a local policy starts from."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16] if files else None

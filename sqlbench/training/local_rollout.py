@@ -1,0 +1,80 @@
+"""`sqlbench.models.local` as a rollout engine of verl: the replica that verl starts, and the trainer's line to it.
+
+Guarantees: the weights that sample are those of the last `update_weights` (every answer carries the step they belong
+to), tokens and log-probabilities go to the trainer as they were sampled, and requests with a seed are reproducible.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutReplica
+
+from sqlbench.training.local_server import LocalServer, server_name
+
+
+class LocalReplica(RolloutReplica):
+    """Starts one `LocalServer` on this node, or takes the one that is starting already."""
+
+    async def launch_servers(self) -> None:  # noqa: D102
+        node = ray.get_runtime_context().get_node_id()
+        options = dict(self.config.engine_kwargs.get("local", {}))
+        server = (
+            ray.remote(LocalServer)
+            .options(
+                name=server_name(self.replica_rank),
+                get_if_exists=True,
+                num_cpus=0,
+                max_concurrency=self.max_concurrency,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False),
+            )
+            .remote(
+                omega_conf_to_dataclass(self.model_config).local_path,
+                response_length=self.config.response_length,
+                max_model_len=self.config.max_model_len or self.config.prompt_length + self.config.response_length,
+                max_batch=self.config.max_num_seqs,
+                dtype=self.config.dtype,
+                **options,
+            )
+        )
+        await server.checksum.remote()
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = f"local://{self.replica_rank}"
+
+
+class LocalAdapter(BaseRollout):
+    """The trainer worker's side: hands weights to the server of its rank through Ray's object store."""
+
+    def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
+        super().__init__(config, model_config, device_mesh)
+        self.rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
+
+    def _server(self) -> Any:
+        return ray.get_actor(server_name(self.rank))
+
+    async def resume(self, tags: list[str]) -> None:  # noqa: D102
+        await self._server().wake_up.remote(tags=tags)
+
+    async def release(self) -> None:  # noqa: D102
+        await self._server().sleep.remote()
+
+    @torch.no_grad()
+    async def update_weights(
+        self,
+        weights: Generator[tuple[str, torch.Tensor], None, None],
+        global_steps: int | None = None,
+        wire_format: str = "named_tensors",
+        **_: Any,
+    ) -> None:  # noqa: D102
+        if wire_format != "named_tensors":
+            raise ValueError(f"the local rollout engine takes named tensors, not {wire_format}")
+        named = [(name, tensor.detach().cpu()) for name, tensor in weights]
+        await self._server().update_weights.remote(named, global_steps)

@@ -1,0 +1,88 @@
+"""What a training run leaves in ``metrics.jsonl``, and how it is made from trajectories.
+
+A line of ``metrics.jsonl`` is ``{"step": n, "data": {name: value}}``, verl's own metrics together with ours
+(``sqlbench/...``, listed in `StepRecord.metrics`). Steps never repeat: what a killed attempt logged after its last
+checkpoint is replaced by what the resumed attempt logs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from sqlbench.agent.trajectory import Trajectory
+
+
+class TrajectoryReader:
+    """Follows a growing ``trajectories.jsonl``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = path.stat().st_size if path.is_file() else 0
+        self._steps: dict[tuple[int, bool], list[Trajectory]] = defaultdict(list)
+
+    def step(self, step: int, validation: bool) -> list[Trajectory]:
+        """All rollouts of one step on record so far; those of earlier steps are forgotten."""
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._offset += len(whole)
+            for line in whole.splitlines():
+                record = Trajectory.model_validate_json(line)
+                self._steps[record.step or 0, record.validation].append(record)
+        for old in [key for key in self._steps if key[0] < step]:
+            del self._steps[old]
+        return self._steps[step, validation]
+
+
+class StepRecord:
+    """The rollouts of one step, summed up."""
+
+    def __init__(self, records: list[Trajectory]) -> None:
+        self.rollouts = len(records)
+        self.failed = sum(r.failed for r in records)
+        self.error = next((r.error for r in records if r.failed), None)
+        self.scored = [r for r in records if r.reward is not None]
+        self.groups = {r.task_key for r in records}
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Rollouts, failed rollouts, and over the scored ones: EX (mean reward), transitions and turns a rollout,
+        prompt and response tokens a transition, share of responses cut at the limit, seconds a rollout.
+        """
+        transitions = [t.completion for r in self.scored for t in r.transitions]
+        values = {
+            "rollouts": self.rollouts,
+            "failed_rollouts": self.failed,
+            "ex": _mean([r.reward for r in self.scored]),
+            "all_transitions": _mean([len(r.transitions) for r in self.scored]),
+            "turns": _mean([r.turns for r in self.scored]),
+            "prompt_tokens": _mean([t.prompt_tokens for t in transitions]),
+            "response_tokens": _mean([t.response_tokens for t in transitions]),
+            "truncated_share": _mean([t.finish_reason == "length" for t in transitions]),
+            "rollout_seconds": _mean([r.seconds for r in self.scored]),
+        }
+        return {prefix + name: value for name, value in values.items() if value is not None}
+
+
+def _mean(values: list[Any]) -> float | None:
+    return float(sum(values) / len(values)) if values else None
+
+
+def read_rows(path: Path) -> dict[int, dict[str, float]]:
+    """Metrics by step; of a step that was logged twice the later values win, and a torn last line is dropped."""
+    rows: dict[int, dict[str, float]] = {}
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        record = json.loads(line)
+        rows.setdefault(record["step"], {}).update(record["data"])
+    return rows
+
+
+def write_rows(path: Path, rows: dict[int, dict[str, float]]) -> None:
+    """Replace a metrics file in one move."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps({"step": s, "data": rows[s]}) + "\n" for s in sorted(rows)))
+    temporary.replace(path)

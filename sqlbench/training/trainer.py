@@ -1,0 +1,174 @@
+"""verl's synchronous trainer with rollouts of several transitions, failed rollouts and no-signal groups handled.
+
+Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync``:
+
+- A batch of tasks makes as many optimizer steps as ``train_batch_size / ppo_mini_batch_size`` says, however many
+  transitions its rollouts have. (verl counts rows, so a second transition would mean a second step.)
+- Rows of groups that cannot teach anything are left out of the update: a group whose rollouts all have the same reward
+  (their advantage is 0) and a group with one rollout left (its advantage would be its reward). Both are counted.
+- Failed rollouts are counted, and above a stated share the run stops, before it trains on the rest.
+- Every step logs what ``trajectories.jsonl`` says about its rollouts.
+- Rollout and trainer probabilities are compared by verl's own check at the first step and at every validation.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+
+from sqlbench.errors import TrainingError
+from sqlbench.training.agent_loop import trained_transitions
+from sqlbench.training.loss import rollout_weights
+from sqlbench.training.metrics import StepRecord, TrajectoryReader
+
+POLL_SECONDS = 0.02
+
+
+@contextmanager
+def changed(section: Any, **values: Any) -> Iterator[None]:
+    """Set keys of a config section for the time of a block."""
+    before = {key: section[key] for key in values}
+    section.update(values)
+    try:
+        yield
+    finally:
+        section.update(before)
+
+
+@register_trainer("sqlbench")
+class SqlTrainer(PPOTrainerSync):
+    """See the module."""
+
+    def __init__(self, config: Any) -> None:
+        config.trainer.v1.trainer_mode = "sync"  # verl asks for this name where it decides about buffering
+        super().__init__(config)
+        self.replay_buffer.poll_interval = POLL_SECONDS
+        self.settings = config.sqlbench
+        self.reader = TrajectoryReader(Path(self.settings.run_folder) / "trajectories.jsonl")
+        self.checked_step: int | None = None
+
+    # -- counting and stopping
+
+    def _record(self, validation: bool) -> StepRecord:
+        """What is on record about the rollouts of this step; stops the run where too many failed."""
+        record = StepRecord(self.reader.step(self.global_steps, validation))
+        if record.failed > self.settings.max_failed_share * max(1, record.rollouts):
+            raise TrainingError(
+                f"{record.failed} of {record.rollouts} rollouts of step {self.global_steps} failed, more than the share "
+                f"of {self.settings.max_failed_share} allowed by sqlbench.max_failed_share; first error: {record.error}"
+            )
+        return record
+
+    def _validate(self) -> dict[str, float]:
+        try:
+            metrics = super()._validate()
+        except Exception:
+            self._record(validation=True)
+            raise
+        return metrics | self._record(validation=True).metrics("sqlbench/val_")
+
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> Any:
+        try:
+            return super()._step_once(metrics, timing_raw, sample_batch_size)
+        except RuntimeError:
+            self._record(validation=False)
+            raise
+
+    def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
+        record = StepRecord(self.reader.step(global_steps, False))
+        metrics.update(record.metrics("sqlbench/"))
+        trained = [len(trained_transitions(t, self.settings.trained_agents)) for t in record.scored]
+        metrics["sqlbench/rows"] = sum(trained)
+        metrics["sqlbench/transitions"] = sum(trained) / max(1, len(trained))
+        metrics["sqlbench/rows_padding"] = sum(bool(tag.get("is_padding")) for tag in batch.tags)
+        metrics["sqlbench/rows_updated"] = len(batch.tags) - metrics["sqlbench/rows_padding"]
+        step, gen, update = (timing_raw.get(name, 0.0) for name in ("step", "gen", "update_actor"))
+        metrics["sqlbench/seconds"] = step
+        metrics["sqlbench/rollout_percent"] = 100 * gen / step
+        metrics["sqlbench/update_percent"] = 100 * update / step
+        metrics["sqlbench/other_percent"] = 100 * (step - gen - update) / step
+
+    # -- rows
+
+    def _balance_batch(self, batch: Any, metrics: dict, **options: Any) -> Any:
+        record = self._record(validation=False)
+        rewards: dict[str, set[float]] = defaultdict(set)
+        sessions: dict[str, set[str]] = defaultdict(set)
+        scores = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        for key, score in zip(batch.keys, scores["rm_scores"].unbind(), strict=True):
+            uid, session, _ = key.rsplit("_", 2)
+            rewards[uid].add(float(score.sum()))
+            sessions[uid].add(session)
+        useless = {uid for uid in sessions if len(rewards[uid]) == 1 or len(sessions[uid]) == 1}
+        metrics["sqlbench/groups"] = len(record.groups)
+        metrics["sqlbench/zero_variance_groups"] = 1 - (len(sessions) - len(useless)) / max(1, len(record.groups))
+        keep = [i for i, key in enumerate(batch.keys) if key.rsplit("_", 2)[0] not in useless]
+        if self.settings.drop_useless_groups and keep and len(keep) < len(batch.keys):
+            kept = set(keep)
+            tq.kv_clear(
+                keys=[key for i, key in enumerate(batch.keys) if i not in kept], partition_id=batch.partition_id
+            )
+            batch = KVBatchMeta(
+                partition_id=batch.partition_id,
+                keys=[batch.keys[i] for i in keep],
+                tags=[batch.tags[i] for i in keep],
+                extra_info=batch.extra_info,
+            )
+        return super()._balance_batch(batch, metrics=metrics, **options)
+
+    def _optimizer_steps(self) -> int:
+        return max(1, self.config.data.train_batch_size // self.config.actor_rollout_ref.actor.ppo_mini_batch_size)
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        return dp_size * self._optimizer_steps()
+
+    def _update_actor(self, batch: Any, metrics: dict) -> Any:
+        section = self.config.actor_rollout_ref
+        rows = len(batch.keys) // self._optimizer_steps()
+        with changed(section.actor, ppo_mini_batch_size=rows), changed(section.rollout, n=1):
+            batch = super()._update_actor(batch, metrics)
+        metrics["actor/entropy"] = metrics.pop("actor/entropy_loss")
+        return batch
+
+    # -- loss and checks
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
+        frequency = self.config.trainer.test_freq
+        check = self.checked_step is None or (frequency > 0 and self.global_steps % frequency == 0)
+        correction = self.config.algorithm.rollout_correction
+        if not check or not correction.bypass_mode:
+            return super()._compute_old_log_prob(batch, metrics)
+        self.checked_step = self.global_steps
+        with changed(correction, bypass_mode=False):
+            return super()._compute_old_log_prob(batch, metrics)
+
+    def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
+        batch = super()._compute_advantage(batch, metrics)
+        if self.config.actor_rollout_ref.actor.policy_loss.loss_mode == "per_rollout_mean":
+            lengths = [tag["response_len"] for tag in batch.tags]
+            real = [not tag.get("is_padding", False) for tag in batch.tags]
+            sessions = [key.rsplit("_", 1)[0] for key in batch.keys]
+            weights = iter(
+                rollout_weights(
+                    [s for s, r in zip(sessions, real, strict=True) if r],
+                    [n for n, r in zip(lengths, real, strict=True) if r],
+                )
+            )
+            rows = [torch.full((n,), next(weights) if r else 0.0) for n, r in zip(lengths, real, strict=True)]
+            field = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+            batch = tq.kv_batch_put(
+                keys=batch.keys,
+                partition_id=batch.partition_id,
+                fields=TensorDict({"rollout_is_weights": field}, batch_size=len(rows)),
+            )
+        return batch

@@ -1,0 +1,46 @@
+"""Fixtures that every test may use: the folder of real data, a small pocket data set, a quiet environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Set before any library is imported: one thread a process, no network, no key that the tests did not set themselves.
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", TQDM_MININTERVAL="5")
+for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "CUDA_VISIBLE_DEVICES"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Root of the repository."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real data sets beside the repository; a test that needs it is skipped where it is absent."""
+    folder = REPO.parent / "shared" / "data"
+    if not (folder / "INDEX.md").is_file():
+        pytest.skip(f"no real data: {folder} is absent (see data/README.md)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spider(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real Spider release, imported and audited once a session."""
+    from sqlbench.data.spider import import_spider
+
+    out = tmp_path_factory.mktemp("spider") / "spider"
+    import_spider(shared / "spider_data.zip", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shared_root(shared: Path) -> Path:
+    """The folder above `shared`."""
+    return shared.parent

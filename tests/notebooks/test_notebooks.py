@@ -1,0 +1,91 @@
+"""The five notebooks run headless, in order, on the smallest sizes, and leave what they promise.
+
+Run alone: ``pytest tests/notebooks`` (about two and a half minutes; verl is started twice).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from sqlbench.notebooks import ORDER, NotebookRun, read_parameters, run_notebooks
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PATHS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+MACHINE_WORDS = ("/work/", "/root/", "/home/", "/tmp/")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> NotebookRun:
+    root = tmp_path_factory.mktemp("notebooks")
+    return run_notebooks(
+        "smoke", "run", folder=NOTEBOOKS, results=root / "results", parameters=[f"data={root / 'pocket'}"]
+    )
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_a_notebook_is_thin_and_has_plain_parameters(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    assert {"profile", "run", "results"} <= set(read_parameters(path))
+    code = [c.source for c in notebook.cells if c.cell_type == "code"]
+    assert not any(
+        line.lstrip().startswith(("def ", "class ", "!", "%")) for source in code for line in source.splitlines()
+    )
+    assert max(source.count("\n") for source in code) < 25
+    assert len(notebook.cells) - len(code) >= len(code) / 2, "prose before code"
+    assert notebook.cells[0].source.startswith("# 0")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_what_is_kept_of_a_notebook_names_no_machine(path: Path) -> None:
+    text = path.read_text()
+    assert not [word for word in MACHINE_WORDS if word in text]
+
+
+def test_the_runner_knows_every_notebook() -> None:
+    assert [p.stem for p in PATHS] == list(ORDER)
+
+
+@pytest.mark.notebooks
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+class TestSmoke:
+    def test_all_notebooks_run(self, smoke: NotebookRun) -> None:
+        assert [e.name for e in smoke.executed] == list(ORDER)
+        assert not any(e.skipped for e in smoke.executed)
+
+    def test_outputs_hold_no_warnings_logs_or_bars(self, smoke: NotebookRun) -> None:
+        for executed in smoke.executed:
+            for number, cell in enumerate(nbformat.read(executed.path, as_version=4).cells):
+                for output in cell.get("outputs", []):
+                    where = f"{executed.name}, cell {number}: {output}"
+                    assert output.output_type != "error", where
+                    assert output.get("name") != "stderr", where
+                    assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), where
+                    assert "Warning" not in str(output.get("text", "")), where
+
+    def test_tables_are_left_as_csv_and_markdown(self, smoke: NotebookRun) -> None:
+        tables = smoke.folder / "tables"
+        for name in ("audit", "baseline", "before_after", "curves", "accuracy", "efficiency"):
+            assert len(pd.read_csv(tables / f"{name}.csv")) >= 1, name
+            assert (tables / f"{name}.md").read_text().startswith("| "), name
+        assert len(pd.read_csv(tables / "accuracy.csv")) == 2
+
+    def test_figures_are_left_as_png_and_svg(self, smoke: NotebookRun) -> None:
+        for name in ("training", "reward_curves", "time_split", "before_after", "ablation"):
+            assert (smoke.folder / "figures" / f"{name}.png").stat().st_size > 5_000, name
+            assert (smoke.folder / "figures" / f"{name}.svg").stat().st_size > 5_000, name
+
+    def test_the_closing_message_has_the_headline(self, smoke: NotebookRun) -> None:
+        text = smoke.text()
+        assert "before training" in text and "95% CI" in text
+        assert str(smoke.folder / "tables") in text
+
+    def test_a_second_run_skips_everything(self, smoke: NotebookRun) -> None:
+        results = smoke.folder.parents[2]
+        data = f"data={results.parent / 'pocket'}"
+        again = run_notebooks("smoke", "run", folder=NOTEBOOKS, results=results, parameters=[data])
+        assert all(e.skipped for e in again.executed)

@@ -1,0 +1,231 @@
+"""Cells are resumed by what lies in their folders, and the tables say what those folders hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sqlbench.ablation import Bench, ablate, before_name, run_cell
+from sqlbench.agent.trajectory import Completion, Trajectory, Transition
+from sqlbench.config import EvalConfig
+from sqlbench.errors import DataError, RunError
+from sqlbench.grid import AGENTS, AGENTS_CHECK, GRIDS, Cell, Grid
+from sqlbench.runs import TRAJECTORIES, RunFolder
+from sqlbench.tables import (
+    accuracy_rows,
+    accuracy_table,
+    difference,
+    discuss,
+    efficiency_table,
+    headline,
+    load_results,
+    markdown,
+    measure,
+    model_size,
+    training_runs,
+    write_tables,
+)
+from sqlbench.training.metrics import write_rows
+
+SEED_ACCURACY = (
+    "Model, Size, Context, Max Turns, Agents, Acc (Initial), Acc (Final), Transitions, Prompt Length, Response Length"
+)
+SEED_EFFICIENCY = (
+    "Model, Size, Context, Max Turns, Agents, # GPUs, # Steps, Time (h), Time/Step (s), Rollout Time (%), "
+    "Update Actor Time (%)"
+)
+
+
+def rollouts(outcomes: str, agents: str = "write", tokens: int = 30) -> list[Trajectory]:
+    """One rollout an outcome; every rollout has one transition of each of the comma-separated agents."""
+    completion = Completion(text="SELECT 1", prompt_tokens=100, response_tokens=tokens)
+    calls = [Transition(agent=a, turn=1, messages=[], completion=completion) for a in agents.split(",")]
+    rewards = {"1": 1.0, "0": 0.0, "x": None}
+    return [
+        Trajectory(
+            task_key=f"{number:04d}", task_id=str(number), db_id="d", question="q", gold="SELECT 1",
+            transitions=calls, reward=rewards[mark], error="model: gone" if mark == "x" else None,
+        )
+        for number, mark in enumerate(outcomes)
+    ]  # fmt: skip
+
+
+def evaluation(place: Path, cell: Cell, records: list[Trajectory], limit: int | None = None) -> None:
+    config = EvalConfig(
+        data="d", split="headline", limit=limit, model="m", rollout=cell.rollout, prompts={}, family="nano"
+    )
+    with RunFolder(place).open(config) as folder:
+        for record in records:
+            folder.append(TRAJECTORIES, record)
+        folder.finish({})
+
+
+def finished(bench: Bench, cell: Cell, before: str, after: str, **calls: str) -> None:
+    """The folders that a cell's evaluations and training leave."""
+    if not (bench.folder / "cells" / before_name(cell)).exists():
+        evaluation(bench.folder / "cells" / before_name(cell), cell, rollouts(before, **calls))
+    evaluation(bench.cell(cell) / "after", cell, rollouts(after, tokens=20, **calls))
+    trainer = {"device": "cpu", "n_gpus_per_node": 1, "nnodes": 1}
+    with RunFolder(bench.cell(cell) / "train").open({"config": {"trainer": trainer}}) as folder:
+        step = {"timing_s/step": 4.0, "timing_s/gen": 2.0, "timing_s/update_actor": 1.0, "sqlbench/ex": 0.5}
+        rows = {n: dict(step) for n in range(1, cell.steps + 1)} | {0: {"sqlbench/val_ex": 0.4}}
+        rows[cell.steps]["timing_s/testing"] = 12.0
+        write_rows(folder.root / "metrics.jsonl", rows)
+        folder.finish({"steps": cell.steps})
+    run_cell(cell, bench, Grid((cell,)))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(results=str(tmp_path))
+
+
+def test_names_are_unique_and_say_what_differs() -> None:
+    for grid in GRIDS.values():
+        names = [cell.name for cell in grid.cells]
+        assert len(set(names)) == len(names)
+    assert Cell().name == "t3_c2048_write-rewrite"
+    assert Cell(agents=AGENTS_CHECK, context=128, steps=9, seed=2).name == "t3_c128_write-rewrite-check_9steps_seed2"
+
+
+def test_the_full_grid_is_the_factorial_with_seeds_and_control() -> None:
+    cells = GRIDS["full"].cells
+    plain = {(c.turns, c.context, c.agents) for c in cells if c.seed == 1 and not c.random_reward}
+    assert {turns for turns, _, _ in plain} == {1, 3}
+    assert len({context for _, context, _ in plain}) == 2
+    assert {agents for _, _, agents in plain} == {AGENTS, AGENTS_CHECK}
+    assert len(plain) == 8
+    assert sorted(c.seed for c in cells if c.title == Cell().title) == [1, 2, 3]
+    assert sum(c.random_reward for c in cells) == 1
+
+
+def test_measure_counts_trained_transitions_of_scored_rollouts_only() -> None:
+    records = rollouts("110x", agents="write,check,rewrite")
+    with_check, without = measure(records, AGENTS_CHECK), measure(records, AGENTS)
+    assert (with_check.transitions, without.transitions) == (3.0, 2.0)
+    assert (without.n, without.hits, without.outcomes) == (3, 2, "110x")
+    assert measure(records, "write").transitions == 2.0, "write finds rewrite, as in the seed experiment"
+
+
+def test_measure_does_not_depend_on_the_order_of_rollouts() -> None:
+    records = rollouts("1100x1")
+    assert measure(records[::-1], AGENTS) == measure(records, AGENTS)
+
+
+def test_tables_have_the_columns_of_the_seed_experiment(bench: Bench) -> None:
+    finished(bench, Cell(), "0" * 60 + "1" * 40, "0" * 45 + "1" * 55, agents="write,check")
+    accuracy, efficiency = write_tables(bench.folder)
+    assert [c for c in accuracy.columns if c in SEED_ACCURACY.split(", ")] == SEED_ACCURACY.split(", ")
+    assert list(efficiency.columns) == SEED_EFFICIENCY.split(", ")
+    row = accuracy.iloc[0]
+    assert (row["Acc (Initial)"], row["Acc (Final)"], row["Context"], row["Max Turns"]) == (40.0, 55.0, 2048, 3)
+    assert (row["Transitions"], row["Response Length"]) == ("1.00 → 1.00", "30.0 → 20.0")
+    assert row["95% CI (Initial)"] == "30.9 to 49.8"
+    time = efficiency.iloc[0]
+    assert (time["# GPUs"], time["# Steps"], time["Time/Step (s)"]) == (0, 60, 4.0)
+    assert (time["Rollout Time (%)"], time["Update Actor Time (%)"]) == (50.0, 25.0)
+    assert time["Time (h)"] == pytest.approx((60 * 4 + 12) / 3600, abs=1e-3)
+
+
+def test_tables_are_written_as_csv_and_markdown(bench: Bench) -> None:
+    finished(bench, Cell(), "0011", "0111")
+    accuracy, _ = write_tables(bench.folder)
+    again = pd.read_csv(bench.folder / "tables" / "accuracy.csv")
+    assert again["Agents"].tolist() == accuracy["Agents"].tolist() == [AGENTS]
+    lines = (bench.folder / "tables" / "accuracy.md").read_text().splitlines()
+    assert lines[0].startswith("| Model | Size | Context |")
+    assert {line.count("|") for line in lines} == {len(accuracy.columns) + 1}, "bars inside cells are escaped"
+    assert markdown(accuracy).splitlines() == lines
+
+
+def test_a_finished_cell_is_not_run_again(bench: Bench) -> None:
+    finished(bench, GRIDS["smoke"].cells[0], "01", "11")
+    finished(bench, GRIDS["smoke"].cells[1], "01", "11")
+    state = ablate(grid="smoke", run=bench.run, data="no/such/data", results=bench.results)
+    assert state["state"].tolist() == ["finished", "finished"]
+
+
+def test_a_dry_run_says_how_far_each_cell_is_and_runs_nothing(bench: Bench) -> None:
+    first, second = GRIDS["smoke"].cells
+    finished(bench, first, "01", "11")
+    write_rows_of = bench.cell(second) / "train"
+    write_rows_of.mkdir(parents=True)
+    write_rows(write_rows_of / "metrics.jsonl", {1: {"sqlbench/ex": 0.5}})
+    state = ablate(grid="smoke", run=bench.run, results=bench.results, dry_run=True)
+    assert state["state"].tolist() == ["finished", "trained to step 1 of 1"]
+    assert not (bench.folder / "tables").exists()
+
+
+def test_an_evaluation_of_something_else_is_refused(bench: Bench) -> None:
+    cell = Cell()
+    evaluation(bench.folder / "cells" / before_name(cell), cell, rollouts("01"), limit=2)
+    with pytest.raises(RunError, match=r"another evaluation .*limit was 2"):
+        run_cell(cell, bench, Grid((cell,)))
+
+
+def test_unknown_grid_cell_and_profile_are_refused(bench: Bench) -> None:
+    with pytest.raises(RunError, match="unknown grid 'huge'; choose one of smoke, short, full, seed"):
+        ablate(grid="huge", results=bench.results)
+    with pytest.raises(RunError, match="no cell 't9'; it has: t3_c2048"):
+        ablate(grid="smoke", only="t9", results=bench.results)
+    with pytest.raises(RunError, match="no profile 'tpu'"):
+        ablate("tpu", results=bench.results)
+    with pytest.raises(DataError, match="no trained cell"):
+        load_results(bench.folder)
+
+
+def test_difference_is_paired_and_leaves_failed_tasks_out() -> None:
+    first, second = (measure(rollouts(marks), AGENTS) for marks in ("0000011x1", "1111111110"[:9]))
+    change = difference(first, second)
+    assert (change.gained, change.lost, change.points) == (5, 0, 62.5)
+    assert change.p == pytest.approx(2 * 0.5**5)
+    with pytest.raises(DataError, match="9 and 1 tasks"):
+        difference(first, measure(rollouts("1"), AGENTS))
+
+
+def test_the_discussion_claims_only_what_the_numbers_carry(bench: Bench) -> None:
+    low, high = "0" * 200 + "1" * 100, "0" * 100 + "1" * 200
+    finished(bench, Cell(), low, high)
+    finished(bench, Cell(seed=2), low, high[1:] + "1")
+    finished(bench, Cell(turns=1), low, high)
+    finished(bench, Cell(random_reward=True), low, low)
+    text = discuss(load_results(bench.folder))
+    assert "over 2 seeds: mean +33.5 points, from +33.3 to +33.7" in text
+    assert "does not rise" in text
+    assert "1 → 3 turns" in text and "within chance" in text
+    assert "`t3_c2048_write-rewrite_random-reward`: 33.3% → 33.3%" in text
+    assert text.count("not distinguishable from no change") == 1
+
+
+def test_seeds_of_one_configuration_are_drawn_as_one(bench: Bench) -> None:
+    for seed in (1, 2):
+        finished(bench, Cell(seed=seed), "01", "11")
+    finished(bench, Cell(random_reward=True), "01", "01")
+    runs = training_runs(bench.folder)
+    assert [len(folders) for folders in runs.values()] == [2, 1]
+    assert len(accuracy_rows(load_results(bench.folder))) == 3
+    models = accuracy_table(load_results(bench.folder))["Model"].tolist()
+    assert models == ["nano", "nano (seed 2)", "nano (random reward)"]
+    assert efficiency_table(load_results(bench.folder)).shape == (3, 11)
+
+
+def test_the_headline_is_the_longest_trained_main_cell(bench: Bench) -> None:
+    finished(bench, Cell(steps=15), "0011", "0011")
+    finished(bench, Cell(), "0011", "0111")
+    finished(bench, Cell(turns=1), "0011", "0000")
+    finished(bench, Cell(random_reward=True), "0011", "0000")
+    text = headline(load_results(bench.folder))
+    assert text.startswith("accuracy on 4 headline tasks: 50.0% (95% CI 15.0 to 85.0) before training, 75.0% (95% CI")
+    assert "after 60 steps" in text
+
+
+def test_sizes_are_counted_from_weights_or_read_off_the_name(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1000, 500), "b": torch.zeros(70_000)}, tmp_path / "model.safetensors")
+    assert model_size(str(tmp_path)) == "0.57M"
+    assert model_size("Qwen/Qwen2.5-Coder-1.5B-Instruct") == "1.5B"
+    assert model_size("meta-llama/Llama-3.2-3B-Instruct") == "3B"

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sqlbench.data.audit import audit_dataset, read_audit
+from sqlbench.data.tasks import DataSet, Task, write_split
+from sqlbench.database.engine import cached_database
+from sqlbench.errors import DataError
+from sqlbench.reward import score
+
+SCRIPTS = {
+    "shop": "CREATE TABLE item (id INTEGER, name TEXT); INSERT INTO item VALUES (1, 'nut'), (2, 'bolt');"
+    "CREATE TABLE sold (item_id INTEGER); CREATE VIEW recent AS SELECT * FROM sold;",
+    "bare": "CREATE TABLE a (x INTEGER); CREATE TABLE b (y TEXT);",
+}
+GOLD = {
+    # name: (database, gold, excluded, returns_rows, needs_order)
+    "plain": ("shop", "SELECT name FROM item", "", True, False),
+    "order": ("shop", "SELECT name FROM item ORDER  BY id DESC", "", True, True),
+    "no_rows": ("shop", "SELECT name FROM item WHERE id = 7", "", False, False),
+    "empty_table": ("shop", "SELECT count(*) FROM sold", "", True, False),
+    "empty_view": ("shop", "SELECT count(*) FROM recent", "", True, False),
+    "broken": ("shop", "SELECT colour FROM item", "gold_error", False, False),
+    "restless": ("shop", "SELECT random()", "self_check", True, False),
+    "bare": ("bare", "SELECT x FROM a", "database_without_rows", False, False),
+    "bare_count": ("bare", "SELECT count(*) FROM a", "database_without_rows", True, False),
+    "gone": ("gone", "SELECT 1", "missing_database", False, False),
+}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    for name, script in SCRIPTS.items():
+        path = tmp_path / "database" / name / f"{name}.sqlite"
+        path.parent.mkdir(parents=True)
+        connection = sqlite3.connect(path)
+        connection.executescript(script)
+        connection.close()
+    tasks = [
+        Task(task_id=name, db_id=db_id, question=f"{name}?", gold=gold, split="dev")
+        for name, (db_id, gold, *_) in GOLD.items()
+    ]
+    write_split(tmp_path, "dev", tasks)
+    write_split(tmp_path, "part", [t.model_copy(update={"split": "part"}) for t in tasks[5:]])
+    (tmp_path / "dataset.json").write_text("{}")
+    return tmp_path
+
+
+def test_every_kind_of_hole_is_found_and_no_task_is_dropped(root):
+    audit_dataset(root)
+    tasks = {t.task_id: t for t in DataSet(root).load("dev")}
+    assert list(tasks) == list(GOLD)
+    for name, (_, _, excluded, returns_rows, needs_order) in GOLD.items():
+        task = tasks[name]
+        assert (task.excluded, task.returns_rows, task.needs_order) == (excluded, returns_rows, needs_order), name
+        assert task.scorable == (not excluded)
+        assert task.hardness in {"easy", "medium", "hard", "extra"}
+
+
+def test_the_counts_add_up_and_name_every_excluded_task(root):
+    audit = audit_dataset(root)
+    for split in audit.splits.values():
+        assert split.tasks == split.scorable + sum(split.excluded.values())
+        assert sum(split.hardness.values()) == split.scorable
+    dev = audit.splits["dev"]
+    assert (dev.tasks, dev.scorable, dev.with_rows) == (10, 5, 7)
+    assert (dev.zero_rows, dev.zero_rows_scorable, dev.reads_empty_table) == (2, 1, 4)
+    assert {f.task_id for f in audit.excluded if f.split == "dev"} == {n for n, g in GOLD.items() if g[2]}
+    assert "colour" in next(f.detail for f in audit.excluded if f.task_id == "broken")
+    assert audit.missing_databases == {"gone": 1}  # once, though two splits hold the task
+    assert audit.databases_without_rows == {"bare": 2}
+    assert audit.tables_without_rows == {"shop": ["sold"]}
+
+
+def test_the_audit_is_read_back_and_repeats_to_the_byte(root):
+    first = audit_dataset(root)
+    before = {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()}
+    assert read_audit(root) == first == audit_dataset(root)
+    assert {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()} == before
+    assert list(pd.read_parquet(root / "audit.parquet")["task_id"]) == [*GOLD, *list(GOLD)[5:]]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_gold_as_prediction_scores_on_every_task_that_can_be_scored(root, strict):
+    audit_dataset(root)
+    data = DataSet(root)
+    for task in data.load("dev"):
+        if task.scorable:
+            database = cached_database(data.database(task.db_id))
+            assert score(task.gold, task.gold, database, strict=strict).match == 1, task.task_id
+
+
+def test_a_constant_query_earns_the_zero_row_tasks_in_reference_mode_and_nothing_in_strict_mode(root):
+    floor = audit_dataset(root).splits["dev"].constant_floor
+    assert floor["reference"] == pytest.approx(1 / 5)
+    assert floor["strict"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_gold_as_prediction_scores_on_all_of_the_real_dev_split(spider, strict):
+    data = DataSet(spider)
+    tasks = [t for t in data.load("dev") if t.scorable]
+    wrong = [
+        t.task_id
+        for t in tasks
+        if score(t.gold, t.gold, cached_database(data.database(t.db_id)), strict=strict).match != 1
+    ]
+    assert len(tasks) == 972 and wrong == []
+
+
+def test_without_an_audit_the_command_that_makes_one_is_named(tmp_path):
+    with pytest.raises(DataError, match="sqlbench data audit"):
+        read_audit(tmp_path)

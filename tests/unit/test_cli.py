@@ -1,0 +1,148 @@
+"""The command line starts fast and ends every failure in one line and a non-zero status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sqlbench.cli import main
+from sqlbench.data.tasks import Task, write_split
+from sqlbench.runs import RunFolder
+
+COMMAND = [sys.executable, "-c", "from sqlbench.cli import main; main()"]
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch) -> Path:
+    """A data set of ten tasks in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "database" / "a").mkdir(parents=True)
+    with sqlite3.connect(tmp_path / "data" / "database" / "a" / "a.sqlite") as connection:
+        connection.execute("CREATE TABLE t (x INTEGER)")
+    tasks = [
+        Task(task_id=str(i), db_id="a", question=f"how many {i}?", gold="SELECT count(*) FROM t", split="dev")
+        for i in range(10)
+    ]
+    write_split(tmp_path / "data", "dev", tasks)
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"headline": "dev"}))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def silent_port() -> int:
+    """A port that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as server:
+        yield server.getsockname()[1]
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Run a command that must fail, and return its only line on standard error."""
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith(("error", "internal", "Traceback"))]
+    assert end.value.code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def evaluate(*options: str) -> list[str]:
+    return ["eval", "--data", "data", "--split", "dev", "--run", "r", *options]
+
+
+def test_help_and_version_of_the_package_load_nothing_heavy():
+    code = (
+        "import sys\nfrom sqlbench.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'pandas', 'langgraph', 'openai', 'verl', 'transformers', 'rich'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    for command in ("data", "nano", "eval", "train", "score", "ablate", "notebooks", "graph", "checks"):
+        assert f"  {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere"], "no data set in nowhere"),
+        (["--split", "tets"], "no split 'tets'"),
+        (["--model", "no/such/model"], "no checkpoint folder"),
+        (["--results", "data/dataset.json"], "cannot write the run folder"),
+        (["--run", "../../r"], "no name for a run"),
+        (["--prompts", "gpt"], "unknown prompt family"),
+    ],
+)
+def test_wrong_inputs_end_in_one_line(data, capsys, monkeypatch, options, message):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    given = evaluate(*options) if "--model" in options else evaluate("--model", "openai:m", *options)
+    assert message in fails(capsys, *given)
+
+
+def test_a_refusing_endpoint_stops_the_evaluation(data, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert "cannot reach model 'm' at http://127.0.0.1:9/v1" in fails(capsys, *evaluate("--model", "openai:m"))
+
+
+def test_a_hanging_endpoint_stops_the_evaluation(data, capsys, monkeypatch, silent_port):
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{silent_port}/v1")
+    assert "did not answer within 0.5 s" in fails(capsys, *evaluate("--model", "openai:m", "--timeout", "0.5"))
+
+
+def test_a_finished_run_is_refused(data, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with RunFolder("results/laptop/r").open({}) as run:
+        run.finish({})
+    assert "is finished" in fails(capsys, *evaluate("--model", "openai:m"))
+
+
+def test_a_zip_that_is_no_spider_release_is_refused(data, capsys):
+    Path("x.zip").write_bytes(b"no zip")
+    assert "x.zip" in fails(capsys, "data", "spider", "--from", "x.zip", "--out", "out")
+    assert "missing.zip" in fails(capsys, "data", "spider", "--from", "missing.zip", "--out", "out")
+    assert "either --from" in fails(capsys, "data", "spider")
+
+
+def test_an_interruption_says_how_to_go_on(data, silent_port):
+    environment = os.environ | {
+        "OPENAI_BASE_URL": f"http://127.0.0.1:{silent_port}/v1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    process = subprocess.Popen(
+        [*COMMAND, *evaluate("--model", "openai:m")], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.time() + 30
+    while not Path("results/laptop/r/config.json").is_file() and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "the same command goes on" in errors.splitlines()[-1]
+
+
+def test_a_defect_leaves_its_traceback_in_a_file(capsys, monkeypatch):
+    def boom() -> str:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("sqlbench.agent.graph.draw", boom)
+    with pytest.raises(SystemExit) as end:
+        main(["graph"])
+    line = capsys.readouterr().err.strip()
+    assert end.value.code == 70 and "\n" not in line
+    path = Path(line.split("traceback in ")[1].split(";")[0])
+    assert "ZeroDivisionError" in path.read_text()
+    path.unlink()
+
+
+def test_the_graph_is_printed_as_mermaid_text(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["graph"])
+    assert end.value.code == 0 and "write_query" in capsys.readouterr().out

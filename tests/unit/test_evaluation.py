@@ -1,0 +1,177 @@
+"""An evaluation counts every task once, can be interrupted at any point, and stops early where nothing can work."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from sqlbench.agent.trajectory import Completion
+from sqlbench.data.tasks import Task, write_split
+from sqlbench.errors import DataError, ModelError, RunError
+from sqlbench.evaluation import evaluate
+from sqlbench.runs import RunFolder
+
+COUNT = "SELECT count(*) FROM t"
+
+
+class Oracle:
+    """Answers each question with the query it names; the checks always agree. `broken` questions raise."""
+
+    family = "nano"
+
+    def __init__(self, broken: set[str] = frozenset(), stop_after: int | None = None, name: str = "oracle") -> None:
+        self.broken, self.stop_after, self.name = set(broken), stop_after, name
+        self.calls: list[str] = []
+
+    async def complete(self, messages) -> Completion:
+        await asyncio.sleep(0)
+        if messages[0].content.startswith("check"):
+            return Completion(text="THE QUERY IS CORRECT", prompt_tokens=30, response_tokens=4)
+        question = messages[1].content.split("\n")[0]
+        self.calls.append(question)
+        if self.stop_after is not None and len(self.calls) > self.stop_after:
+            raise KeyboardInterrupt
+        if question in self.broken:
+            raise ModelError(f"no answer to {question}")
+        return Completion(text=question.split(": ")[1], prompt_tokens=20, response_tokens=10)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """20 scorable tasks on two databases, every second answered wrong by the oracle, and one that is excluded."""
+    root = tmp_path / "data"
+    for db in ("a", "b"):
+        (root / "database" / db).mkdir(parents=True)
+        with sqlite3.connect(root / "database" / db / f"{db}.sqlite") as connection:
+            connection.execute("CREATE TABLE t (x INTEGER)")
+            connection.executemany("INSERT INTO t VALUES (?)", [(i,) for i in range(5)])
+    tasks = [
+        Task(
+            task_id=str(i),
+            db_id="ab"[i % 4 // 2],
+            question=f"{i}: {COUNT if i % 2 else 'SELECT 0'}",
+            gold=COUNT,
+            split="dev",
+            hardness="easy" if i < 10 else "extra",
+            phrasing="A" if i < 5 else "B",
+            scorable=i < 20,
+        )
+        for i in range(21)
+    ]
+    write_split(root, "dev", tasks)
+    (root / "dataset.json").write_text(json.dumps({"name": "t", "headline": "dev"}))
+    return root
+
+
+def run(data: Path, model, name: str = "run", **options):
+    return evaluate(data, options.pop("split", "dev"), model, name, results=data.parent / "results", **options)
+
+
+def folder(data: Path, name: str = "run") -> RunFolder:
+    return RunFolder(data.parent / "results" / "laptop" / name)
+
+
+def test_the_summary_counts_every_task_once(data):
+    summary = run(data, Oracle())
+    assert (summary.score.n, summary.score.correct, summary.score.ex) == (20, 10, 0.5)
+    assert summary.score.low < 0.5 < summary.score.high
+    assert (summary.rollouts, summary.failed, summary.unscorable) == (20, 0, 1)
+    assert {k: v.n for k, v in summary.by_hardness.items()} == {"easy": 10, "extra": 10}
+    assert {k: v.n for k, v in summary.by_database.items()} == {"a": 10, "b": 10}
+    assert {k: v.n for k, v in summary.by_phrasing.items()} == {"A": 5, "B": 15}
+    assert (summary.turns, summary.transitions) == (1, 2)
+    assert {k: (v.calls, v.prompt, v.response) for k, v in summary.tokens.items()} == {
+        "all": (40, 25, 7), "write": (20, 20, 10), "check": (20, 30, 4),
+    }  # fmt: skip
+    assert folder(data).summary()["score"]["ex"] == 0.5
+    assert "EX 50.0%" in summary.text() and "n=20" in summary.text()
+
+
+def test_failed_rollouts_are_counted_and_not_scored(data):
+    summary = run(data, Oracle(broken={f"1: {COUNT}", "2: SELECT 0"}))
+    assert (summary.score.n, summary.failed, summary.rollouts) == (18, 2, 20)
+    assert summary.failures == {"model: ModelError": 2}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(data):
+    with pytest.raises(KeyboardInterrupt):
+        run(data, Oracle(stop_after=7), concurrency=2)
+    before = len(list(folder(data).trajectories()))
+    assert 0 < before < 20 and not folder(data).finished
+    second = Oracle()
+    assert run(data, second, concurrency=2).score.n == 20
+    assert len(second.calls) == 20 - before
+    assert len({t.task_id for t in folder(data).trajectories()}) == 20
+
+
+def test_failed_rollouts_run_again_on_resume(data):
+    with pytest.raises(KeyboardInterrupt):
+        run(data, Oracle(broken={f"1: {COUNT}"}, stop_after=15), concurrency=1)
+    summary = run(data, Oracle())
+    assert (summary.score.n, summary.failed) == (20, 0)
+
+
+def test_other_settings_do_not_continue_a_run(data):
+    with pytest.raises(KeyboardInterrupt):
+        run(data, Oracle(stop_after=3))
+    with pytest.raises(RunError, match=r"rollout\.max_turns was 3, is now 1"):
+        run(data, Oracle(), max_turns=1)
+    with pytest.raises(RunError, match="model was"):
+        run(data, Oracle(name="other"))
+
+
+def test_a_finished_run_is_refused_unless_overwriting(data):
+    run(data, Oracle(), limit=3)
+    with pytest.raises(RunError, match="is finished"):
+        run(data, Oracle(), limit=3)
+    assert run(data, Oracle(), limit=4, overwrite=True).score.n == 4
+
+
+def test_the_limit_counts_scorable_tasks(data):
+    assert run(data, Oracle(), limit=5).rollouts == 5
+
+
+def test_a_dead_model_stops_the_evaluation_with_one_reason(data):
+    class Dead(Oracle):
+        async def complete(self, messages) -> Completion:
+            raise ModelError("cannot reach model 'm'")
+
+    with pytest.raises(ModelError, match=r"^stopped: 8 rollouts in a row failed with: model: .*cannot reach"):
+        run(data, Dead(), concurrency=2)
+    assert len(list(folder(data).trajectories())) < 20
+    assert run(data, Dead.__base__(), concurrency=2).score.n == 20
+
+
+def test_a_missing_database_fails_its_rollouts_only(data):
+    (data / "database" / "b" / "b.sqlite").unlink()
+    dead = data / "database" / "b"
+    dead.rmdir()
+    summary = run(data, Oracle(), limit=8)
+    assert (summary.score.n, summary.failed) == (4, 4) and summary.failures == {"database: DataError": 4}
+
+
+def test_it_runs_inside_an_event_loop_too(data):
+    async def cell():
+        return run(data, Oracle(), limit=4)
+
+    assert asyncio.run(cell()).score.n == 4
+
+
+def test_headline_is_the_split_that_the_data_set_names(data):
+    assert run(data, Oracle(), split="headline", limit=2).score.n == 2
+
+
+def test_unknown_data_and_splits_are_refused(data):
+    with pytest.raises(DataError, match="it has: dev"):
+        run(data, Oracle(), split="tets")
+    with pytest.raises(DataError, match="no data set"):
+        run(data / "none", Oracle())
+
+
+def test_a_model_given_by_name_must_exist(data):
+    with pytest.raises(ModelError, match="no checkpoint folder"):
+        run(data, "no/such/model")

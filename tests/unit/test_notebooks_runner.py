@@ -1,0 +1,116 @@
+"""The headless runner refuses before it runs, skips what is done, and says where a cell failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from sqlbench.errors import NotebookError
+from sqlbench.notebooks import check_parameters, run_notebook, run_notebooks, source_hash
+
+PARAMETERS = """\
+from typing import Literal
+profile: Literal["laptop", "gpu"] = "laptop"
+run = "demo"
+results = "results"
+steps = 60
+rate = 0.5
+splits = ["headline"]
+live = True
+limit = None
+"""
+
+
+def write(path: Path, *code: str, parameters: str = PARAMETERS) -> Path:
+    cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source) for source in code]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"stepz": 3}, "no parameter 'stepz'"),
+        ({"steps": "3"}, "must be of type int, got '3'"),
+        ({"steps": True}, "must be of type int"),
+        ({"steps": 1.5}, "must be of type int"),
+        ({"live": 1}, "must be of type bool"),
+        ({"splits": "headline"}, "must be a list of str"),
+        ({"splits": [1]}, "must be a list of str"),
+        ({"run": None}, "must be of type str"),
+        ({"profile": "tpu"}, "must be one of 'laptop', 'gpu'"),
+    ],
+)
+def test_a_wrong_parameter_is_refused(tmp_path: Path, given: dict, says: str) -> None:
+    with pytest.raises(NotebookError, match=says):
+        check_parameters(write(tmp_path / "01_a.ipynb"), given)
+
+
+@pytest.mark.parametrize("given", [{"rate": 1}, {"limit": 5}, {"splits": []}, {"profile": "gpu"}])
+def test_a_right_parameter_replaces_the_default(tmp_path: Path, given: dict) -> None:
+    values = check_parameters(write(tmp_path / "01_a.ipynb"), given)
+    assert given.items() <= values.items()
+    assert values["steps"] == 60
+
+
+@pytest.mark.parametrize("line", ["steps = 2 * 3", "import os", "a = b = 1", "steps: int", "print(1)"])
+def test_a_parameters_cell_that_is_not_plain_literals_is_refused(tmp_path: Path, line: str) -> None:
+    with pytest.raises(NotebookError, match="literal"):
+        check_parameters(write(tmp_path / "01_a.ipynb", parameters=line), {})
+
+
+def test_nothing_runs_when_a_later_notebook_would_be_refused(tmp_path: Path) -> None:
+    first = write(tmp_path / "nb" / "01_data_prep.ipynb", parameters='profile = "laptop"\nmark = "x"')
+    write(tmp_path / "nb" / "02_baseline_eval.ipynb", parameters="steps = 1")
+    with pytest.raises(NotebookError, match="02_baseline_eval: parameter 'steps'"):
+        run_notebooks(folder=first.parent, results=tmp_path / "results", parameters=["mark=y", "steps=many"])
+    with pytest.raises(NotebookError, match="no chosen notebook has a parameter 'step'"):
+        run_notebooks(folder=first.parent, results=tmp_path / "results", parameters=["step=1"])
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_leaves_provenance_and_is_skipped_the_second_time(tmp_path: Path) -> None:
+    counter = tmp_path / "count"
+    code = f"with open({str(counter)!r}, 'a') as f: f.write('x')\n(profile, steps, splits)"
+    notebook = write(tmp_path / "01_a.ipynb", code)
+    output = tmp_path / "out" / "01_a.ipynb"
+    first = run_notebook(notebook, output, {"steps": 7, "profile": "gpu"})
+    again = run_notebook(notebook, output, {"steps": 7, "profile": "gpu"})
+    assert (first.skipped, again.skipped, counter.read_text()) == (False, True, "x")
+    done = nbformat.read(output, as_version=4)
+    note = done.metadata["sqlbench"]
+    assert (note["parameters"]["steps"], note["finished"], note["versions"]["papermill"][0]) == (7, True, "2")
+    assert "('gpu', 7, ['headline'])" in str(done.cells[-1].outputs)
+    assert str(tmp_path) not in str(done.metadata)
+    assert source_hash(output) == source_hash(notebook)
+    other = run_notebook(notebook, output, {"steps": 8})
+    assert not other.skipped
+    assert not list(output.parent.glob("*.partial.ipynb"))
+
+
+def test_a_failing_cell_is_named_and_the_partial_notebook_kept(tmp_path: Path) -> None:
+    notebook = write(tmp_path / "01_a.ipynb", "print('fine')", "1 / 0", "print('never')")
+    output = tmp_path / "out" / "01_a.ipynb"
+    with pytest.raises(NotebookError, match=r"01_a, cell 3: ZeroDivisionError: division by zero; partial") as caught:
+        run_notebook(notebook, output, {"steps": 7})
+    partial = tmp_path / "out" / "01_a.partial.ipynb"
+    assert str(partial) in str(caught.value)
+    assert "fine" in partial.read_text()
+    assert not output.exists()
+
+
+def test_a_dead_kernel_is_an_error(tmp_path: Path) -> None:
+    notebook = write(tmp_path / "01_a.ipynb", "import os\nos._exit(3)")
+    with pytest.raises(NotebookError, match="kernel died"):
+        run_notebook(notebook, tmp_path / "out.ipynb", {})
+
+
+def test_a_results_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    notebook = write(tmp_path / "nb" / "01_data_prep.ipynb")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotebookError, match="cannot write the results folder"):
+        run_notebooks(folder=notebook.parent, results=tmp_path / "file")

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+NAMED = {"jupyterlab", "ipywidgets", "pandas", "matplotlib", "langgraph", "langchain-openai"}
+NAMED |= {"verl", "vllm", "torch", "sqlparse", "papermill", "nbval"}
+
+
+def requirements(repo: Path) -> dict[str, list[Requirement]]:
+    project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
+    groups = {"core": project["dependencies"], **project["optional-dependencies"]}
+    return {group: [Requirement(r) for r in rows if not r.startswith("sqlbench[")] for group, rows in groups.items()}
+
+
+def environment(repo: Path) -> dict[str, Requirement]:
+    rows = yaml.safe_load((repo / "environment.yml").read_text())["dependencies"]
+    pip = next(row["pip"] for row in rows if isinstance(row, dict))
+    return {canonicalize_name(r.name): r for r in map(Requirement, pip)}
+
+
+def constraints(repo: Path) -> dict[str, str]:
+    lines = (repo / "constraints-laptop.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def pinned(requirement: Requirement) -> str | None:
+    exact = [s.version for s in requirement.specifier if s.operator == "=="]
+    return exact[0] if exact else None
+
+
+def test_environment_holds_every_requirement_of_pyproject_and_nothing_else(repo):
+    declared = {canonicalize_name(r.name) for rows in requirements(repo).values() for r in rows}
+    assert set(environment(repo)) == declared
+    assert declared >= NAMED
+
+
+def test_environment_agrees_with_pyproject_on_versions(repo):
+    env, gpu = environment(repo), {canonicalize_name(r.name): r for r in requirements(repo)["gpu"]}
+    for rows in requirements(repo).values():
+        for requirement in rows:
+            entry = env[canonicalize_name(requirement.name)]
+            version = pinned(entry)
+            if version is None:
+                assert entry.specifier == requirement.specifier, entry.name
+            else:
+                assert version in requirement.specifier, f"{entry} does not satisfy {requirement}"
+    assert all(str(env[name].specifier) == str(r.specifier) for name, r in gpu.items())
+
+
+def test_every_laptop_requirement_has_a_constraint_that_satisfies_it(repo):
+    pins = constraints(repo)
+    for group, rows in requirements(repo).items():
+        for requirement in rows if group != "gpu" else []:
+            assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_constraints_are_what_is_installed(repo):
+    installed = {canonicalize_name(d.metadata["Name"]): d.version.split("+")[0] for d in metadata.distributions()}
+    pins = constraints(repo)
+    wrong = {n: (v, pins[n]) for n, v in installed.items() if n in pins and v != pins[n].split("+")[0]}
+    assert not wrong, f"installed and pinned versions differ: {wrong}; run make install"
+
+
+def test_every_upper_bound_of_training_says_why(repo):
+    text = (repo / "pyproject.toml").read_text()
+    block = text[text.index("train = [") : text.index("\n]", text.index("train = ["))]
+    for line in block.splitlines()[1:]:
+        if re.search(r"<[\d=]", line):
+            assert "#" in line, f"no reason beside {line.strip()}"
+
+
+def tracked(repo: Path) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=repo, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [repo / name for name in listed.stdout.splitlines() if (repo / name).is_file()]
+
+
+def test_no_path_of_a_machine_is_in_the_repository(repo):
+    # Written in pieces, so that this file does not contain what it looks for.
+    path = re.compile("|".join(f"(?<![\\w./-])/{p}/" for p in ("work", "root", "home/[a-z]+")))
+    found = []
+    for file in tracked(repo):
+        if file.suffix in {".png", ".safetensors", ".parquet", ".sqlite", ".gz"}:
+            continue
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="ignore").splitlines(), 1):
+            if path.search(line):
+                found.append(f"{file.relative_to(repo)}:{number}: {line.strip()[:100]}")
+    assert not found, "\n".join(found)
+
+
+def test_importing_the_package_is_cheap_and_pulls_in_nothing_heavy():
+    heavy = ["torch", "verl", "ray", "transformers", "langgraph", "pandas", "matplotlib"]
+    code = f"import sys, sqlbench; print([m for m in {heavy} if m in sys.modules])"
+    start = time.monotonic()
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
+    assert time.monotonic() - start < 5, "an interpreter and an empty package should start in well under a second"
+
+
+def test_the_shipped_files_are_declared_as_package_data(repo):
+    import sqlbench
+
+    package = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert package["package-data"]["sqlbench"] == ["assets/**/*"]
+    assert metadata.version("sqlbench") == sqlbench.__version__

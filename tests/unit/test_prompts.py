@@ -1,0 +1,131 @@
+"""Prompts are filled from named components; answers are parsed the same way whatever a model wraps around them."""
+
+from __future__ import annotations
+
+import pytest
+
+from sqlbench.agent.prompts import Prompts, extract_sql, parse_verdict, prompts_for, render_execution, truncate
+from sqlbench.agent.trajectory import Execution
+from sqlbench.database.schema import Column, Schema, Table
+from sqlbench.errors import ModelError
+
+SCHEMA = Schema(
+    tables=(
+        Table("singer", (Column("singer_id"), Column("name"), Column("net_worth"))),
+        Table("stadium", (Column("stadium_id"), Column("capacity"))),
+    )
+)
+
+
+def execution(**fields) -> Execution:
+    return Execution(turn=1, sql="SELECT 1", **({"status": "ok"} | fields))
+
+
+def nano(**fields) -> str:
+    return render_execution(execution(**fields), "nano", 2048, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sql"),
+    [
+        ("SELECT 1", "SELECT 1"),
+        ("  SELECT 1 ;\n", "SELECT 1"),
+        ("SELECT ';'", "SELECT ';'"),
+        ("SELECT 1; SELECT 2;", "SELECT 1; SELECT 2"),
+        ("Sure:\n```sql\nSELECT 1;\n```\nDone.", "SELECT 1"),
+        ("```sql\nSELECT 1\n```\nor better\n```SQL\nSELECT 2\n```", "SELECT 2"),
+        ("```sql\nSELECT 1\n```\noutput\n```\n1\n```", "SELECT 1"),
+        ("```\nSELECT 1\n```", "SELECT 1"),
+        ("```sqlite\nSELECT 1\n```", "SELECT 1"),
+        ("```postgres\nSELECT 1\n```", "SELECT 1"),
+        ("```sql SELECT 1```", "SELECT 1"),
+        ("```SELECT 1```", "SELECT 1"),
+        ("```sql\nSELECT name FROM", "SELECT name FROM"),
+        ("```sql\n```\nSELECT 1", "```sql\n```\nSELECT 1"),
+        ("<think>```sql\nSELECT 0\n```</think>SELECT 1", "SELECT 1"),
+        ("I cannot answer that.", "I cannot answer that."),
+        ("", ""),
+    ],
+)
+def test_sql_is_taken_from_the_last_sql_block_or_the_bare_text(answer, sql):
+    assert extract_sql(answer) == sql
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [
+        ("THE QUERY IS CORRECT", True),
+        ("THE QUERY IS INCORRECT", False),
+        ("THE QUERY IS INCORRECT.\nOn reflection:\nTHE QUERY IS CORRECT.", True),
+        ("THE QUERY IS CORRECT\nNo: THE QUERY IS INCORRECT", False),
+        ("The query is **correct**", True),
+        ("the query is not correct", False),
+        ("It looks correct to me.", False),
+        ("the query is correctable", False),
+        ("", False),
+    ],
+)
+def test_the_last_verdict_wins_and_none_means_incorrect(answer, correct):
+    assert parse_verdict(answer) is correct
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "empty result"),
+        ({"n_rows": 1, "rows": [[3]]}, "1 rows: 3"),
+        ({"n_rows": 40, "rows": [["a" * 30, None, 1.5, "z"]]}, f"40 rows: {'a' * 20}, NULL, 1.5"),
+        ({"status": "error", "error": "no such column: T1.nam"}, "error: no such column: T1.nam, use name"),
+        ({"status": "error", "error": "no such table: stadiums"}, "error: no such table: stadiums, use stadium"),
+        ({"status": "error", "error": 'column "capacty" does not exist'},
+         'error: column "capacty" does not exist, use capacity'),
+        ({"status": "error", "error": "no such column: qqqq"}, "error: no such column: qqqq"),
+        ({"status": "error", "error": 'near "FORM": syntax error'}, 'error: near "FORM": syntax error'),
+        ({"status": "timeout", "error": None}, "error: timeout"),
+    ],
+)  # fmt: skip
+def test_nano_execution_text_is_what_the_embedded_policy_was_trained_on(fields, text):
+    assert nano(**fields) == text
+
+
+def test_chat_execution_text_shows_columns_rows_and_how_many_are_left_out():
+    text = render_execution(execution(columns=["a", "b"], rows=[[1, None], ["x", 2]], n_rows=5), "chat", 2048)
+    assert text == "5 rows\na | b\n1 | NULL\nx | 2\n... (3 more rows)"
+
+
+def test_truncation_counts_characters_and_never_breaks_one():
+    rows = [["é日本語🙂" * 50]]
+    for limit in (0, 5, 17, 60, 5000):
+        for family in ("nano", "chat"):
+            text = render_execution(execution(columns=["a"], rows=rows, n_rows=1), family, limit)
+            assert len(text) <= limit
+            assert text.encode("utf-8").decode("utf-8") == text
+    assert truncate("short", 5) == "short"
+    assert truncate("x" * 100, 40).endswith("(truncated)")
+
+
+@pytest.mark.parametrize("family", ["nano", "chat"])
+def test_every_prompt_of_a_family_holds_what_it_is_about(family):
+    prompts = prompts_for(family)
+    fields = ("QUESTION", "SCHEMA", "sqlite")
+    write = prompts.write(*fields)
+    check = prompts.check(*fields, "SQL", "RESULT")
+    rewrite = prompts.rewrite(*fields, "SQL", "RESULT", "FEEDBACK")
+    for messages in (write, check, rewrite):
+        assert [m.role for m in messages] == ["system", "user"]
+        text = messages[0].content + messages[1].content
+        assert "SQLite" in text and "QUESTION" in text and "SCHEMA" in text
+    for messages in (check, rewrite):
+        assert "SQL" in messages[1].content and "RESULT" in messages[1].content
+    assert ("FEEDBACK" in rewrite[1].content) == (family == "chat")
+
+
+def test_braces_in_values_and_components_survive():
+    prompts = Prompts(family="nano", components={"write.system": "{json}", "write.user": "{question}"})
+    system, user = prompts.write("what is {schema}?", "S", "sqlite")
+    assert (system.content, user.content) == ("{json}", "what is {schema}?")
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones():
+    with pytest.raises(ModelError, match="chat, nano"):
+        prompts_for("gpt")

@@ -1,0 +1,93 @@
+"""A rollout ends as right, wrong, unscorable or failed, and these four are never mixed up."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from sqlbench.agent.prompts import prompts_for
+from sqlbench.agent.trajectory import Completion, Trajectory
+from sqlbench.config import RolloutConfig
+from sqlbench.data.tasks import Task
+from sqlbench.database.engine import open_database
+from sqlbench.errors import ModelError
+from sqlbench.rollout import failed_rollout, rollout
+
+GOLD = "SELECT name FROM singer WHERE age > 20"
+
+
+class OneAnswer:
+    """A model that always says the same, or breaks."""
+
+    name, family = "one answer", "nano"
+
+    def __init__(self, answer: str | None, finish_reason: str = "stop") -> None:
+        self.answer, self.finish_reason = answer, finish_reason
+
+    async def complete(self, messages) -> Completion:
+        if self.answer is None:
+            raise ModelError("endpoint gone")
+        return Completion(text=self.answer, finish_reason=self.finish_reason)
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    path = tmp_path / "concert.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE singer (singer_id INTEGER PRIMARY KEY, name TEXT, age INTEGER)")
+        connection.executemany("INSERT INTO singer VALUES (?, ?, ?)", [(1, "Ann", 20), (2, "Bob", 30), (3, "Cy", 40)])
+    database = open_database(path)
+
+    def one(answer: str | None, gold: str = GOLD, finish_reason: str = "stop") -> Trajectory:
+        task = Task(task_id="7", db_id="concert", question="Who?", gold=gold, split="dev", hardness="easy")
+        model = OneAnswer(answer, finish_reason)
+        return asyncio.run(rollout(task, database, model, prompts_for("nano"), RolloutConfig()))
+
+    yield one
+    database.close()
+
+
+def test_a_right_answer_has_reward_one_and_carries_its_task(run):
+    record = run("SELECT name FROM singer WHERE age >= 30")
+    assert (record.reward, record.failed, record.pred) == (1.0, False, "SELECT name FROM singer WHERE age >= 30")
+    assert (record.task_id, record.db_id, record.gold, record.hardness, record.split) == (
+        "7", "concert", GOLD, "easy", "dev",
+    )  # fmt: skip
+    assert record.turns == 3 and record.seconds > 0
+
+
+@pytest.mark.parametrize("answer", ["SELECT name FROM singer", "SELECT x FROM y", "no idea", "", "DROP TABLE singer"])
+def test_a_wrong_or_broken_query_has_reward_zero_and_did_not_fail(run, answer):
+    record = run(answer)
+    assert (record.reward, record.failed) == (0.0, False) and record.reason
+
+
+def test_a_broken_model_has_no_reward_and_failed(run):
+    record = run(None)
+    assert record.reward is None and record.failed and record.pred is None
+    assert record.error == "model: ModelError: endpoint gone"
+
+
+def test_a_gold_query_that_does_not_run_has_no_reward_and_did_not_fail(run):
+    record = run("SELECT name FROM singer", gold="SELECT nothing FROM nowhere")
+    assert record.reward is None and not record.failed and record.reason == "gold_error"
+
+
+def test_an_answer_cut_at_the_token_limit_is_executed_and_marked(run):
+    record = run("SELECT name FROM singer WHERE", finish_reason="length")
+    assert record.executions[0].status == "error" and record.reward == 0.0
+    assert {t.completion.finish_reason for t in record.transitions} == {"length"}
+
+
+def test_a_record_survives_the_way_to_disk_and_back(run):
+    record = run("SELECT name FROM singer")
+    assert Trajectory.model_validate_json(record.model_dump_json()) == record
+
+
+def test_a_rollout_that_could_not_start_failed():
+    task = Task(task_id="7", db_id="concert", question="Who?", gold=GOLD, split="dev")
+    record = failed_rollout(task, "database", FileNotFoundError("gone"))
+    assert record.failed and record.reward is None and record.error == "database: FileNotFoundError: gone"
