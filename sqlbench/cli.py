@@ -189,7 +189,7 @@ def score(
 def ablate(
     grid: Annotated[str, typer.Option(help="short, full, seed or smoke.")] = "short",
     profile: Profile = "laptop",
-    data: Data = POCKET,
+    data: Annotated[Path | None, typer.Option(help="Data set folder; the profile's own by default.")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the run; the grid's name by default.")] = None,
     results: Results = RESULTS,
     only: Annotated[str | None, typer.Option(help="One cell by name.")] = None,
@@ -205,9 +205,11 @@ def ablate(
 
 @app.command("notebooks")
 def notebooks(
-    parameters: Annotated[list[str] | None, typer.Argument(help="name=value for the parameters cells.")] = None,
     profile: Annotated[str, typer.Option(help="laptop, gpu or smoke.")] = "laptop",
     run: Annotated[str, typer.Option(help="Name of the run.")] = "demo",
+    parameters: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="name=value for the parameters cells; repeatable.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="A notebook by number or name; repeatable.")] = None,
     folder: Annotated[Path, typer.Option(help="Where the notebooks are.")] = Path("notebooks"),
     results: Results = RESULTS,
@@ -219,7 +221,7 @@ def notebooks(
     done = run_notebooks(
         profile, run, only=only or (), parameters=parameters or (), folder=folder, results=results, force=force
     )
-    typer.echo(done)
+    typer.echo(done.text())
 
 
 @app.command("graph")

@@ -354,9 +354,13 @@ def _finish(partial: Path, output: Path, name: str, provenance: dict) -> None:
     notebook.metadata["sqlbench"] = provenance
     injected = notebook.metadata["papermill"]["parameters"]
     notebook.metadata["papermill"] = {"input_path": name, "parameters": injected}
+    shown: set[str] = set()
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        shown.update(kind for output in cell.get("outputs", []) for kind in output.get("data", {}))
+    if not any("widget-view" in kind for kind in shown):
+        notebook.metadata.pop("widgets", None)
     nbformat.write(notebook, partial)
     partial.replace(output)
 

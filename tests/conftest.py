@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from sqlbench.data.tasks import DataSet
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -28,6 +32,17 @@ def shared() -> Path:
     if not (folder / "INDEX.md").is_file():
         pytest.skip(f"no real data: {folder} is absent (see data/README.md)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    """The embedded data set, written once a session; read it, do not change it."""
+    from sqlbench.data.pocket import write_pocket
+    from sqlbench.data.tasks import DataSet
+
+    root = tmp_path_factory.mktemp("pocket") / "pocket"
+    write_pocket(root, progress=False)
+    return DataSet(root)
 
 
 @pytest.fixture(scope="session")

@@ -85,10 +85,10 @@ def compiled() -> CompiledStateGraph:
     graph.add_node("check_query", _check)
     graph.add_node("rewrite_query", _rewrite)
     graph.add_edge(START, "write_query")
-    graph.add_conditional_edges("write_query", _after_query, ["execute_query", END])
+    graph.add_edge("write_query", "execute_query")
     graph.add_conditional_edges("execute_query", _after_execution, ["check_query", END])
     graph.add_conditional_edges("check_query", _after_check, ["rewrite_query", END])
-    graph.add_conditional_edges("rewrite_query", _after_query, ["execute_query", END])
+    graph.add_edge("rewrite_query", "execute_query")
     return graph.compile()
 
 
@@ -125,6 +125,8 @@ async def _check(state: AgentState, runtime: Runtime[AgentContext]) -> AgentStat
 
 
 async def _execute(state: AgentState, runtime: Runtime[AgentContext]) -> AgentState:
+    if "error" in state:  # the model gave no query
+        return {}
     context = runtime.context
     try:
         result = await context.database.aexecute(state["sql"])
@@ -149,15 +151,14 @@ def _query(answer: Transition | str) -> AgentState:
     return {"transitions": [answer], "sql": extract_sql(answer.completion.text), "turn": answer.turn}
 
 
-def _after_query(state: AgentState) -> str:
-    return END if "error" in state else "execute_query"
+# The routers are coroutines only because LangGraph runs a plain function in a thread, which costs more than it does.
 
 
-def _after_execution(state: AgentState, runtime: Runtime[AgentContext]) -> str:
+async def _after_execution(state: AgentState, runtime: Runtime[AgentContext]) -> str:
     return END if "error" in state or state["turn"] >= runtime.context.config.max_turns else "check_query"
 
 
-def _after_check(state: AgentState) -> str:
+async def _after_check(state: AgentState) -> str:
     return END if "error" in state or state["correct"] else "rewrite_query"
 
 

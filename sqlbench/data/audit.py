@@ -27,10 +27,14 @@ from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.database.engine import cached_database
+from sqlbench.database.engine import Database, Limits, cached_database
 from sqlbench.errors import DataError
-from sqlbench.reward import score
-from sqlbench.sqltree import hardness
+from sqlbench.reward import GOLD_ROWS, score
+from sqlbench.sqltree import hardness, outer_order
+
+MODES = {"reference": False, "strict": True}
+NO_ROWS = "SELECT 1 WHERE 0"
+"""The constant query that earns every zero-row gold answer where the reward lets it."""
 
 
 class Finding(BaseModel):
@@ -45,6 +49,7 @@ class Finding(BaseModel):
     gold_runs: bool = False
     n_rows: int = 0
     needs_order: bool = False
+    """The order of rows decides: the gold query itself, not a subquery of it, ends in ORDER BY."""
     hardness: str = ""
     empty_tables: str = ""
     """Comma-separated tables without rows that the gold query reads."""
@@ -71,7 +76,8 @@ class SplitAudit(BaseModel):
     hardness: dict[str, int]
     """Scorable tasks by hardness."""
     constant_floor: dict[str, float]
-    """Share of scorable tasks that one constant query earns, by reward mode."""
+    """Share of scorable tasks that one constant query earns: the best one found (``reference`` and ``strict`` mode), and
+    one without rows (``reference_no_rows``, ``strict_no_rows``)."""
 
 
 class Audit(BaseModel):
@@ -105,6 +111,7 @@ class Auditor:
         self.root = Path(root)
         self.findings: list[Finding] = []
         self._gold: dict[tuple[str, str], dict] = {}
+        self._values: dict[tuple[str, str], str] = {}  # gold answers that are one value, as SQL literals
         self._tables = cache(self._read_tables)
 
     def audit(self, tasks: list[Task], split: str) -> list[Task]:
@@ -162,16 +169,40 @@ class Auditor:
             constant_floor=self._floor([t for t in tasks if t.scorable]),
         )
 
+    def _floor(self, tasks: list[Task]) -> dict[str, float]:
+        """What one constant query earns: one without rows, or one of the commonest single values of the gold answers."""
+        common = Counter(v for t in tasks if (v := self._values.get((t.db_id, t.gold)))).most_common(5)
+        candidates = {NO_ROWS: [t for t in tasks if not t.returns_rows]}
+        for value, _ in sorted(common):
+            candidates[f"SELECT {value}"] = [t for t in tasks if self._values.get((t.db_id, t.gold)) == value]
+        floor = {}
+        for mode, strict in MODES.items():
+            shares = {
+                query: sum(score(t.gold, query, self._database(t.db_id), strict=strict).match == 1 for t in possible)
+                / max(1, len(tasks))
+                for query, possible in candidates.items()
+            }
+            floor[mode] = max(shares.values())
+            floor[f"{mode}_no_rows"] = shares[NO_ROWS]
+        return floor
+
     def _examine(self, db_id: str, gold: str) -> dict:
         """What running the gold query shows, as fields of a `Finding`."""
         tables = self._tables(db_id)
         if tables is None:
             return {"excluded": "missing_database", "detail": f"no {db_id}.sqlite"}
         filled, empty = tables
-        database = cached_database(self._path(db_id))
-        result = database.execute(gold)
+        database = self._database(db_id)
+        result = database.execute(gold, Limits(rows=GOLD_ROWS))
+        if (
+            result.status == "ok"
+            and len(result.rows) == len(result.columns) == 1
+            and (value := _literal(result.rows[0][0]))
+        ):
+            self._values[db_id, gold] = value
+        order = outer_order(gold)
         found = {
-            "needs_order": "order by" in " ".join(gold.lower().split()),
+            "needs_order": "order by" in " ".join(gold.lower().split()) if order is None else order,
             "gold_runs": result.status == "ok",
             "n_rows": len(result.rows),
             "empty_tables": ",".join(sorted(self._reads(db_id, gold) & empty)) if empty else "",
@@ -180,11 +211,14 @@ class Auditor:
             return found | {"excluded": "database_without_rows"}
         if result.status != "ok":
             return found | {"excluded": f"gold_{result.status}", "detail": result.error or ""}
-        for mode, strict in (("reference", False), ("strict", True)):
+        for mode, strict in MODES.items():
             verdict = score(gold, gold, database, strict=strict)
             if verdict.match != 1:
                 return found | {"excluded": "self_check", "detail": f"{mode} mode: {verdict.reason}"}
         return found
+
+    def _database(self, db_id: str) -> Database:
+        return cached_database(self._path(db_id))
 
     def _path(self, db_id: str) -> Path:
         return self.root / "database" / db_id / f"{db_id}.sqlite"
@@ -198,7 +232,8 @@ class Auditor:
         """Names in lower case of the tables with and without rows; None where the database is missing."""
         if not self._path(db_id).is_file():
             return None
-        filled, empty = set(), set()
+        filled: set[str] = set()
+        empty: set[str] = set()
         connection = self._connect(db_id)
         try:
             names = connection.execute(
@@ -232,6 +267,15 @@ class Auditor:
         finally:
             connection.close()
         return tables
+
+
+def _literal(value: object) -> str:
+    """A value as SQL; empty where it has no short plain form."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return repr(value) if isinstance(value, int | float) else ""
 
 
 def _tally(values: Iterable[str]) -> dict[str, int]:

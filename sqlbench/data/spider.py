@@ -128,10 +128,10 @@ def _tasks(source: _Source, prefix: str, files: tuple[str, ...], split: str) -> 
         if prefix + file not in source.names:
             continue
         for i, row in enumerate(_load_json(source, prefix + file)):
-            fields = [row.get(k) for k in ("db_id", "question", "query")]
-            if not all(isinstance(f, str) and f.strip() for f in fields) or not _NAME.fullmatch(fields[0]):
+            fields = [str(row.get(k) or "").strip() for k in ("db_id", "question", "query")]
+            if not all(fields) or not _NAME.fullmatch(fields[0]):
                 raise DataError(f"row {i} of {file} lacks a usable db_id, question or query; is this a Spider release?")
-            db_id, question, gold = (f.strip() for f in fields)
+            db_id, question, gold = fields
             task_id = f"{split}-{len(tasks):05d}"
             tasks.append(Task(task_id=task_id, db_id=db_id, question=question, gold=gold, split=split))
     return tasks

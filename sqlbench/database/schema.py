@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sqlite3
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from sqlbench.database.engine import Database
+from sqlbench.errors import DatabaseError
 
 
 @dataclass(frozen=True)
@@ -41,3 +49,144 @@ class Schema:
     dialect: str = "sqlite"
     name: str = ""
     samples: dict[str, list[tuple]] = field(default_factory=dict, compare=False)
+
+
+def introspect(database: Database) -> Schema:
+    """The schema of a database; read once for each content of it.
+
+    Raises:
+        DatabaseError: its catalogue cannot be read.
+    """
+    return _introspect(database.identity(), database.dialect, database.name)
+
+
+@lru_cache(maxsize=1024)
+def _introspect(identity: tuple, dialect: str, name: str) -> Schema:
+    if dialect == "postgresql":
+        from sqlbench.database.postgres import read_tables
+
+        return Schema(read_tables(identity[0]), dialect, name)
+    if identity[0] == ":memory:":
+        return Schema((), dialect, name)
+    try:
+        with closing(sqlite3.connect(Path(identity[0]).absolute().as_uri() + "?mode=ro", uri=True)) as connection:
+            return Schema(_sqlite_tables(connection), dialect, name)
+    except sqlite3.Error as error:
+        raise DatabaseError(f"cannot read the schema of {identity[0]}: {error}") from error
+
+
+def _sqlite_tables(connection: sqlite3.Connection) -> tuple[Table, ...]:
+    connection.text_factory = lambda raw: raw.decode(errors="replace")
+    names = connection.execute(
+        "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+        " ORDER BY type, rowid"
+    )
+    info = {name: connection.execute(f"PRAGMA table_info({quote(name)})").fetchall() for (name,) in names.fetchall()}
+    keys = {name.lower(): [column[1] for column in sorted(rows, key=lambda c: c[5]) if column[5]]
+            for name, rows in info.items()}
+    tables = []
+    for name, rows in info.items():
+        columns = tuple(Column(c[1], c[2].upper(), nullable=not c[3], primary_key=bool(c[5])) for c in rows)
+        references = []
+        for _, part, ref_table, column, ref_column, *_ in connection.execute(f"PRAGMA foreign_key_list({quote(name)})"):
+            implied = keys.get(ref_table.lower(), [])  # REFERENCES without a column means the primary key
+            target = ref_column or (implied[part] if part < len(implied) else "")
+            references.append(ForeignKey(column, ref_table, target))
+        tables.append(Table(name, columns, tuple(sorted(references, key=lambda r: (r.column, r.ref_table)))))
+    return tuple(tables)
+
+
+def quote(name: str) -> str:
+    """A name as a quoted SQL identifier, in both dialects."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def schema_text(schema: Schema, style: str = "compact", max_chars: int = 2048) -> str:
+    """The schema as a prompt shows it, of at most `max_chars` characters.
+
+    ``compact`` is one line a table, `` name: column, column > referenced table``; ``ddl`` is CREATE TABLE statements.
+    What does not fit is left out by whole lines, and ``ddl`` says how many tables are missing or cut.
+    """
+    if style == "compact":
+        return _fit([_compact_line(table) for table in schema.tables], max_chars)
+    if style != "ddl":
+        raise ValueError(f"unknown schema style {style!r}; use 'compact' or 'ddl'")
+    blocks = [_create_table(table) for table in schema.tables]
+    text = "\n".join(blocks)
+    if len(text) <= max_chars:
+        return text
+    for kept in range(len(blocks) - 1, -1, -1):
+        note = f"-- {len(blocks) - kept} of {len(blocks)} tables left out or cut to stay under {max_chars} characters"
+        head = "".join(block + "\n" for block in blocks[:kept])
+        if len(head) + len(note) <= max_chars:
+            cut = _fit(blocks[kept].split("\n"), max_chars - len(head) - len(note) - 1, whole=True)
+            return head + (cut + "\n" if cut else "") + note
+    return _fit(blocks, max_chars)
+
+
+def _compact_line(table: Table) -> str:
+    references = {key.column.lower(): key.ref_table for key in table.foreign_keys}
+    columns = [f"{c.name} > {references[c.name.lower()]}" if c.name.lower() in references else c.name
+               for c in table.columns]
+    return f" {table.name}: {', '.join(columns)}"
+
+
+def _fit(lines: list[str], max_chars: int, whole: bool = False) -> str:
+    """The first lines that fit; where not even one does, its beginning (or nothing, if only `whole` lines count)."""
+    text = "\n".join(lines)
+    if len(text) <= max_chars:
+        return text
+    end = text.rfind("\n", 0, max(max_chars, 0) + 1)
+    return text[:end] if end > 0 else "" if whole else text[: max(max_chars, 0)]
+
+
+def _create_table(table: Table) -> str:
+    primary = [c.name for c in table.columns if c.primary_key]
+    parts = []
+    for c in table.columns:
+        inline = " PRIMARY KEY" if primary == [c.name] else ""
+        parts.append(f"  {_name(c.name)} {c.type}".rstrip() + inline + ("" if c.nullable or inline else " NOT NULL"))
+    if len(primary) > 1:
+        parts.append(f"  PRIMARY KEY ({', '.join(map(_name, primary))})")
+    for key in table.foreign_keys:
+        target = f" ({_name(key.ref_column)})" if key.ref_column else ""
+        parts.append(f"  FOREIGN KEY ({_name(key.column)}) REFERENCES {_name(key.ref_table)}{target}")
+    return f"CREATE TABLE {_name(table.name)} (\n" + ",\n".join(parts) + "\n);"
+
+
+def _name(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z_]\w*", name) else quote(name)
+
+
+def mermaid_er(schema: Schema) -> str:
+    """The schema as a mermaid entity-relationship diagram."""
+    lines = ["erDiagram"]
+    for table in schema.tables:
+        lines.append(f"    {_plain(table.name)} {{")
+        keys = {key.column for key in table.foreign_keys}
+        for c in table.columns:
+            mark = ", ".join(["PK"] * c.primary_key + ["FK"] * (c.name in keys))
+            lines.append(f"        {_plain(c.type) or 'ANY'} {_plain(c.name)} {mark}".rstrip())
+        lines.append("    }")
+    for table in schema.tables:
+        for key in table.foreign_keys:
+            lines.append(f"    {_plain(table.name)} }}o--|| {_plain(key.ref_table)} : {_plain(key.column)}")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(name: str) -> str:
+    """A name that mermaid reads as one word."""
+    word = re.sub(r"\W+", "_", name).strip("_")
+    return f"_{word}" if word[:1].isdigit() else word
+
+
+def sample_rows(database: Database, table: str, n: int = 3) -> list[tuple]:
+    """The first `n` rows of a table.
+
+    Raises:
+        DatabaseError: there is no such table.
+    """
+    result = database.execute(f"SELECT * FROM {quote(table)} LIMIT {int(n)}")
+    if result.status != "ok":
+        raise DatabaseError(f"cannot read table {table} of {database.name}: {result.error}")
+    return result.rows

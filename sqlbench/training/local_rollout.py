@@ -21,7 +21,7 @@ from sqlbench.training.local_server import LocalServer, server_name
 
 
 class LocalReplica(RolloutReplica):
-    """Starts one `LocalServer` on this node, or takes the one that is starting already."""
+    """Starts one `LocalServer` on this node."""
 
     async def launch_servers(self) -> None:  # noqa: D102
         node = ray.get_runtime_context().get_node_id()
@@ -30,7 +30,6 @@ class LocalReplica(RolloutReplica):
             ray.remote(LocalServer)
             .options(
                 name=server_name(self.replica_rank),
-                get_if_exists=True,
                 num_cpus=0,
                 max_concurrency=self.max_concurrency,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False),

@@ -10,9 +10,6 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-SERVER_CONCURRENCY = 1000
-
-
 def server_name(rank: int) -> str:
     """Ray name of the server of one rank."""
     return f"sqlbench_local_{rank}"

@@ -1,93 +1,184 @@
 """The process that runs verl: ``python -m sqlbench.training.worker CONFIG PARENT FOLDER``, started by `launch`.
 
-It dies with its parent, and Ray's processes die with it. verl's task runner runs in this process instead of in an actor
-of its own, and the local rollout server is started first: both only to start sooner.
+Everything that runs below it dies with it, and it dies with its parent. verl and Ray use about ten Python processes,
+each of which would import torch, transformers, Ray and verl for 7 s of processor time; on a laptop those imports were
+most of a short training. So, on a CPU, this process imports them once and forks: the driver, and through Ray's
+``py_executable`` setting (`fork_client`) the Ray workers. It starts no thread before it forks and holds no state but
+modules. verl's task runner runs in the driver instead of in an actor of its own, for the same reason.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
+import importlib
+import json
 import os
+import runpy
+import selectors
 import signal
+import socket
 import sys
-from typing import Any
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
 
+PRELOAD = (
+    "ray._private.workers.default_worker",
+    "transfer_queue",
+    "transformers.models.llama.modeling_llama",
+    "verl.trainer.main_ppo",
+    "verl.workers.engine_workers",
+    "sqlbench.training.trainer",
+    "sqlbench.training.local_rollout",
+)
 PR_SET_PDEATHSIG = 1
-
-
-class InThisProcess:
-    """Has the shape of a Ray actor class whose one method ``run`` is called once, and calls it right here."""
-
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> InThisProcess:  # noqa: D102
-        return self
-
-    def remote(self, *arguments: Any) -> Any:
-        """Without arguments: the "actor". With: the result of the call, as a Ray object."""
-        if not arguments:
-            return self
-        import ray
-
-        return ray.put(self._run(*arguments))
-
-
-def start_local_server(config: Any) -> Any:
-    """Start the rollout server that `LocalReplica` will look up, while this process still imports verl."""
-    import ray
-
-    from sqlbench.training.local_server import SERVER_CONCURRENCY, LocalServer, server_name
-
-    rollout = config.actor_rollout_ref.rollout
-    actor = ray.remote(LocalServer).options(
-        name=server_name(0), num_cpus=0, max_concurrency=max(SERVER_CONCURRENCY, rollout.max_num_seqs)
-    )
-    return actor.remote(
-        config.actor_rollout_ref.model.path,
-        response_length=rollout.response_length,
-        max_model_len=rollout.max_model_len or rollout.prompt_length + rollout.response_length,
-        max_batch=rollout.max_num_seqs,
-        dtype=rollout.dtype,
-        **rollout.engine_kwargs.local,
-    )
 
 
 def main(config_file: str, parent: int, folder: str) -> None:
     """Train as the resolved configuration says, with everything that Ray writes in `folder`."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the launching process is gone")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-    import ray
     from omegaconf import OmegaConf
 
+    _die_with(parent)
     config = OmegaConf.load(config_file)
-    if config.ray_kwargs.ray_init.get("address") == "local":
-        config.ray_kwargs.ray_init["_temp_dir"] = folder
-    server = None
-    if config.trainer.device == "cpu":
-        options = OmegaConf.to_container(config.ray_kwargs.ray_init)
-        ray.init(**{key: value for key, value in options.items() if key != "runtime_env"})  # type: ignore[union-attr]
-        if config.actor_rollout_ref.rollout.name == "local":
-            server = start_local_server(config)
+    options = config.ray_kwargs.ray_init
+    if options.get("address") == "local":
+        options["_temp_dir"] = folder
+    if config.trainer.device != "cpu":
+        _drive(config)
+        return
+    for name in PRELOAD:
+        importlib.import_module(name)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(f"{folder}/fork")
+    server.listen(64)
+    client = Path(__file__).with_name("fork_client.py")
+    options.runtime_env = {"py_executable": f"{sys.executable} -S -E {client} {folder}/fork"}
+    gc.freeze()
+    driver = _fork()
+    if driver == 0:
+        server.close()
+        _leave(lambda: _drive(config))
+    sys.exit(_serve(server, driver))
 
+
+def _drive(config: Any) -> None:
+    """verl's own main, after its command line."""
+    import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
     import sqlbench.training.trainer  # noqa: F401 (registers the trainer mode)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-    runner = TaskRunnerV1.__ray_metadata__.modified_class()
     try:
-        run_ppo(config, task_runner_class=InThisProcess(runner.run))
+        run_ppo(config, task_runner_class=_InThisProcess(TaskRunnerV1.__ray_metadata__.modified_class))
     finally:
-        del server
         ray.shutdown()
+
+
+class _InThisProcess:
+    """Has the shape of a Ray actor class with a method ``run``, but makes and calls the object right here."""
+
+    def __init__(self, cls: type) -> None:
+        self._cls = cls
+
+    @property
+    def run(self) -> _InThisProcess:
+        return self
+
+    def remote(self, *arguments: Any) -> Any:
+        import ray
+
+        return ray.put(self._cls().run(*arguments)) if arguments else self
+
+
+def _serve(server: socket.socket, driver: int) -> int:
+    """Fork a Ray worker at every request until the driver ends; its exit status."""
+    wakeup, signalled = os.pipe()
+    os.set_blocking(signalled, False)
+    signal.set_wakeup_fd(signalled)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(driver, signal.SIGTERM))
+    clients: dict[int, socket.socket] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        selector.register(wakeup, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is server:
+                    connection, _ = server.accept()
+                    clients[_start_worker(connection)] = connection
+                else:
+                    os.read(wakeup, 4096)
+            with contextlib.suppress(ChildProcessError):
+                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                    pid, status = ended[0], os.waitstatus_to_exitcode(ended[1])
+                    if pid == driver:
+                        return status if status >= 0 else 128 - status
+                    if connection := clients.pop(pid, None):
+                        with contextlib.suppress(OSError):
+                            connection.sendall(str(abs(status)).encode())
+                        connection.close()
+
+
+def _start_worker(connection: socket.socket) -> int:
+    message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 2)
+    while not message.endswith(b"\0"):
+        message += connection.recv(1 << 20)
+    pid = _fork()
+    if pid == 0:
+        request = json.loads(message[:-1])
+        for target, descriptor in enumerate(descriptors, 1):
+            os.dup2(descriptor, target)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        sys.argv = request["arguments"]
+        _leave(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return pid
+
+
+def _fork() -> int:
+    """Fork; the child starts with default signal handling and dies with this process."""
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _die_with(parent)
+    return pid
+
+
+def _leave(function: Any) -> NoReturn:
+    """Call and end the process, without going back up the stack of the process that was forked."""
+    status = 1
+    try:
+        function()
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the launching process is gone")
 
 
 if __name__ == "__main__":

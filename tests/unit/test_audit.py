@@ -24,6 +24,7 @@ GOLD = {
     "no_rows": ("shop", "SELECT name FROM item WHERE id = 7", "", False, False),
     "empty_table": ("shop", "SELECT count(*) FROM sold", "", True, False),
     "empty_view": ("shop", "SELECT count(*) FROM recent", "", True, False),
+    "inner_order": ("shop", "SELECT name FROM (SELECT name FROM item ORDER BY id LIMIT 1)", "", True, False),
     "broken": ("shop", "SELECT colour FROM item", "gold_error", False, False),
     "restless": ("shop", "SELECT random()", "self_check", True, False),
     "bare": ("bare", "SELECT x FROM a", "database_without_rows", False, False),
@@ -45,7 +46,7 @@ def root(tmp_path) -> Path:
         for name, (db_id, gold, *_) in GOLD.items()
     ]
     write_split(tmp_path, "dev", tasks)
-    write_split(tmp_path, "part", [t.model_copy(update={"split": "part"}) for t in tasks[5:]])
+    write_split(tmp_path, "part", [t.model_copy(update={"split": "part"}) for t in tasks[6:]])
     (tmp_path / "dataset.json").write_text("{}")
     return tmp_path
 
@@ -67,7 +68,7 @@ def test_the_counts_add_up_and_name_every_excluded_task(root):
         assert split.tasks == split.scorable + sum(split.excluded.values())
         assert sum(split.hardness.values()) == split.scorable
     dev = audit.splits["dev"]
-    assert (dev.tasks, dev.scorable, dev.with_rows) == (10, 5, 7)
+    assert (dev.tasks, dev.scorable, dev.with_rows) == (11, 6, 8)
     assert (dev.zero_rows, dev.zero_rows_scorable, dev.reads_empty_table) == (2, 1, 4)
     assert {f.task_id for f in audit.excluded if f.split == "dev"} == {n for n, g in GOLD.items() if g[2]}
     assert "colour" in next(f.detail for f in audit.excluded if f.task_id == "broken")
@@ -81,7 +82,7 @@ def test_the_audit_is_read_back_and_repeats_to_the_byte(root):
     before = {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()}
     assert read_audit(root) == first == audit_dataset(root)
     assert {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()} == before
-    assert list(pd.read_parquet(root / "audit.parquet")["task_id"]) == [*GOLD, *list(GOLD)[5:]]
+    assert list(pd.read_parquet(root / "audit.parquet")["task_id"]) == [*GOLD, *list(GOLD)[6:]]
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -94,10 +95,11 @@ def test_gold_as_prediction_scores_on_every_task_that_can_be_scored(root, strict
             assert score(task.gold, task.gold, database, strict=strict).match == 1, task.task_id
 
 
-def test_a_constant_query_earns_the_zero_row_tasks_in_reference_mode_and_nothing_in_strict_mode(root):
+def test_the_floor_is_what_the_best_constant_query_earns(root):
     floor = audit_dataset(root).splits["dev"].constant_floor
-    assert floor["reference"] == pytest.approx(1 / 5)
-    assert floor["strict"] == 0
+    # SELECT 0 answers both counts of an empty table; a query without rows answers no_rows, where the mode lets it.
+    assert floor["reference"] == floor["strict"] == pytest.approx(2 / 6)
+    assert (floor["reference_no_rows"], floor["strict_no_rows"]) == (pytest.approx(1 / 6), 0)
 
 
 @pytest.mark.slow

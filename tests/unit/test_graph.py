@@ -117,7 +117,7 @@ def test_the_graph_can_be_drawn_as_mermaid_text():
     text = draw()
     for edge in ("write_query", "execute_query", "check_query", "rewrite_query"):
         assert edge in text
-    assert "check_query -.-> rewrite_query" in text and "rewrite_query -.-> execute_query" in text
+    assert "check_query -.-> rewrite_query" in text and "rewrite_query --> execute_query" in text
 
 
 def test_nothing_is_traced_even_where_the_environment_asks_for_it(answer, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -79,6 +80,39 @@ def test_every_upper_bound_of_training_says_why(repo):
     for line in block.splitlines()[1:]:
         if re.search(r"<[\d=]", line):
             assert "#" in line, f"no reason beside {line.strip()}"
+
+
+def imported(folder: Path) -> set[str]:
+    modules: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                modules.add(node.module.split(".")[0])
+    return modules - sys.stdlib_module_names - {"sqlbench"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "groups"),
+    [("sqlbench", {"core", "local", "train", "notebooks"}), ("tests", {"core", "local", "train", "notebooks", "test"})],
+)
+def test_what_is_imported_is_declared(repo, folder, groups):
+    declared = {canonicalize_name(r.name) for g, rows in requirements(repo).items() if g in groups for r in rows}
+    providers = metadata.packages_distributions()
+    unknown = {
+        module
+        for module in imported(repo / folder)
+        if not declared & {canonicalize_name(name) for name in providers.get(module, [])}
+    }
+    local = {path.stem for path in (repo / "tests").rglob("*.py")}
+    assert unknown <= local, f"imported and not declared in pyproject.toml: {unknown - local}"
+
+
+def test_only_training_imports_verl_and_ray(repo):
+    for path in (repo / "sqlbench").rglob("*.py"):
+        if path.parent.name != "training":
+            assert not re.search(r"^\s*(from|import) (verl|ray)\b", path.read_text(), re.M), path
 
 
 def tracked(repo: Path) -> list[Path]:

@@ -1,0 +1,175 @@
+"""Exactly when two result tables are the same answer, without trying column orders one by one.
+
+Columns may come in any order and column names do not matter. Rows are compared as a list or as a multiset, the latter
+optionally within blocks of rows that tie. The search over column orders fixes one column after the other and keeps
+only orders whose row prefixes still agree, so equal-looking columns cost about rows x columns². `SearchLimit` is
+raised after `MAX_CELLS` looked-at cells, which only tables built to defeat the search reach.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal
+from functools import cached_property
+
+MAX_CELLS = 20_000_000
+FLOAT_TOLERANCE = 1e-9
+"""Relative difference under which two numbers are one value, in strict mode."""
+
+
+class SearchLimit(Exception):  # noqa: N818
+    """The search for a column order was given up."""
+
+
+class Answer:
+    """A result table with what comparisons need of it, computed once (a gold answer is compared many times)."""
+
+    def __init__(self, rows: list[tuple], labels: Sequence[int] | None = None) -> None:
+        self.rows = rows
+        self.width = len(rows[0]) if rows else 0
+        self.labels = labels
+        """Block of each row where rows may only change places within blocks."""
+
+    @cached_property
+    def bag(self) -> Counter:
+        """Rows (with their label) and how often each occurs."""
+        return Counter(self.rows if self.labels is None else zip(self.labels, self.rows, strict=True))
+
+    @cached_property
+    def columns(self) -> list[tuple]:
+        """The table by columns."""
+        return list(zip(*self.rows, strict=True))
+
+    @cached_property
+    def column_bag(self) -> Counter:
+        """Whole columns as sequences, and how often each occurs."""
+        return Counter(self.columns)
+
+    @cached_property
+    def signatures(self) -> list[frozenset]:
+        """Per column its values and how often each occurs; equal for columns that may stand for each other."""
+        return [frozenset(Counter(column).items()) for column in self.columns]
+
+    @cached_property
+    def has_floats(self) -> bool:
+        """Whether any cell is a float or decimal."""
+        return any(isinstance(cell, (float, Decimal)) for row in self.rows for cell in row)
+
+
+def _within(part: Counter, whole: Counter) -> bool:
+    """Whether one multiset is contained in another; `dict.__eq__` first, since Counter compares in Python."""
+    return dict.__eq__(part, whole) or all([count <= whole.get(item, 0) for item, count in part.items()])
+
+
+def same_list(gold: Answer, pred: Answer) -> bool:
+    """Whether some column order makes the row lists equal: exactly when the columns are equal as multisets."""
+    if gold.rows == pred.rows:
+        return True
+    if len(gold.rows) != len(pred.rows) or gold.width != pred.width or gold.width == 1:
+        return False
+    return _within(pred.column_bag, gold.column_bag)
+
+
+def same_bag(gold: Answer, pred: Answer) -> bool:
+    """Whether some column order makes every row of `pred` (with its label) one of `gold`, counting repetitions.
+
+    With equally many rows that is equality of multisets; `gold` may also hold more rows than `pred`.
+    """
+    if gold.width != pred.width or len(gold.rows) < len(pred.rows):
+        return False
+    if not pred.rows or (gold.labels is None and gold.rows == pred.rows):
+        return True
+    if _within(pred.bag, gold.bag):
+        return True
+    return gold.width > 1 and _search(gold, pred)
+
+
+def _search(gold: Answer, pred: Answer) -> bool:
+    width, n = gold.width, len(pred.rows)
+    if len(gold.rows) == n:
+        if not _within(Counter(pred.signatures), Counter(gold.signatures)):
+            return False
+        fits = [[j for j in range(width) if pred.signatures[j] == s] for s in gold.signatures]
+    else:
+        fits = [list(range(width)) for _ in range(width)]
+    # Few candidates first, then many different values: the sooner a prefix tells rows apart, the fewer orders remain.
+    order = sorted(range(width), key=lambda c: (len(fits[c]), -len(set(gold.columns[c]))))
+    levels: list[tuple[dict, Counter, list[int]]] = []
+    cells = 0
+
+    def level(depth: int, ids: list[int]) -> tuple[dict, Counter, list[int]]:
+        """Numbers for the different row prefixes of gold after `depth` + 1 columns; the same on every path."""
+        if depth == len(levels):
+            numbers: dict = {}
+            prefix = [numbers.setdefault(pair, len(numbers))
+                      for pair in zip(ids, gold.columns[order[depth]], strict=True)]
+            levels.append((numbers, Counter(prefix), prefix))
+        return levels[depth]
+
+    interchangeable: dict[tuple[int, int], bool] = {}
+
+    def swappable(i: int, j: int) -> bool:
+        """Whether exchanging two columns of pred gives the same multiset of rows: then trying one of them is enough."""
+        if (i, j) not in interchangeable:
+            labels = pred.labels or [0] * n
+            bag = pred.bag if pred.labels else Counter(zip(labels, pred.rows, strict=True))
+            swap = list(range(width))
+            swap[i], swap[j] = j, i
+            interchangeable[i, j] = all(
+                bag.get((label, tuple([row[k] for k in swap])), 0) == count for (label, row), count in bag.items()
+            )
+        return interchangeable[i, j]
+
+    def extend(depth: int, gold_ids: list[int], pred_ids: list[int], used: set[int]) -> bool:
+        nonlocal cells
+        if depth == width:
+            return True
+        numbers, counts, prefix = level(depth, gold_ids)
+        failed: list[int] = []
+        for j in fits[order[depth]]:
+            if j in used or any(swappable(i, j) for i in failed):
+                continue
+            cells += n
+            if cells > MAX_CELLS:
+                raise SearchLimit
+            try:
+                ids = [numbers[pair] for pair in zip(pred_ids, pred.columns[j], strict=True)]
+            except KeyError:
+                continue
+            if _within(Counter(ids), counts):
+                if extend(depth + 1, prefix, ids, used | {j}):
+                    return True
+                failed.append(j)
+        return False
+
+    return extend(0, list(gold.labels or [0] * len(gold.rows)), list(pred.labels or [0] * n), set())
+
+
+def near(gold: Answer, pred: Answer) -> tuple[Answer, Answer] | None:
+    """Both tables with numbers that differ by less than `FLOAT_TOLERANCE` made equal; None where none do."""
+    if not (gold.has_floats or pred.has_floats):
+        return None
+    numbers = sorted({cell for table in (gold, pred) for row in table.rows for cell in row
+                      if isinstance(cell, (int, float, Decimal)) and cell == cell})
+    stand_in, last = {}, None
+    for number in numbers:
+        value = float(number) if abs(number) < 1e300 else number
+        if last is not None and abs(value - last[0]) <= FLOAT_TOLERANCE * max(abs(value), abs(last[0])):
+            stand_in[number] = last[1]
+            last = (value, last[1])
+        else:
+            last = (value, number)
+    if not stand_in:
+        return None
+    left, right = ([tuple([stand_in.get(cell, cell) for cell in row]) for row in t.rows] for t in (gold, pred))
+    return Answer(left, gold.labels), Answer(right, pred.labels)
+
+
+def rows_sort_alike(gold: list[tuple], pred: list[tuple], ordered: bool) -> bool:
+    """The reference evaluator's first look: rows with their cells sorted as text have to agree.
+
+    It turns away some equal tables, (1, 10) against (1.0, 10) for one, because 1 and 1.0 sort differently as text.
+    """
+    left, right = ([tuple(sorted(row, key=lambda cell: f"{cell}{type(cell)}")) for row in t] for t in (gold, pred))
+    return left == right if ordered else set(left) == set(right)

@@ -1,0 +1,332 @@
+"""Execution match: is the predicted query's answer the gold query's answer?
+
+The *reference mode* (``strict=False``) gives the verdicts of the evaluator that Spider papers report: split operators
+are joined, every DISTINCT of the first statement is dropped unless `keep_distinct`, "order by" anywhere in the gold
+text makes row order matter, columns may come in any order, two empty answers are equal. Three things differ on purpose:
+statements run read-only, they end at a deadline, and they end at a limit of size.
+
+The *strict mode* (the default, and what training uses) closes the holes a policy could learn to use; each is a named
+option of `Strictness`. A gold query that cannot be scored gives ``match=None``, never 0.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from sqlparse import tokens as T  # noqa: N812
+from sqlparse.engine import FilterStack
+from sqlparse.lexer import tokenize
+
+from sqlbench.comparison import Answer, SearchLimit, near, rows_sort_alike, same_bag, same_list
+from sqlbench.database.engine import NO_STATEMENT, Database, Limits, QueryResult, in_thread
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """The deviations of the strict mode. All on is `STRICT`, all off is `REFERENCE`."""
+
+    one_statement: bool = True
+    """Text after the first ``;`` rejects a prediction; the reference ignores it (``gold; anything`` scores 1)."""
+    keep_inner_distinct: bool = True
+    """Only ``SELECT DISTINCT`` of the outermost query is dropped; the reference also drops it inside
+    ``COUNT(DISTINCT x)`` and in subqueries, where it decides the value."""
+    real_empty: bool = True
+    """Against a gold answer without rows, a prediction without rows scores only if it is a real query over what gold is
+    about (`sqlbench.sqltree.same_subject`) with as many columns; in the reference any DELETE or comment does."""
+    outer_order: bool = True
+    """Row order matters only if the gold statement itself ends in ORDER BY, not a subquery of it."""
+    float_tolerance: bool = True
+    """Numbers that differ by less than 1e-9 of their size are equal: sums differ in the last bits with row order."""
+    ties: bool = True
+    """Rows that tie under gold's ORDER BY may come in any order, and any of them may fill the places up to LIMIT."""
+    any_number_type: bool = True
+    """1 and 1.0 are always equal; the reference's first look turns some such tables away."""
+
+
+STRICT = Strictness()
+REFERENCE = Strictness(False, False, False, False, False, False, False)
+
+GOLD_ROWS = 1_000_000
+"""A gold answer with more rows is not scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one prediction."""
+
+    match: int | None
+    """1 or 0; None where the gold query itself cannot be scored."""
+    reason: str
+    """``equal``; wrong: ``rows_differ``, ``columns_differ``, ``order_differs``, ``empty_unrelated``; did not run:
+    ``pred_error``, ``pred_timeout``, ``pred_rejected``, ``too_large``; not scored: ``gold_error``, ``gold_timeout``,
+    ``gold_rejected``, ``gold_too_large``."""
+    pred_error: str | None = None
+    ms: float = 0.0
+
+
+def score(
+    gold: str,
+    pred: str,
+    database: Database | Sequence[Database],
+    *,
+    strict: bool | Strictness = True,
+    keep_distinct: bool = False,
+    limits: Limits | None = None,
+) -> Verdict:
+    """The verdict on one prediction; over several databases (a test suite) it has to match on each.
+
+    Gold answers are kept per process by content of the database, gold text and mode.
+    """
+    start = time.perf_counter()
+    rules = strict if isinstance(strict, Strictness) else STRICT if strict else REFERENCE
+    verdict = Verdict(None, "gold_error", "no database to score on")
+    for one in (database,) if isinstance(database, Database) else database:
+        verdict = _score(gold, pred, one, rules, keep_distinct, limits or one.limits)
+        if verdict.match != 1:
+            break
+    object.__setattr__(verdict, "ms", (time.perf_counter() - start) * 1000)
+    return verdict
+
+
+async def ascore(
+    gold: str,
+    pred: str,
+    database: Database | Sequence[Database],
+    *,
+    strict: bool | Strictness = True,
+    keep_distinct: bool = False,
+    limits: Limits | None = None,
+) -> Verdict:
+    """Like `score`, in a database thread: the event loop goes on."""
+    return await in_thread(
+        lambda: score(gold, pred, database, strict=strict, keep_distinct=keep_distinct, limits=limits)
+    )
+
+
+def _score(
+    gold: str, pred: str, database: Database, rules: Strictness, keep_distinct: bool, limits: Limits
+) -> Verdict:
+    answer = _gold_answer(gold, database, rules, keep_distinct, limits)
+    if answer.problem:
+        return Verdict(None, answer.problem, answer.result.error)
+    statement = prepare(pred, rules, keep_distinct)
+    if statement is None:
+        return Verdict(0, "pred_rejected", NO_STATEMENT)
+    result = database.execute(statement, answer.pred_limits)
+    if result.status != "ok":
+        if result.error == NO_STATEMENT and rules is REFERENCE:
+            result = QueryResult("ok")
+        elif result.status == "too_large" and len(result.rows) > len(answer.result.rows):
+            result = replace(result, status="ok")  # one row more than gold was enough to know
+        else:
+            reason = "too_large" if result.status == "too_large" else f"pred_{result.status}"
+            return Verdict(0, reason, result.error)
+    try:
+        reason = answer.compare(result, pred)
+    except SearchLimit:
+        return Verdict(0, "too_large", "too many column orders to compare")
+    return Verdict(int(reason == "equal"), reason)
+
+
+class _Gold:
+    """One gold query's answer on one database, with what comparisons need of it."""
+
+    def __init__(
+        self, gold: str, database: Database, rules: Strictness, keep_distinct: bool, limits: Limits
+    ) -> None:
+        self.gold, self.database, self.rules, self.limits = gold, database, rules, limits
+        self.statement = prepare(gold, rules, keep_distinct)
+        if self.statement is None:
+            self.result = QueryResult("rejected", error=NO_STATEMENT)
+        else:
+            self.result = database.execute(self.statement, replace(limits, rows=max(GOLD_ROWS, limits.rows)))
+            if self.result.error == NO_STATEMENT and rules is REFERENCE:
+                self.result = QueryResult("ok")
+        self.problem = None if self.result.ok else f"gold_{self.result.status}"
+        self.answer = Answer(self.result.rows)
+        self.pred_limits = replace(limits, rows=len(self.result.rows) + 1)
+        self.cells = 50 + len(self.result.rows) * len(self.result.columns)
+
+    @cached_property
+    def ordered(self) -> bool:
+        """Whether the order of rows matters."""
+        text = (self.statement or "").lower()
+        if self.rules.outer_order and "order" in text:
+            from sqlbench.sqltree import outer_order
+
+            found = outer_order(self.statement or "", self.database.dialect)
+            if found is not None:
+                return found
+        return "order by" in text
+
+    def compare(self, result: QueryResult, pred: str) -> str:
+        """The reason code for a prediction's answer."""
+        gold_rows, pred_rows = self.result.rows, result.rows
+        if not gold_rows and not pred_rows:
+            return "equal" if not self.rules.real_empty or self._is_real(result, pred) else "empty_unrelated"
+        if len(result.columns) != len(self.result.columns):
+            return "columns_differ"
+        if len(gold_rows) != len(pred_rows):
+            return "rows_differ"
+        pairs = [(self.answer, Answer(pred_rows))]
+        same = same_list if self.ordered else same_bag
+        if same(*pairs[0]):
+            if self.rules.any_number_type or self._sort_alike(pred_rows):
+                return "equal"
+            return "rows_differ"
+        if self.rules.float_tolerance and (rounded := near(*pairs[0])):
+            if same(*rounded):
+                return "equal"
+            pairs.append(rounded)
+        if self.ordered and self.rules.ties and self._matches_with_ties(pred_rows):
+            return "equal"
+        return "order_differs" if self.ordered and any(same_bag(*pair) for pair in pairs) else "rows_differ"
+
+    def _is_real(self, result: QueryResult, pred: str) -> bool:
+        from sqlbench.sqltree import same_subject
+
+        same_width = len(result.columns) == len(self.result.columns)
+        return same_width and (pred == self.gold or same_subject(self.gold, pred, self.database.dialect))
+
+    def _sort_alike(self, pred_rows: list[tuple]) -> bool:
+        """The reference's first look, run only where it could differ from equality: numbers of two types."""
+        gold_rows = self.result.rows
+        if self.answer.width == 1 or not (self.answer.has_floats or Answer(pred_rows).has_floats):
+            return True
+        return repr(gold_rows) == repr(pred_rows) or rows_sort_alike(gold_rows, pred_rows, self.ordered)
+
+    def _matches_with_ties(self, pred_rows: list[tuple]) -> bool:
+        if self._blocks is None:
+            return False
+        gold, pred = self._blocks, Answer(pred_rows, self._places)
+        if same_bag(gold, pred):
+            return True
+        rounded = near(gold, pred) if self.rules.float_tolerance else None
+        return rounded is not None and same_bag(*rounded)
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """Block of each place of the gold answer; set with `_blocks`."""
+        return []
+
+    @cached_property
+    def _blocks(self) -> Answer | None:
+        """Every row that could stand in the gold answer, labelled with its block of ties; None without any ties."""
+        from sqlbench.sqltree import with_order_keys
+
+        keyed = with_order_keys(self.statement or "", self.result.columns, self.database.dialect)
+        if keyed is None:
+            return None
+        full = self.database.execute(keyed.sql, replace(self.limits, rows=GOLD_ROWS))
+        width, size = len(self.result.columns), len(self.result.rows)
+        rows = [row[:width] for row in full.rows]
+        if not full.ok or rows[keyed.offset : keyed.offset + size] != self.result.rows:
+            return None
+        labels: list[int] = []
+        last, number = None, -1
+        for row in full.rows:
+            key = tuple([row[k] for k in keyed.keys])
+            number += key != last or number < 0
+            labels.append(number)
+            last = key
+        self._places = labels[keyed.offset : keyed.offset + size]
+        wanted = set(self._places)
+        kept = [(row, label) for row, label in zip(rows, labels, strict=True) if label in wanted]
+        if len(wanted) == len(kept):  # every row alone in its block
+            return None
+        return Answer([row for row, _ in kept], [label for _, label in kept])
+
+
+# ---- gold answers, kept per process
+
+_CACHED_CELLS = 5_000_000
+_cache: OrderedDict[tuple, _Gold] = OrderedDict()
+_cache_lock = threading.Lock()
+_cached_cells = 0
+
+
+def _gold_answer(
+    gold: str, database: Database, rules: Strictness, keep_distinct: bool, limits: Limits
+) -> _Gold:
+    global _cached_cells
+    key = (database.identity(), gold, rules, keep_distinct, limits)
+    answer = _cache.get(key)
+    if answer is not None:
+        return answer
+    answer = _Gold(gold, database, rules, keep_distinct, limits)
+    if answer.problem == "gold_timeout":  # perhaps only this time
+        return answer
+    with _cache_lock:
+        if key not in _cache:
+            _cache[key] = answer
+            _cached_cells += answer.cells
+        while _cached_cells > _CACHED_CELLS:
+            _cached_cells -= _cache.popitem(last=False)[1].cells
+    return answer
+
+
+def clear_gold_cache() -> None:
+    """Forget all gold answers of this process."""
+    global _cached_cells
+    with _cache_lock:
+        _cache.clear()
+        _cached_cells = 0
+
+
+# ---- text
+
+_CURRENT_YEAR = re.compile(r"YEAR\s*\(\s*CURDATE\s*\(\s*\)\s*\)\s*", re.IGNORECASE)
+_GO = re.compile(r"\bgo\b", re.IGNORECASE)
+
+
+@lru_cache(maxsize=16384)
+def prepare(sql: str, rules: Strictness = STRICT, keep_distinct: bool = False) -> str | None:
+    """The statement that is run for a query; None where the reference finds no statement at all."""
+    sql = sql.replace("> =", ">=").replace("< =", "<=").replace("! =", "!=")
+    if rules.one_statement:
+        if not keep_distinct and "distinct" in sql.lower():
+            sql = _drop_distinct(sql, rules.keep_inner_distinct)
+    elif not keep_distinct:
+        first = _first_statement(sql, rules.keep_inner_distinct)
+        if first is None:
+            return None
+        sql = first
+    return _CURRENT_YEAR.sub("2020", sql) if "curdate" in sql.lower() else sql
+
+
+def _first_statement(sql: str, keep_inner: bool) -> str | None:
+    """The first statement without its DISTINCT, as sqlparse splits the text."""
+    if not sql.strip():
+        return None
+    body = sql.rstrip()
+    if ";" in body[:-1] or _GO.search(sql):
+        first = next(FilterStack().run(sql), None)
+        if first is None:
+            return None
+        sql = str(first)
+    return _drop_distinct(sql, keep_inner) if "distinct" in sql.lower() else sql
+
+
+def _drop_distinct(sql: str, keep_inner: bool) -> str:
+    """The text without its DISTINCT tokens: all of them, or only those of the outermost SELECTs."""
+    if not keep_inner:
+        return "".join([value for _, value in tokenize(sql) if value.lower() != "distinct"])
+    tokens = list(tokenize(sql))
+    kept, depth, before = [], 0, ""
+    for i, (kind, value) in enumerate(tokens):
+        word = value.lower()
+        if word == "distinct" and depth == 0 and before == "select":
+            following = (v.lower() for k, v in tokens[i + 1 :] if not (k in T.Whitespace or k in T.Comment))
+            if next(following, "") != "on":
+                continue
+        depth += (value == "(") - (value == ")")
+        if not (kind in T.Whitespace or kind in T.Comment):
+            before = word
+        kept.append(value)
+    return "".join(kept)
