@@ -1,5 +1,5 @@
 # make install | demo | test | check | lab | reproduce | bench | clean
-# Variables: PYTHON (interpreter to use), TORCH_INDEX (another index for torch), VENV, RUN (name of the run to write).
+# Variables: PYTHON (interpreter to use), TORCH_INDEX (a further index, for another build of torch), VENV, RUN (name of the run to write).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
@@ -44,7 +44,7 @@ $(INSTALLED): pyproject.toml constraints-laptop.txt
 	test -x $(BIN)/python || { echo "[1/4] $(VENV) from $$($$python --version)"; $$python -m venv $(VENV); }
 	@: > $(LOG)
 	@echo "[2/4] $(TORCH) (first, so that nothing pulls in another build)"
-	@$(call PIP,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) -c constraints-laptop.txt)
+	@$(call PIP,$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) -c constraints-laptop.txt)
 	@echo "[3/4] sqlbench with everything the laptop profile, the notebooks and the tests need"
 	@$(call PIP,-c constraints-laptop.txt -e '.[laptop]')
 	@echo "[4/4] checking the set"

@@ -177,12 +177,14 @@ def score(
     pairs: Annotated[Path, typer.Option(help="JSON lines with db_id, gold, pred (.jsonl or .jsonl.gz).")],
     out: Annotated[Path, typer.Option(help="JSON lines to write: one verdict a pair.")],
     keep_distinct: Annotated[bool, typer.Option("--keep-distinct", help="Do not drop DISTINCT.")] = False,
-    strict: Annotated[bool, typer.Option(help="Close the reference evaluator's holes.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Close the reference evaluator's holes.")] = False,
 ) -> None:
-    """Score pairs of gold and predicted queries."""
+    """Score pairs of gold and predicted queries, by default with the reference evaluator's verdicts."""
     from sqlbench.scoring import score_pairs
 
-    typer.echo(score_pairs(data, pairs, out, keep_distinct=keep_distinct, strict=strict))
+    counts = score_pairs(data, pairs, out, keep_distinct=keep_distinct, strict=strict)
+    typer.echo(", ".join(f"{count} {what}" for what, count in counts.items()))
+    typer.echo(f"wrote {out}")
 
 
 @app.command("ablate")

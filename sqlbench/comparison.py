@@ -18,7 +18,7 @@ FLOAT_TOLERANCE = 1e-9
 """Relative difference under which two numbers are one value, in strict mode."""
 
 
-class SearchLimit(Exception):  # noqa: N818
+class SearchLimit(Exception):
     """The search for a column order was given up."""
 
 
@@ -102,8 +102,9 @@ def _search(gold: Answer, pred: Answer) -> bool:
         """Numbers for the different row prefixes of gold after `depth` + 1 columns; the same on every path."""
         if depth == len(levels):
             numbers: dict = {}
-            prefix = [numbers.setdefault(pair, len(numbers))
-                      for pair in zip(ids, gold.columns[order[depth]], strict=True)]
+            prefix = [
+                numbers.setdefault(pair, len(numbers)) for pair in zip(ids, gold.columns[order[depth]], strict=True)
+            ]
             levels.append((numbers, Counter(prefix), prefix))
         return levels[depth]
 
@@ -150,8 +151,15 @@ def near(gold: Answer, pred: Answer) -> tuple[Answer, Answer] | None:
     """Both tables with numbers that differ by less than `FLOAT_TOLERANCE` made equal; None where none do."""
     if not (gold.has_floats or pred.has_floats):
         return None
-    numbers = sorted({cell for table in (gold, pred) for row in table.rows for cell in row
-                      if isinstance(cell, (int, float, Decimal)) and cell == cell})
+    numbers = sorted(
+        {
+            cell
+            for table in (gold, pred)
+            for row in table.rows
+            for cell in row
+            if isinstance(cell, (int, float, Decimal)) and cell == cell
+        }
+    )
     stand_in, last = {}, None
     for number in numbers:
         value = float(number) if abs(number) < 1e300 else number

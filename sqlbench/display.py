@@ -63,7 +63,7 @@ def audit_table(data: Path | str) -> pd.DataFrame:
             "excluded": ", ".join(f"{count} {reason}" for reason, count in split.excluded.items()) or "none",
             "gold without rows": split.zero_rows,
             "needs order": split.needs_order,
-            **split.hardness,
+            **{level: split.hardness.get(level, 0) for level in ("easy", "medium", "hard", "extra")},
             "constant query (%)": round(100 * max(split.constant_floor.values(), default=0.0), 1),
         }
         for name, split in read_audit(data).splits.items()

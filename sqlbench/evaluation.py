@@ -42,7 +42,7 @@ class Score(Record):
 
     n: int
     """Scored rollouts."""
-    correct: float
+    correct: int
     ex: float | None
     """Share of the scored rollouts; None where there are none."""
     low: float | None
@@ -358,7 +358,7 @@ def _relative(path: str | Path) -> str:
 
 
 def _score(scored: Sequence[Trajectory]) -> Score:
-    n, correct = len(scored), sum(t.reward or 0.0 for t in scored)
+    n, correct = len(scored), sum(t.reward == 1 for t in scored)
     if not n:
         return Score(n=0, correct=0, ex=None, low=None, high=None)
     low, high = wilson(correct, n)

@@ -315,28 +315,54 @@ def same_subject(gold: str, pred: str, dialect: str = "sqlite") -> bool:
 # ---- classes of error messages
 
 ERROR_CLASSES = (
-    "no_such_column", "no_such_table", "syntax", "ambiguous_column", "type", "function", "aggregation", "timeout", "other",
+    "no_such_column",
+    "no_such_table",
+    "syntax",
+    "ambiguous_column",
+    "type",
+    "function",
+    "aggregation",
+    "timeout",
+    "other",
 )
 _PATTERNS = [
     (name, re.compile(pattern, re.IGNORECASE))
     for name, pattern in (
         ("timeout", r"no result within|timeout|timed out|interrupted"),
         ("ambiguous_column", r"ambiguous column|column reference .* is ambiguous"),
-        ("aggregation", r"misuse of (aggregate|window)|must appear in the group by|aggregate functions? (are|calls)|"
-                        r"a group by clause is required|having clause on a non-aggregate|group by terms|"
-                        r"window functions? are not allowed|aggregate function calls cannot"),
-        ("function", r"no such function|wrong number of arguments|function .* does not exist|user-defined function|"
-                     r"function .* is not unique|not a(n aggregate| window)? function"),
-        ("no_such_column", r"no such column|column .* does not exist|cannot join using column|unknown column|"
-                           r"has no column|invalid reference to from-clause entry"),
-        ("no_such_table", r"no such table|relation .* does not exist|no such view|missing from-clause entry|"
-                          r"unknown table|no tables specified"),
-        ("type", r"datatype mismatch|operator does not exist|invalid input syntax|cannot be matched|cannot cast|"
-                 r"types? .* and .* cannot|must be type|out of range|division by zero|sub-select returns|"
-                 r"row value misused|subquery must return|same number of (result )?columns|cannot be cast|"
-                 r"in an equality|type .* does not exist|could not (determine|identify)"),
-        ("syntax", r"syntax error|incomplete input|unrecognized token|parser stack|expression tree|should come after|"
-                   r"unterminated|at or near"),
+        (
+            "aggregation",
+            r"misuse of (aggregate|window)|must appear in the group by|aggregate functions? (are|calls)|"
+            r"a group by clause is required|having clause on a non-aggregate|group by terms|"
+            r"window functions? are not allowed|aggregate function calls cannot",
+        ),
+        (
+            "function",
+            r"no such function|wrong number of arguments|function .* does not exist|user-defined function|"
+            r"function .* is not unique|not a(n aggregate| window)? function",
+        ),
+        (
+            "no_such_column",
+            r"no such column|column .* does not exist|cannot join using column|unknown column|"
+            r"has no column|invalid reference to from-clause entry",
+        ),
+        (
+            "no_such_table",
+            r"no such table|relation .* does not exist|no such view|missing from-clause entry|"
+            r"unknown table|no tables specified",
+        ),
+        (
+            "type",
+            r"datatype mismatch|operator does not exist|invalid input syntax|cannot be matched|cannot cast|"
+            r"types? .* and .* cannot|must be type|out of range|division by zero|sub-select returns|"
+            r"row value misused|subquery must return|same number of (result )?columns|cannot be cast|"
+            r"in an equality|type .* does not exist|could not (determine|identify)",
+        ),
+        (
+            "syntax",
+            r"syntax error|incomplete input|unrecognized token|parser stack|expression tree|should come after|"
+            r"unterminated|at or near",
+        ),
     )
 ]
 

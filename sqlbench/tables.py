@@ -289,8 +289,8 @@ def difference(first: Side, second: Side) -> Difference:
         )
     pairs = [(int(a), int(b)) for a, b in zip(first.outcomes, second.outcomes, strict=True) if "x" not in a + b]
     gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
-    before, after = [a for a, _ in pairs], [b for _, b in pairs]
-    return Difference(100 * (gained - lost) / max(1, len(pairs)), mcnemar(before, after), gained, lost)
+    p = mcnemar([a for a, _ in pairs], [b for _, b in pairs]) if pairs else 1.0
+    return Difference(100 * (gained - lost) / max(1, len(pairs)), p, gained, lost)
 
 
 def discuss(results: Sequence[CellResult]) -> str:
@@ -322,6 +322,10 @@ def discuss(results: Sequence[CellResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _tasks(result: CellResult) -> tuple[str, int]:
+    return result.split, len(result.final.outcomes)
+
+
 def _neighbours(results: Sequence[CellResult], attribute: str) -> Iterator[tuple[CellResult, CellResult]]:
     """Pairs of cells that differ in nothing but one setting, the smaller value first."""
     for first in results:
@@ -329,7 +333,7 @@ def _neighbours(results: Sequence[CellResult], attribute: str) -> Iterator[tuple
             one, two = first.cell, second.cell
             if getattr(one, attribute) >= getattr(two, attribute):
                 continue
-            if one.model_copy(update={attribute: getattr(two, attribute)}) == two and first.split == second.split:
+            if one.model_copy(update={attribute: getattr(two, attribute)}) == two and _tasks(first) == _tasks(second):
                 yield first, second
 
 

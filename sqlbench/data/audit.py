@@ -76,8 +76,8 @@ class SplitAudit(BaseModel):
     hardness: dict[str, int]
     """Scorable tasks by hardness."""
     constant_floor: dict[str, float]
-    """Share of scorable tasks that one constant query earns: the best one found (``reference`` and ``strict`` mode), and
-    one without rows (``reference_no_rows``, ``strict_no_rows``)."""
+    """Share of scorable tasks that one constant query earns: the best one found (modes ``reference`` and ``strict``),
+    and one without rows (``reference_no_rows``, ``strict_no_rows``)."""
 
 
 class Audit(BaseModel):
@@ -170,7 +170,7 @@ class Auditor:
         )
 
     def _floor(self, tasks: list[Task]) -> dict[str, float]:
-        """What one constant query earns: one without rows, or one of the commonest single values of the gold answers."""
+        """What one constant query earns: one without rows, or one of the commonest single values of gold answers."""
         common = Counter(v for t in tasks if (v := self._values.get((t.db_id, t.gold)))).most_common(5)
         candidates = {NO_ROWS: [t for t in tasks if not t.returns_rows]}
         for value, _ in sorted(common):

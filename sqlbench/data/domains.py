@@ -367,7 +367,7 @@ def fill(domain: Domain, rng: Random, size: int | None = None) -> Domain:
     return domain
 
 
-# ---- made-up domains for pretraining ----------------------------------------------------------------------------------
+# ---- made-up domains for pretraining --------------------------------------------------------------------------------
 
 
 class Inventor:

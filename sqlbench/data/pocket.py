@@ -118,7 +118,7 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
                     gold=draft.sql,
                     split=split,
                     hardness=hardness(draft.sql),
-                    construct=draft.construct,
+                    kind=draft.construct,
                     phrasing=family,
                     needs_order="order by" in draft.sql.lower(),
                 )
@@ -193,8 +193,10 @@ def _write(root: Path, seed: int, progress: bool) -> None:
         for name, group, families in plan:
             splits[name] = _tasks(group, name, families, Random(f"{name} {seed}"))
             bar.update(len(splits[name]))
+    for name, tasks in splits.items():  # families and cells come mixed, so that the first tasks are a fair sample
+        Random(f"order {seed} {name}").shuffle(tasks)
     dev = [t for name in sorted(splits) if name != "train" for t in splits[name]]
-    Random(f"order {seed}").shuffle(splits["train"])
+    Random(f"order {seed}").shuffle(dev)
     splits["dev"] = dev
     splits["dev_500"] = Random(f"dev_500 {seed}").sample(dev, 500)
     splits[HEADLINE] = [t for t in dev if t.split in ("dev_unseen_train", "dev_unseen_never")]

@@ -16,7 +16,7 @@ from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execu
 from sqlbench.agent.trajectory import Execution, Message
 from sqlbench.data.domains import Domain, Inventor, fill, seen_domains
 from sqlbench.data.questions import Draft, draw
-from sqlbench.database.schema import Column, ForeignKey, Schema, Table
+from sqlbench.database.schema import Column, ForeignKey, Schema, Table, schema_text
 
 _SWAPS = (
     ("DESC", "ASC"), ("ASC", "DESC"), (">", "<"), ("<", ">"), ("count(*)", "*"), ("max", "min"), ("min", "max"),
@@ -64,15 +64,6 @@ def schema_of(domain: Domain, tables: list[str] | None = None) -> Schema:
             for table in tables or domain.tables
         )
     )
-
-
-def compact(schema: Schema) -> str:
-    """The compact schema text."""
-    lines = []
-    for t in schema.tables:
-        refs = {k.column: k.ref_table for k in t.foreign_keys}
-        lines.append(f" {t.name}: " + ", ".join(c.name + (f" > {refs[c.name]}" if c.name in refs else "") for c in t.columns))
-    return "\n".join(lines)
 
 
 def execute(connection: sqlite3.Connection, sql: str) -> Execution:
@@ -173,7 +164,7 @@ class Examples:
             tables = [t for t in tables if t in words or self.rng.random() < 0.3]
         if self.rng.random() < 0.5:
             self.rng.shuffle(tables)
-        return compact(schema_of(domain, tables))
+        return schema_text(schema_of(domain, tables), "compact")
 
     def _corrupt(self, domain: Domain, draft: Draft) -> str:
         for _ in range(20):
@@ -186,15 +177,15 @@ class Examples:
         """One mistake such as a small model makes: a misspelt or wrong name, a swapped operator, a lost part."""
         rng, kind = self.rng, self.rng.random()
         tokens = re.findall(r"'(?:[^']|'')*'|\w+|[^\w\s]+|\s+", sql)
-        names = [
-            i for i, t in enumerate(tokens) if re.fullmatch(r"[a-z_]+", t) and t not in ("count", "avg", "max", "min", "sum")
-        ]
+        functions = ("count", "avg", "max", "min", "sum")
+        names = [i for i, t in enumerate(tokens) if re.fullmatch(r"[a-z_]+", t) and t not in functions]
         at = rng.choice(names)
         if kind < 0.25:  # a name miscopied, everywhere
             parts = tokens[at].split("_")
             j = rng.randrange(len(parts))
             word, cut = parts[j], rng.randint(1, max(1, len(parts[j]) - 1))
-            parts[j] = word[:cut] + rng.choice(("", self.inventor.word(rng)[-rng.randint(1, 5) :], word[-rng.randint(1, 3) :]))
+            foreign, own = self.inventor.word(rng)[-rng.randint(1, 5) :], word[-rng.randint(1, 3) :]
+            parts[j] = word[:cut] + rng.choice(("", foreign, own))
             return re.sub(rf"\b{tokens[at]}\b", "_".join(parts), sql)
         if kind < 0.40:  # another name of this schema
             tokens[at] = rng.choice([*domain.tables, *(f.name for fields in domain.tables.values() for f in fields)])

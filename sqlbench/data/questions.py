@@ -231,7 +231,7 @@ class Scope:
             return pattern.format(c=say(column), v=value), f"{prefix}{column} = {literal(value)}", column
         operator = self.rng.choice((">", ">", "<", "<", ">=", "<=", "=") if kind in ("integer", "year") else (">", "<"))
         name = _COMPARE[operator]
-        if name in ("gt", "lt") and (kind == "date" or kind == "year" and self.rng.random() < 0.5):
+        if name in ("gt", "lt") and (kind == "date" or (kind == "year" and self.rng.random() < 0.5)):
             name = "after" if name == "gt" else "before"
         wording = self.word(name)
         pattern = "with {c} of {v}" if wording == "of" else self.word("number")
@@ -288,7 +288,7 @@ def _construct(name: str, weight: int, level: int, a: str, b: str, c: str, d: st
     return register
 
 
-# ---- one table --------------------------------------------------------------------------------------------------------
+# ---- one table ------------------------------------------------------------------------------------------------------
 
 
 @_construct("count", 2, 0,
@@ -300,7 +300,7 @@ def _count(s: Scope) -> str:
     return f"SELECT count(*) FROM {s.entity()}"
 
 
-@_construct("count_where", 5, 0,
+@_construct("count_where", 5, 1,
     "How many {T} are there {cond} | Count the {T} {cond} | What is {count} {T} {cond} | How many {T} exist {cond}",
     "Tell me {count} {T} {cond} | How many {T} do you find {cond}",
     "Report {count} {T} {cond} | Work out how many {T} there are {cond}",
@@ -321,7 +321,7 @@ def _select(s: Scope) -> str:
     return f"SELECT {', '.join(s.shown(t, counts=(1, 1, 2, 2, 3)))} FROM {t}"
 
 
-@_construct("select_where", 8, 0,
+@_construct("select_where", 8, 1,
     "{ask} the {cols} of {T} {cond} | {ask} the {cols} of the {T} {cond} | {ask} the {cols} for {T} {cond}",
     "{ask} the {cols} of the {T} {cond} | For {T} {cond}, {ask} the {cols}",
     "{ask} the {cols} belonging to {T} {cond} | Take the {T} {cond} and give their {cols}",
@@ -471,7 +471,7 @@ def _aggregate_two(s: Scope) -> str:
     return f"SELECT {first}({column}), {second}({column}) FROM {t}"
 
 
-@_construct("aggregate_where", 4, 0,
+@_construct("aggregate_where", 4, 1,
     "{ask} the {agg} {n} of {T} {cond} | {ask} the {agg} {n} of the {T} {cond}",
     "{ask} the {agg} {n} of the {T} {cond} | For {T} {cond}, {ask} the {agg} {n}",
     "{ask} the {agg} {n} belonging to {T} {cond} | Take the {T} {cond} and work out the {agg} {n}",
@@ -715,7 +715,7 @@ def _union(s: Scope) -> str:
     return f"{select} > {high} UNION {select} < {low}"
 
 
-# ---- several tables ---------------------------------------------------------------------------------------------------
+# ---- several tables -------------------------------------------------------------------------------------------------
 
 
 @_construct("not_in", 3, 1,
@@ -885,7 +885,7 @@ def _join_three(s: Scope) -> str:
     )
 
 
-# ---- drawing ----------------------------------------------------------------------------------------------------------
+# ---- drawing --------------------------------------------------------------------------------------------------------
 
 _PICKED = ("ask", "all", "each", "distinct", "lacking", "count")
 WEIGHTS = {c.name: c.weight for c in CONSTRUCTS.values()}

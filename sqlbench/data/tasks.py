@@ -32,8 +32,8 @@ class Task(BaseModel):
     split: str
     hardness: str = ""
     """``easy``, ``medium``, ``hard`` or ``extra``, by Spider's published rules."""
-    construct: str = ""
-    """Query construct (pocket only)."""
+    kind: str = ""
+    """Query construct, such as ``join_group`` (pocket only)."""
     phrasing: str = ""
     """Phrasing family (pocket only)."""
     scorable: bool = True

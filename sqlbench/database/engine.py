@@ -25,6 +25,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,7 +124,6 @@ class _Watchdog:
 
 
 _watchdog = _Watchdog()
-_heap_pressure = threading.Lock()
 
 _ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
 _FORBIDDEN = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "sqlite_dbpage"})
@@ -153,6 +153,7 @@ _LOOSE, _TIGHT = (256 << 10, 20_000), (8 << 10, 1_500)
 """(longest value in bytes, longest program in instructions)."""
 
 
+@lru_cache(maxsize=16384)
 def _is_tight(sql: str) -> bool:
     text = sql.lower()
     return any(name in text for name in _SQUARE) and (len(text) > 2000 or any(name in text for name in _BUILDERS))
@@ -163,14 +164,14 @@ def _lenient(raw: bytes) -> str:
 
 
 _plain = threading.local()
+_LARGE = re.compile(r"\s*[-+]?(\d{5}|[\d.]+e)", re.IGNORECASE)
 
 
 def _printf(*arguments: Any) -> Any:
     """SQLite's own printf, for widths that end: it counts up to a width of 1e9 without looking at any limit."""
-    if arguments and isinstance(arguments[0], str):
-        star = "*" in arguments[0] and any(isinstance(a, (int, float)) and abs(a) > 9999 for a in arguments[1:])
-        if star or re.search(r"\d{5}", arguments[0]):
-            raise ValueError("width or precision of more than 9999")
+    texts = [a.decode(errors="ignore") if isinstance(a, bytes) else str(a) for a in arguments]
+    if texts and (re.search(r"\d{5}", texts[0]) or ("*" in texts[0] and any(map(_LARGE.match, texts[1:])))):
+        raise ValueError("width or precision of more than 9999")
     if not hasattr(_plain, "connection"):
         _plain.connection = sqlite3.connect(":memory:")
     return _plain.connection.execute(f"SELECT printf({','.join('?' * len(arguments))})", arguments).fetchone()[0]
@@ -186,8 +187,14 @@ class _SqliteConnection:
             busy = os.path.exists(path + "-wal") or os.path.exists(path + "-journal")
             uri = Path(path).absolute().as_uri() + ("?mode=ro" if busy else "?mode=ro&immutable=1")
         self.raw = raw = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1.0)
-        for pragma in (f"hard_heap_limit={HEAP_BYTES}", "temp_store=memory", "query_only=on", "trusted_schema=off",
-                       "cache_size=-1024", f"mmap_size={1 << 30}"):
+        for pragma in (
+            f"hard_heap_limit={HEAP_BYTES}",
+            "temp_store=memory",
+            "query_only=on",
+            "trusted_schema=off",
+            "cache_size=-1024",
+            f"mmap_size={1 << 30}",
+        ):
             raw.execute(f"PRAGMA {pragma}").fetchall()
         raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
         for limit, value in _LIMITS.items():
@@ -263,7 +270,11 @@ class Database:
         self.target = target
         self.limits = limits
         self.dialect = "postgresql" if is_postgres(target) else "sqlite"
-        self.name = target.rsplit("/", 1)[-1].split("?")[0] if self.dialect == "postgresql" else Path(target).stem
+        self.name = Path(target).stem
+        if self.dialect == "postgresql":
+            from sqlbench.database.postgres import database_name
+
+            self.name = database_name(target)
         self._is_file = self.dialect == "sqlite" and target != ":memory:"
         self._idle: list[Connection] = []
         self._seen = self.identity()
@@ -303,16 +314,21 @@ class Database:
         if self._is_file and (now := self.identity()) != self._seen:  # the file was replaced
             self._seen = now
             self.close()
-        try:
-            result = self._run(sql, limits, start + limits.seconds)
-        except MemoryError:
-            # The heap is the process's, so another statement may have used it up. The second try runs beside no other
-            # second try; what fails again is itself too large.
-            with _heap_pressure:
-                try:
-                    result = self._run(sql, limits, start + limits.seconds)
-                except MemoryError:
-                    result = QueryResult("too_large", error=f"needs more than {HEAP_BYTES} bytes of memory")
+        deadline = start + limits.seconds
+        while True:
+            tried = time.perf_counter()
+            try:
+                result = self._run(sql, limits, deadline)
+                break
+            except MemoryError:
+                # The heap is the process's: a statement that fails soon may be the victim of another that is about to
+                # fail itself, and gets a few more tries. One that has run for a while is what used the memory up.
+                now = time.perf_counter()
+                if now - tried > 0.05 or now - start > 0.15 or now + 0.1 > deadline:
+                    error = f"needs more than {HEAP_BYTES} bytes of memory or {_LOOSE[1]} instructions"
+                    result = QueryResult("too_large", error=error)
+                    break
+                time.sleep(0.03)
         object.__setattr__(result, "seconds", time.perf_counter() - start)
         return result
 
@@ -383,8 +399,8 @@ async def in_thread(function: Any, *arguments: Any) -> Any:
 
 def _after_fork() -> None:
     """A forked child has no threads, and SQLite connections must not be carried over."""
-    global _watchdog, _threads, _heap_pressure, _open_lock
-    _watchdog, _threads, _heap_pressure, _open_lock = _Watchdog(), None, threading.Lock(), threading.Lock()
+    global _watchdog, _threads, _open_lock
+    _watchdog, _threads, _open_lock = _Watchdog(), None, threading.Lock()
     _inherited.extend(c for d in _open.values() for c in d._idle)  # kept alive: closing them would touch shared locks
     for database in _open.values():
         database._idle = []

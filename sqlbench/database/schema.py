@@ -82,8 +82,10 @@ def _sqlite_tables(connection: sqlite3.Connection) -> tuple[Table, ...]:
         " ORDER BY type, rowid"
     )
     info = {name: connection.execute(f"PRAGMA table_info({quote(name)})").fetchall() for (name,) in names.fetchall()}
-    keys = {name.lower(): [column[1] for column in sorted(rows, key=lambda c: c[5]) if column[5]]
-            for name, rows in info.items()}
+    keys = {
+        name.lower(): [column[1] for column in sorted(rows, key=lambda c: c[5]) if column[5]]
+        for name, rows in info.items()
+    }
     tables = []
     for name, rows in info.items():
         columns = tuple(Column(c[1], c[2].upper(), nullable=not c[3], primary_key=bool(c[5])) for c in rows)
@@ -126,8 +128,9 @@ def schema_text(schema: Schema, style: str = "compact", max_chars: int = 2048) -
 
 def _compact_line(table: Table) -> str:
     references = {key.column.lower(): key.ref_table for key in table.foreign_keys}
-    columns = [f"{c.name} > {references[c.name.lower()]}" if c.name.lower() in references else c.name
-               for c in table.columns]
+    columns = [
+        f"{c.name} > {references[c.name.lower()]}" if c.name.lower() in references else c.name for c in table.columns
+    ]
     return f" {table.name}: {', '.join(columns)}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sqlbench.models.base import ChatModel
@@ -23,11 +23,11 @@ def open_model(
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
     """
-    limits: dict[str, int] = {} if max_tokens is None else {"max_tokens": max_tokens}
+    limits: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
     if spec.startswith("openai:"):
         from sqlbench.models.chat import EndpointChatModel
 
-        deadline = {} if timeout is None else {"timeout": timeout}
+        deadline: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         return EndpointChatModel(spec.removeprefix("openai:"), temperature=temperature, **limits, **deadline)
     from sqlbench.models.local import LocalChatModel, checkpoint_family
 

@@ -34,6 +34,16 @@ def stable_number(*parts: object) -> int:
 class SqlAgentLoop(AgentLoopBase):
     """Runs one rollout of one task. Settings come from the section ``sqlbench`` of the training configuration."""
 
+    def __init__(
+        self, trainer_config: Any, server_manager: Any, tokenizer: Any, data_config: Any, **_: Any
+    ) -> None:
+        # verl makes one object a rollout. The base class would build a tokenizer helper for continued prompts in each,
+        # with a warning; a prompt here is never continued.
+        self.config = trainer_config.config
+        self.rollout_config = self.config.actor_rollout_ref.rollout
+        self.template_options = dict(data_config.config.get("apply_chat_template_kwargs", {}))
+        self.server_manager, self.tokenizer = server_manager, tokenizer
+
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> list[AgentLoopOutput]:
         """Run the rollout, record it, and return the transitions to train on."""
         settings = self.config.sqlbench
@@ -99,7 +109,7 @@ class _ServerModel:
     async def complete(self, messages: list[Message]) -> Completion:
         start = time.perf_counter()
         loop, tokenizer = self._loop, self._loop.tokenizer
-        ids = encode_chat(tokenizer, [m.model_dump() for m in messages], **dict(loop.apply_chat_template_kwargs))
+        ids = encode_chat(tokenizer, [m.model_dump() for m in messages], **loop.template_options)
         room = loop.rollout_config.prompt_length
         if len(ids) > room:
             raise ModelError(f"a prompt has {len(ids)} tokens, data.max_prompt_length is {room}; raise it, or truncate more")

@@ -8,11 +8,13 @@ with its output in ``logs/train.log``; call from a thread that lives as long as 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import psutil
 from tqdm.auto import tqdm
 
 from sqlbench.data.tasks import DataSet, Task
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 AGENTS = ("write", "rewrite", "check")
+RAY_FOLDER = "sqlbench-ray-"
+"""Prefix of Ray's temporary folders; the number of the launching process follows."""
 STOP_SECONDS = 15
 """How long a stopped training may take to end before it is killed."""
 
@@ -362,7 +367,8 @@ class _Run:
     def _follow(self, config_file: Path, done: int) -> None:
         """Run verl, showing its progress; returns when it ended well."""
         self._log().parent.mkdir(exist_ok=True)
-        ray_folder = Path(tempfile.mkdtemp(prefix="sqlbench-"))
+        _clear_abandoned()
+        ray_folder = Path(tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-"))
         metrics_file = ray_folder / "metrics.jsonl"
         environment = _environment(self.profile, ray_folder, metrics_file)
         with self._log().open("ab") as log:
@@ -387,7 +393,7 @@ class _Run:
         finally:
             _stop(process)
             bar.close()
-            shutil.rmtree(ray_folder, ignore_errors=True)
+            _clear(ray_folder)
         if process.returncode != 0:
             raise TrainingError(f"training stopped: {_reason(self._log(), process.returncode)} (see {self._log()})")
 
@@ -435,6 +441,9 @@ def _environment(profile: Profile, ray_folder: Path, metrics_file: Path) -> dict
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray's own default for a new cluster, but with a token of this run instead of one in the home directory.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     here = Path(__file__).resolve().parent
     paths = [str(here.parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
@@ -462,6 +471,23 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
+
+
+def _clear(ray_folder: Path) -> None:
+    """End what Ray left running for a folder, and remove the folder. Ray names it in every command line."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(ray_folder) in part for part in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def _clear_abandoned() -> None:
+    """Clear the folders of trainings whose launching process is gone."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{RAY_FOLDER}*"):
+        owner = folder.name.removeprefix(RAY_FOLDER).split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            _clear(folder)
 
 
 def _reason(log: Path, status: int) -> str:

@@ -33,6 +33,9 @@ PRELOAD = (
     "sqlbench.training.trainer",
     "sqlbench.training.local_rollout",
 )
+BORN_AS = {"RAY_JOB_ID": "01000000"}
+"""Ray's library reads its worker settings when it is loaded, which is before they exist: every cluster's first job has
+this number, and a worker lives as long as this process, which therefore stands for its raylet."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -40,7 +43,7 @@ def main(config_file: str, parent: int, folder: str) -> None:
     """Train as the resolved configuration says, with everything that Ray writes in `folder`."""
     from omegaconf import OmegaConf
 
-    _die_with(parent)
+    _die_with(parent, signal.SIGTERM)
     config = OmegaConf.load(config_file)
     options = config.ray_kwargs.ray_init
     if options.get("address") == "local":
@@ -48,8 +51,11 @@ def main(config_file: str, parent: int, folder: str) -> None:
     if config.trainer.device != "cpu":
         _drive(config)
         return
+    os.environ.update(BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
     for name in PRELOAD:
         importlib.import_module(name)
+    for name in (*BORN_AS, "RAY_RAYLET_PID"):
+        del os.environ[name]
     server = socket.socket(socket.AF_UNIX)
     server.bind(f"{folder}/fork")
     server.listen(64)
@@ -59,6 +65,7 @@ def main(config_file: str, parent: int, folder: str) -> None:
     driver = _fork()
     if driver == 0:
         server.close()
+        _die_with(os.getppid(), signal.SIGTERM)
         _leave(lambda: _drive(config))
     sys.exit(_serve(server, driver))
 
@@ -72,7 +79,7 @@ def _drive(config: Any) -> None:
 
     import sqlbench.training.trainer  # noqa: F401 (registers the trainer mode)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _end)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     try:
         run_ppo(config, task_runner_class=_InThisProcess(TaskRunnerV1.__ray_metadata__.modified_class))
@@ -158,6 +165,13 @@ def _fork() -> int:
     return pid
 
 
+def _end(*_: Any) -> NoReturn:
+    """Leave by way of Ray's shutdown, so that its servers end too; if that hangs, leave anyway."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.alarm(10)
+    sys.exit(128 + signal.SIGTERM)
+
+
 def _leave(function: Any) -> NoReturn:
     """Call and end the process, without going back up the stack of the process that was forked."""
     status = 1
@@ -174,9 +188,9 @@ def _leave(function: Any) -> NoReturn:
         os._exit(status)
 
 
-def _die_with(parent: int) -> None:
+def _die_with(parent: int, sign: signal.Signals = signal.SIGKILL) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sign)
     if os.getppid() != parent:
         sys.exit("the launching process is gone")
 

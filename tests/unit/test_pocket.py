@@ -22,13 +22,6 @@ from sqlbench.errors import DataError
 
 
 @pytest.fixture(scope="module")
-def pocket(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    root = tmp_path_factory.mktemp("pocket") / "pocket"
-    write_pocket(root, progress=False)
-    return DataSet(root)
-
-
-@pytest.fixture(scope="module")
 def tasks(pocket: DataSet) -> list[Task]:
     return [t for split in ("train", "dev") for t in pocket.load(split)]
 
@@ -91,7 +84,7 @@ def test_gold_runs_and_returns_rows_and_no_single_null_or_zero(pocket: DataSet, 
 
 
 def test_a_limit_never_cuts_through_a_tie(pocket: DataSet, tasks: list[Task]) -> None:
-    limited = [t for t in tasks if t.construct in ("superlative", "top_k")]
+    limited = [t for t in tasks if t.kind in ("superlative", "top_k")]
     assert len(limited) > 200
     for t in limited:
         body, k = t.gold.rsplit(" LIMIT ", 1)
@@ -105,7 +98,7 @@ def test_there_are_four_hardness_levels_and_thirty_constructs_in_every_family(ta
     for family in FAMILIES:
         mine = [t for t in tasks if t.phrasing == family]
         assert {t.hardness for t in mine} == {"easy", "medium", "hard", "extra"}
-        assert len({t.construct for t in mine}) >= 30
+        assert len({t.kind for t in mine}) >= 30
 
 
 def test_no_question_is_worded_the_same_in_two_families() -> None:

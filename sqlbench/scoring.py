@@ -1,0 +1,125 @@
+"""Scores a file of (gold, predicted) query pairs: what ``sqlbench score`` does.
+
+Every input row comes out once and in order, with ``match``, ``reason``, ``pred_error`` where there is one, and ``ms``;
+its other fields are carried through. Rows are written as they are scored.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from sqlbench.database.engine import Limits, cached_database
+from sqlbench.errors import DataError
+from sqlbench.reward import Verdict, score
+
+LIMITS = Limits(seconds=10.0)
+
+
+def score_pairs(
+    data: Path, pairs: Path, out: Path, keep_distinct: bool = False, strict: bool = False, workers: int | None = None
+) -> dict[str, int]:
+    """Score every row of `pairs` on the databases under `data` and return how often each reason occurred.
+
+    Args:
+        data: A folder with ``database/<db_id>/*.sqlite``; a prediction has to match on each file of its folder.
+        pairs: JSON lines with ``db_id``, ``gold``, ``pred``; gzip if its name ends in ``.gz``.
+        out: JSON lines to write.
+        keep_distinct: Compare with DISTINCT as written.
+        strict: Close the reference evaluator's holes (`sqlbench.reward.Strictness`).
+        workers: Processes; by default one per core where there are many pairs and the process has no threads.
+
+    Raises:
+        DataError: an input is missing or malformed.
+    """
+    folder = data / "database"
+    if not folder.is_dir():
+        raise DataError(f"no databases in {data}: it has no folder 'database' with <db_id>/<db_id>.sqlite in it")
+    rows = list(_read(pairs))
+    if rows and not any(_databases(folder, row["db_id"]) for row in rows):
+        raise DataError(f"none of the databases that {pairs} names is under {folder}, for example {rows[0]['db_id']!r}")
+    counts: Counter[str] = Counter()
+    if workers is None:  # forking is safe, and worth it, only from a process without threads
+        workers = len(os.sched_getaffinity(0)) if len(rows) > 1000 and threading.active_count() == 1 else 1
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sink = out.open("w", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror}") from error
+    jobs = ((str(folder), row["db_id"], row["gold"], row["pred"], keep_distinct, strict) for row in rows)
+    with sink, tqdm(total=len(rows), desc="score", unit="pair", mininterval=0.5) as progress:
+        for row, verdict in zip(rows, _verdicts(jobs, workers), strict=True):
+            row |= {"match": verdict.match, "reason": verdict.reason}
+            if verdict.pred_error is not None:
+                row["pred_error"] = verdict.pred_error
+            row["ms"] = round(verdict.ms, 3)
+            sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+            sink.flush()
+            counts[verdict.reason] += 1
+            progress.update()
+    scored = sum(row["match"] is not None for row in rows)
+    return {"pairs": len(rows), "scored": scored, "matched": sum(row["match"] == 1 for row in rows)} | dict(counts)
+
+
+def _verdicts(jobs: Iterator[tuple], workers: int) -> Iterator[Verdict]:
+    if workers == 1:
+        yield from map(_verdict, jobs)
+        return
+    # Short statements are mostly Python time, so a second core needs a second process.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        for chunk in pool.map(_verdict_chunk, iter(lambda: list(islice(jobs, 50)), [])):
+            yield from chunk
+
+
+def _verdict_chunk(jobs: list[tuple]) -> list[Verdict]:
+    return [_verdict(job) for job in jobs]
+
+
+def _verdict(job: tuple) -> Verdict:
+    folder, db_id, gold, pred, keep_distinct, strict = job
+    if not _databases(Path(folder), db_id):
+        return Verdict(None, "no_database", f"no database {db_id!r}")
+    databases = [cached_database(path) for path in _databases(Path(folder), db_id)]
+    return score(gold, pred, databases, strict=strict, keep_distinct=keep_distinct, limits=LIMITS)
+
+
+_files: dict[tuple[Path, str], list[Path]] = {}
+
+
+def _databases(folder: Path, db_id: str) -> list[Path]:
+    """Every database file of one folder, as the reference evaluator takes them."""
+    if (folder, db_id) not in _files:
+        side_files = ("-journal", "-wal", "-shm")
+        found = sorted((folder / db_id).iterdir()) if db_id and (folder / db_id).is_dir() else []
+        _files[folder, db_id] = [p for p in found if ".sqlite" in p.name and not p.name.endswith(side_files)]
+    return _files[folder, db_id]
+
+
+def _read(path: Path) -> Iterator[dict]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _row(line, f"{path}, line {number}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("db_id", "gold", "pred")):
+        raise DataError(f"{where}: needs text in db_id, gold and pred, got {line.strip()[:80]}")
+    return row

@@ -1,0 +1,57 @@
+"""Intervals and tests between evaluations over the same tasks, through statsmodels and scipy.
+
+Outcomes are one number a task (1 right, 0 wrong), in the same order on both sides of a paired comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion, as (low, high); (0, 1) where there is nothing to count."""
+    if n == 0:
+        return 0.0, 1.0
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
+    return float(low), float(high)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95, resamples: int = 5000, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of the mean difference ``b - a`` over the same tasks, by resampling tasks; the seed fixes it."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    _check(a, b)
+    differences = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
+    if np.ptp(differences) == 0:  # nothing to resample
+        return float(differences[0]), float(differences[0])
+    interval = bootstrap(
+        (differences,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        batch=500,
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(a: Sequence[int], b: Sequence[int]) -> float:
+    """Two-sided p-value of McNemar's exact test: are the tasks that changed split evenly between better and worse?"""
+    from statsmodels.stats.contingency_tables import mcnemar as test
+
+    _check(a, b)
+    counts = [[0, 0], [0, 0]]
+    for x, y in zip(a, b, strict=True):
+        counts[int(x)][int(y)] += 1
+    return float(test(counts, exact=True).pvalue)
+
+
+def _check(a: Sequence[float], b: Sequence[float]) -> None:
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"a paired comparison needs the same tasks on both sides, got {len(a)} and {len(b)} outcomes")

@@ -1,0 +1,88 @@
+"""Scoring a file of pairs: rows carried through in order, several databases, clear refusals."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sqlite3
+
+import pytest
+
+from sqlbench.errors import DataError
+from sqlbench.scoring import score_pairs
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data" / "database" / "club"
+    folder.mkdir(parents=True)
+    for name, rows in (("club", 2), ("club_more", 3)):
+        connection = sqlite3.connect(folder / f"{name}.sqlite")
+        connection.execute("CREATE TABLE t (a INT, b INT)")
+        connection.executemany("INSERT INTO t VALUES (?, ?)", [(i, i % 2) for i in range(rows)])
+        connection.commit()
+    return tmp_path / "data"
+
+
+def write(path, rows):
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w")
+    with opened as lines:
+        lines.writelines(json.dumps({"db_id": "club", "gold": "SELECT a FROM t"} | row) + "\n" for row in rows)
+    return path
+
+
+ROWS = [
+    {"pred": "SELECT a FROM t", "source": "é", "n": 1},
+    {"pred": "SELECT a FROM t LIMIT 2"},  # equal on one of the two databases
+    {"pred": "SELECT c FROM t"},
+    {"gold": "SELECT c FROM t", "pred": "SELECT a FROM t"},
+    {"gold": "SELECT count(DISTINCT b) FROM t", "pred": "SELECT count(b) FROM t"},
+    {"db_id": "nosuch", "pred": "SELECT 1"},
+]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_are_carried_through_in_order(data, tmp_path, name, workers):
+    out = tmp_path / "out" / "scored.jsonl"
+    summary = score_pairs(data, write(tmp_path / name, ROWS), out, workers=workers)
+    rows = [json.loads(line) for line in out.open(encoding="utf-8")]
+    assert [(r["match"], r["reason"]) for r in rows] == [
+        (1, "equal"), (0, "rows_differ"), (0, "pred_error"), (None, "gold_error"), (1, "equal"), (None, "no_database"),
+    ]  # fmt: skip
+    assert (rows[0]["source"], rows[0]["n"]) == ("é", 1)
+    assert rows[2]["pred_error"] == "no such column: c"
+    assert all(r["ms"] >= 0 for r in rows)
+    assert summary | {"pairs": 6, "scored": 4, "matched": 2, "equal": 2} == summary
+
+
+def test_modes_are_passed_on(data, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", ROWS[4:5])
+    assert score_pairs(data, pairs, tmp_path / "o", keep_distinct=True)["matched"] == 0
+    assert score_pairs(data, pairs, tmp_path / "o", strict=True)["matched"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"db_id": "club", "gold": "SELECT 1"}', "needs text in db_id, gold and pred"),
+        ('["x"]', "needs text in db_id, gold and pred"),
+        ('{"db_id": "../..", "gold": "SELECT 1", "pred": "SELECT 1"}', "none of the databases"),
+    ],
+)
+def test_malformed_pairs_are_refused_in_one_line(data, tmp_path, text, message):
+    (tmp_path / "pairs.jsonl").write_text(text + "\n")
+    with pytest.raises(DataError, match=message) as error:
+        score_pairs(data, tmp_path / "pairs.jsonl", tmp_path / "o")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_inputs_are_refused(data, tmp_path):
+    with pytest.raises(DataError, match="no databases in"):
+        score_pairs(tmp_path / "nosuch", tmp_path / "pairs.jsonl", tmp_path / "o")
+    with pytest.raises(DataError, match="cannot read"):
+        score_pairs(data, tmp_path / "nosuch.jsonl", tmp_path / "o")
+    (tmp_path / "pairs.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match="cannot read"):
+        score_pairs(data, tmp_path / "pairs.jsonl.gz", tmp_path / "o")

@@ -1,0 +1,48 @@
+"""Intervals and tests against values worked out by hand or from their definition."""
+
+from __future__ import annotations
+
+from math import comb
+
+import pytest
+
+from sqlbench.statistics import mcnemar, paired_bootstrap, wilson
+
+
+def test_wilson_by_its_formula():
+    p, n, z = 0.3, 40, 1.959963984540054
+    centre, half = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = wilson(12, 40)
+    assert low == pytest.approx((centre - half) / (1 + z * z / n))
+    assert high == pytest.approx((centre + half) / (1 + z * z / n))
+
+
+def test_wilson_stays_within_0_and_1():
+    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson(10, 10)[1] == pytest.approx(1)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(9, 1), (5, 5), (1, 0), (0, 0)])
+def test_mcnemar_is_the_sign_test_of_the_changed_tasks(better, worse):
+    a = [0] * better + [1] * worse + [1, 0] * 10
+    b = [1] * better + [0] * worse + [1, 0] * 10
+    n, k = better + worse, min(better, worse)
+    want = min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n)
+    assert mcnemar(a, b) == pytest.approx(want)
+
+
+def test_bootstrap_is_paired_and_repeats():
+    a = [0, 1] * 100
+    b = [1 if i % 10 == 0 else x for i, x in enumerate(a)]  # only ever better: 20 of 200 tasks
+    low, high = paired_bootstrap(a, b)
+    assert 0.05 < low < 0.1 < high < 0.15
+    assert paired_bootstrap(a, b) == (low, high)
+    assert paired_bootstrap(b, a) == pytest.approx((-high, -low), abs=0.01)
+    assert paired_bootstrap(a, a) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("test", [mcnemar, paired_bootstrap])
+def test_sides_of_different_length_are_refused(test):
+    with pytest.raises(ValueError, match="got 2 and 1 outcomes"):
+        test([1, 0], [1])
