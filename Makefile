@@ -60,7 +60,7 @@ demo: $(INSTALLED) data/pocket/dataset.json
 
 reproduce: RUN ?= reproduce
 reproduce: $(INSTALLED) data/pocket/dataset.json
-	@$(BIN)/sqlbench notebooks --profile laptop --run $(RUN) grid=full
+	@$(BIN)/sqlbench notebooks --profile laptop --run $(RUN) -p grid=full
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -14,18 +14,20 @@ checkpoint, an unfinished evaluation at its last rollout.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from sqlbench.curves import read_metrics, time_shares
-from sqlbench.errors import DataError, RunError
+from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evaluation import evaluate
 from sqlbench.grid import GRIDS, Cell, Grid, slug
 from sqlbench.profiles import PROFILES
@@ -57,8 +59,7 @@ def ablate(
         parallel: cells trained at the same time, each in its own process with its output in its ``cell.log``.
 
     Raises:
-        RunError: unknown grid or cell.
-        TrainingError: a training run failed; what is finished stays, and the same call goes on.
+        RunError: unknown profile, grid or cell; or a cell failed, after the others were run.
     """
     if grid not in GRIDS:
         raise RunError(f"unknown grid '{grid}'; choose one of {', '.join(GRIDS)}")
@@ -69,8 +70,14 @@ def ablate(
         raise RunError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
     bench = Bench(profile, run or grid, str(data or PROFILES[profile].data), str(results))
     if not dry_run:
-        _run_cells(cells, GRIDS[grid], bench, parallel)
-        write_tables(bench.folder)
+        failed = _run_cells(cells, GRIDS[grid], bench, parallel)
+        if any(bench.state(cell) == "finished" for cell in cells):
+            write_tables(bench.folder)
+        for name, error in failed.items():
+            raise RunError(
+                f"{len(failed)} of {len(cells)} cells failed, first {name}: {error}; the others are done, and the same "
+                "call goes on from here"
+            ) from error
     return pd.DataFrame([{"cell": c.name, "state": bench.state(c), "folder": str(bench.cell(c))} for c in cells])
 
 
@@ -102,30 +109,52 @@ class Bench:
             return "not started"
 
 
-def _run_cells(cells: list[Cell], grid: Grid, bench: Bench, parallel: int) -> None:
+def _run_cells(cells: list[Cell], grid: Grid, bench: Bench, parallel: int) -> dict[str, SqlbenchError]:
+    """Run what is not finished; one cell that fails does not stop the others. Returns what failed, by cell."""
     todo = [cell for cell in cells if bench.state(cell) != "finished"]
+    failed: dict[str, SqlbenchError] = {}
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell") as bar:
         if parallel <= 1 or len(todo) <= 1:
             for cell in todo:
                 bar.set_postfix_str(cell.name)
-                run_cell(cell, bench, grid)
+                try:
+                    run_cell(cell, bench, grid)
+                except SqlbenchError as error:
+                    failed[cell.name] = error
                 bar.update()
-            return
+            return failed
         # The evaluations before training are shared: made first, so that no two processes want the same one.
         if bench.profile != "gpu":
             for cell in {before_name(c): c for c in todo}.values():
                 evaluate_before(cell, bench, grid)
         with ProcessPoolExecutor(parallel, mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(_run_cell_apart, cell, bench, grid) for cell in todo]
-            for job in as_completed(jobs):
-                job.result()
-                bar.update()
+            jobs = {pool.submit(_run_cell_apart, cell, bench, grid): cell for cell in todo}
+            try:
+                for job in as_completed(jobs):
+                    problem = job.exception()
+                    if isinstance(problem, SqlbenchError):
+                        failed[jobs[job].name] = problem
+                    elif problem is not None:
+                        raise problem
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return failed
 
 
 def _run_cell_apart(cell: Cell, bench: Bench, grid: Grid) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     bench.cell(cell).mkdir(parents=True, exist_ok=True)
     with (bench.cell(cell) / "cell.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         run_cell(cell, bench, grid)
+
+
+def _end_with_parent() -> None:
+    """A process that trains must not outlive the one that asked for it."""
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:

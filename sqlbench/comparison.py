@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal
 from functools import cached_property
+from itertools import chain
+from math import isclose, nan
 
 MAX_CELLS = 20_000_000
 FLOAT_TOLERANCE = 1e-9
@@ -52,14 +53,21 @@ class Answer:
         return [frozenset(Counter(column).items()) for column in self.columns]
 
     @cached_property
+    def has_whole_floats(self) -> bool:
+        """Whether any cell is a float that equals an integer."""
+        return self.has_floats and any(c.is_integer() for c in chain.from_iterable(self.rows) if type(c) is float)
+
+    @cached_property
     def has_floats(self) -> bool:
-        """Whether any cell is a float or decimal."""
-        return any(isinstance(cell, (float, Decimal)) for row in self.rows for cell in row)
+        """Whether any cell is a float."""
+        return float in set(map(type, chain.from_iterable(self.rows)))
 
 
-def _within(part: Counter, whole: Counter) -> bool:
-    """Whether one multiset is contained in another; `dict.__eq__` first, since Counter compares in Python."""
-    return dict.__eq__(part, whole) or all([count <= whole.get(item, 0) for item, count in part.items()])
+def _within(part: Counter, whole: Counter, equal: bool) -> bool:
+    """Whether one multiset is contained in another; `equal` says that they are of one size."""
+    if equal:
+        return dict.__eq__(part, whole)  # Counter compares in Python
+    return all([count <= whole.get(item, 0) for item, count in part.items()])
 
 
 def same_list(gold: Answer, pred: Answer) -> bool:
@@ -68,7 +76,7 @@ def same_list(gold: Answer, pred: Answer) -> bool:
         return True
     if len(gold.rows) != len(pred.rows) or gold.width != pred.width or gold.width == 1:
         return False
-    return _within(pred.column_bag, gold.column_bag)
+    return _within(pred.column_bag, gold.column_bag, True)
 
 
 def same_bag(gold: Answer, pred: Answer) -> bool:
@@ -80,17 +88,21 @@ def same_bag(gold: Answer, pred: Answer) -> bool:
         return False
     if not pred.rows or (gold.labels is None and gold.rows == pred.rows):
         return True
-    if _within(pred.bag, gold.bag):
+    if _within(pred.bag, gold.bag, len(gold.rows) == len(pred.rows)):
         return True
     return gold.width > 1 and _search(gold, pred)
 
 
 def _search(gold: Answer, pred: Answer) -> bool:
     width, n = gold.width, len(pred.rows)
-    if len(gold.rows) == n:
-        if not _within(Counter(pred.signatures), Counter(gold.signatures)):
+    equal = len(gold.rows) == n
+    if equal:
+        if not _within(Counter(pred.signatures), Counter(gold.signatures), True):
             return False
         fits = [[j for j in range(width) if pred.signatures[j] == s] for s in gold.signatures]
+        if all(len(found) == 1 for found in fits):  # the values alone tell the columns apart
+            swapped = Answer(list(zip(*[pred.columns[found[0]] for found in fits], strict=True)), pred.labels)
+            return _within(swapped.bag, gold.bag, True)
     else:
         fits = [list(range(width)) for _ in range(width)]
     # Few candidates first, then many different values: the sooner a prefix tells rows apart, the fewer orders remain.
@@ -138,7 +150,7 @@ def _search(gold: Answer, pred: Answer) -> bool:
                 ids = [numbers[pair] for pair in zip(pred_ids, pred.columns[j], strict=True)]
             except KeyError:
                 continue
-            if _within(Counter(ids), counts):
+            if _within(Counter(ids), counts, equal):
                 if extend(depth + 1, prefix, ids, used | {j}):
                     return True
                 failed.append(j)
@@ -151,23 +163,15 @@ def near(gold: Answer, pred: Answer) -> tuple[Answer, Answer] | None:
     """Both tables with numbers that differ by less than `FLOAT_TOLERANCE` made equal; None where none do."""
     if not (gold.has_floats or pred.has_floats):
         return None
-    numbers = sorted(
-        {
-            cell
-            for table in (gold, pred)
-            for row in table.rows
-            for cell in row
-            if isinstance(cell, (int, float, Decimal)) and cell == cell
-        }
-    )
-    stand_in, last = {}, None
-    for number in numbers:
-        value = float(number) if abs(number) < 1e300 else number
-        if last is not None and abs(value - last[0]) <= FLOAT_TOLERANCE * max(abs(value), abs(last[0])):
-            stand_in[number] = last[1]
-            last = (value, last[1])
+    cells = chain.from_iterable(chain(gold.rows, pred.rows))
+    stand_in: dict[float, float] = {}
+    last = first = nan
+    for number in sorted({cell for cell in cells if isinstance(cell, (int, float)) and cell == cell}):
+        if isclose(number, last, rel_tol=FLOAT_TOLERANCE):
+            stand_in[number] = first
         else:
-            last = (value, number)
+            first = number
+        last = number
     if not stand_in:
         return None
     left, right = ([tuple([stand_in.get(cell, cell) for cell in row]) for row in t.rows] for t in (gold, pred))

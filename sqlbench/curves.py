@@ -149,11 +149,13 @@ def reward_curves(
             axis.set_xlabel("step")
             if not axis.lines:
                 axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", color="0.5")
+                axis.set(xticks=[], yticks=[])
         for axis in axes.flat[len(names) :]:
             axis.remove()
         handles, labels = axes.flat[0].get_legend_handles_labels()
         if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+            wide = int(1.2 * 11 * columns) // max(map(len, labels))  # entries that fit side by side
+            figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(wide, len(labels))))
         plt.close(figure)
     return figure
 
@@ -166,7 +168,7 @@ def _curve(axis: Axes, seeds: list[pd.Series], smooth: int, number: int, label: 
     mean = frame.mean(axis=1)
     several = frame.shape[1] > 1
     if several:
-        name = f"{label} (mean and range of {frame.shape[1]} seeds)"
+        name = f"{label} ({frame.shape[1]} seeds: mean, range)"
         low, high = (_smoothed(edge, smooth) for edge in (frame.min(axis=1), frame.max(axis=1)))
         axis.fill_between(frame.index, low, high, color=colour, alpha=0.18, linewidth=0)
     else:
@@ -237,7 +239,8 @@ def before_after(rows: pd.DataFrame) -> Figure:
         for offset, which, colour, hatch in ((-0.19, "initial", "#BBBBBB", ""), (0.19, "final", "#0072B2", "")):
             places = [number + offset for number in range(len(rows))]
             values = rows[which]
-            spread = [values - rows[f"{which}_low"], rows[f"{which}_high"] - values]
+            ends = (values - rows[f"{which}_low"], rows[f"{which}_high"] - values)
+            spread = [end.clip(lower=0.0) for end in ends]  # rounding puts the end of 100% a hair below it
             axis.barh(places, values, 0.36, color=colour, hatch=hatch, label=which)
             axis.errorbar(values, places, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2.5)
             for place, value, high in zip(places, values, rows[f"{which}_high"], strict=True):

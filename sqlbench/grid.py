@@ -45,9 +45,11 @@ class Cell(Settings):
     @property
     def title(self) -> str:
         """The cell in words, without its seed."""
-        words = f"{self.turns} turn{'s' * (self.turns > 1)}, context {self.context}, {self.agents}"
-        words = words if self.model == "nano" else f"{self.model.split('/')[-1]}, {words}"
-        return words + f", {self.steps} steps" * (self.steps != 60) + ", random reward" * self.random_reward
+        words = [] if self.model == "nano" else [self.model.split("/")[-1]]
+        words += [f"{self.turns} turn{'s' * (self.turns > 1)}", f"context {self.context}", self.agents]
+        words += [] if self.steps == 60 else [f"{self.steps} step{'s' * (self.steps > 1)}"]
+        words += ["random reward"] if self.random_reward else []
+        return ", ".join(words)
 
     @property
     def rollout(self) -> RolloutConfig:

@@ -28,7 +28,10 @@ from pathlib import Path
 
 import nbformat
 
+from sqlbench import __version__
 from sqlbench.errors import DataError, NotebookError
+from sqlbench.runs import METRICS, TRAJECTORIES
+from sqlbench.training.metrics import read_rows
 
 Value = str | int | float | bool | None | list | dict
 
@@ -53,7 +56,7 @@ PRESETS: dict[str, dict[str, dict[str, Value]]] = {
 """Parameters of each profile, by notebook, where they are not the notebook's own. ``smoke`` is the laptop profile on as
 little as still exercises every notebook from end to end."""
 
-_VERSIONS = ("sqlbench", "torch", "transformers", "verl", "ray", "langgraph", "papermill", "pandas", "matplotlib")
+_VERSIONS = ("torch", "transformers", "verl", "ray", "langgraph", "papermill", "pandas", "matplotlib")
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------
@@ -207,7 +210,7 @@ def run_notebooks(
     Args:
         profile: ``laptop``, ``gpu``, or ``smoke``: the laptop profile with everything as small as it can be.
         run: name of the run folder.
-        only: notebooks to run, by number or name (``02``, ``04_reward_curves``); all of them when empty.
+        only: notebooks to run, by number or name (``02``, ``04_reward_curves``, ``02,04``); all of them when empty.
         parameters: ``name=value`` texts; each must be known to one of the chosen notebooks at least.
         folder: where the notebooks are.
         results: where run folders are.
@@ -218,7 +221,7 @@ def run_notebooks(
     """
     if profile not in PRESETS:
         raise NotebookError(f"unknown profile '{profile}'; choose one of {', '.join(PRESETS)}")
-    paths = _select(Path(folder), list(only))
+    paths = _select(Path(folder), [name for item in only for name in item.split(",")])
     root = Path(results) / "smoke" if profile == "smoke" else Path(results)
     base = root / ("gpu" if profile == "gpu" else "laptop") / run
     plan = _plan(paths, {"run": run, "results": str(root)}, PRESETS[profile], list(parameters))
@@ -380,7 +383,7 @@ def _digest(text: str) -> str:
 
 def _versions() -> dict[str, str]:
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return {name: installed[name] for name in _VERSIONS if name in installed}
+    return {"sqlbench": __version__} | {name: installed[name] for name in _VERSIONS if name in installed}
 
 
 def _git_commit(folder: Path) -> str | None:
@@ -427,13 +430,15 @@ class _Reporter:
         return f"cell {running[0]}/{len(cells)}" if running else ""
 
     def _activity(self) -> str:
-        """The run-folder file written last since this notebook began, and how many records it has."""
-        names = ("metrics.jsonl", "trajectories.jsonl")
-        files = [p for name in names for p in self.run_folder.rglob(name) if p.stat().st_mtime >= self._begin]
+        """The run that was written last since this notebook began, and how far it is."""
+        files = [p for name in (METRICS, TRAJECTORIES) for p in self.run_folder.rglob(name)]
+        files = [p for p in files if p.stat().st_mtime >= self._begin]
         if not files:
             return ""
-        newest = max(files, key=lambda p: p.stat().st_mtime)
-        with newest.open("rb") as handle:
-            count = sum(1 for _ in handle)
-        unit = "metric lines" if newest.name == "metrics.jsonl" else "rollouts"
-        return f"{newest.parent.relative_to(self.run_folder)}: {count} {unit}"
+        run = max(files, key=lambda p: p.stat().st_mtime).parent
+        name = run.relative_to(self.run_folder)
+        if (run / METRICS).is_file():
+            steps = read_rows(run / METRICS)
+            return f"{name}: step {max(steps)}" if steps else f"{name}: starting"
+        with (run / TRAJECTORIES).open("rb") as handle:
+            return f"{name}: {sum(1 for _ in handle)} rollouts"

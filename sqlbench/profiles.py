@@ -94,8 +94,7 @@ _LAPTOP: dict[str, Any] = {
         "actor": {
             "strategy": "fsdp2",
             "ppo_mini_batch_size": 16,
-            "use_dynamic_bsz": True,
-            "ppo_max_token_len_per_gpu": 8192,
+            "ppo_micro_batch_size_per_gpu": 16,
             "use_torch_compile": False,
             "fsdp_config": {
                 "use_torch_compile": False,
@@ -116,7 +115,7 @@ _LAPTOP: dict[str, Any] = {
             "load_format": "auto",
             "free_cache_engine": False,
             "max_model_len": 736,
-            "log_prob_micro_batch_size_per_gpu": 32,
+            "log_prob_micro_batch_size_per_gpu": 16,
             "agent": {"num_workers": 1},
             "engine_kwargs": {"local": {"threads": 1, "wait_ms": 15}},
         },
@@ -188,6 +187,7 @@ PROFILES = {
             "OMP_NUM_THREADS": "1",
             "TQ_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            "RAY_prestart_worker_first_driver": "0",
         },
     ),
     "gpu": Profile(

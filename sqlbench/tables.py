@@ -150,10 +150,10 @@ def training_runs(folder: Path | str) -> dict[str, list[Path]]:
 def accuracy_table(results: Sequence[CellResult]) -> pd.DataFrame:
     """The seed experiment's accuracy table, with 95% intervals and the number of tasks beside it."""
     rows = []
-    for r in results:
+    for r, label in zip(results, _labels(results), strict=True):
         rows.append(
             {
-                "Model": r.cell.label,
+                "Model": label,
                 "Size": r.size,
                 "Context": r.cell.context,
                 "Max Turns": r.cell.turns,
@@ -171,13 +171,19 @@ def accuracy_table(results: Sequence[CellResult]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _labels(results: Sequence[CellResult]) -> list[str]:
+    """The Model column; it names the steps where rows differ in them, for the accuracy table has no such column."""
+    mixed = len({r.cell.steps for r in results}) > 1
+    return [r.cell.label + f" ({r.steps} step{'s' * (r.steps != 1)})" * mixed for r in results]
+
+
 def efficiency_table(results: Sequence[CellResult]) -> pd.DataFrame:
     """The seed experiment's efficiency table. Time is the whole training run; a step is without validation."""
     rows = []
-    for r in results:
+    for r, label in zip(results, _labels(results), strict=True):
         rows.append(
             {
-                "Model": r.cell.label,
+                "Model": label,
                 "Size": r.size,
                 "Context": r.cell.context,
                 "Max Turns": r.cell.turns,

@@ -16,7 +16,7 @@ Row = tuple[int | float | str | None, ...]
 
 SEEN_TEXT = """
 concert
-  stadium: stadium_id; name=place; city=city; capacity=4000-90000; average_attendance?=900-60000
+  stadium: stadium_id; name=place; city=city; capacity=400-9900; average_attendance?=90-9000
   singer: singer_id; name=person; country=country; age=18-70; net_worth?=1.5-60.0
   concert: concert_id; title=title; theme=rock|jazz|folk|pop|soul; concert_date=date; stadium_id>stadium
   performance: performance_id; concert_id>concert; singer_id>singer; songs=2-30
@@ -34,9 +34,9 @@ library
   member: member_id; name=person; membership_level=basic|silver|gold; age=15-80
   loan: loan_id; book_id>book; member_id>member; days=1-60; loan_date=date
 company
-  department: department_id; name=title; building=North Wing|South Wing|Tower|Annex; budget=20000-900000
+  department: department_id; name=title; building=North Wing|South Wing|Tower|Annex; budget=200-9000
   employee: employee_id; name=person; job_title=clerk|engineer|analyst|driver|cook; salary=1800-9900; age?=20-66; department_id>department
-  project: project_id; project_name=title; status=open|closed|on hold; cost=500-90000; department_id>department
+  project: project_id; project_name=title; status=open|closed|on hold; cost=50-9000; department_id>department
 school
   teacher: teacher_id; name=person; hometown=city; age=24-66
   course: course_id; course_name=title; subject=maths|art|music|biology|law; credits=1-30; teacher_id>teacher
@@ -46,28 +46,28 @@ cars
   maker: maker_id; maker_name=firm; country=country; founded_year=1890-2015
   car: car_id; model=title; fuel_type=petrol|diesel|electric|hybrid; horsepower=50-600; mpg?=11.0-60.0; maker_id>maker
   dealer: dealer_id; name=firm; city=city; rating=1.0-5.0
-  sale: sale_id; car_id>car; dealer_id>dealer; amount=4000-90000; sale_date=date
+  sale: sale_id; car_id>car; dealer_id>dealer; amount=400-9900; sale_date=date
 pets
   owner: owner_id; name=person; city=city; age=18-90
   pet: pet_id; pet_name=first; pet_type=dog|cat|parrot|rabbit; weight?=0.5-60.0; owner_id>owner
   treatment: treatment_id; pet_id>pet; reason=vaccine|injury|dental|checkup; cost=15-900; treatment_date=date
 cinema
   director: director_id; name=person; nationality=country; birth_year=1930-1995
-  movie: movie_id; title=title; genre=comedy|horror|drama|western; release_year=1960-2023; gross?=100-90000; director_id>director
+  movie: movie_id; title=title; genre=comedy|horror|drama|western; release_year=1960-2023; gross?=100-9000; director_id>director
   cinema: cinema_id; name=place; location=city; capacity=60-900
   screening: screening_id; movie_id>movie; cinema_id>cinema; ticket_price=4.0-25.0
 tennis
   player: player_id; name=person; country=country; height=155-210; hand=left|right
-  tournament: tournament_id; name=title; surface=clay|grass|hard|carpet; prize_money=5000-900000; year=1980-2023
+  tournament: tournament_id; name=title; surface=clay|grass|hard|carpet; prize_money=500-9900; year=1980-2023
   game: game_id; tournament_id>tournament; player_id>player; minutes?=40-320; round=first|second|semifinal|final
 restaurant
   restaurant: restaurant_id; name=place; cuisine=thai|french|mexican|indian; rating=1.0-5.0; city=city
   meal: meal_id; meal_name=title; price=4.0-60.0; calories?=90-1900; restaurant_id>restaurant
   review: review_id; restaurant_id>restaurant; stars=1-10; reviewer=person; review_date=date
 bank
-  branch: branch_id; branch_name=place; city=city; assets=1000-900000
+  branch: branch_id; branch_name=place; city=city; assets=100-9900
   customer: customer_id; name=person; state=Ohio|Texas|Utah|Maine|Iowa; credit_score?=300-850
-  account: account_id; customer_id>customer; branch_id>branch; balance=10-90000; account_type=savings|checking|joint
+  account: account_id; customer_id>customer; branch_id>branch; balance=10-9000; account_type=savings|checking|joint
 museum
   museum: museum_id; name=place; city=city; num_of_staff=4-300; open_year=1850-2015
   visitor: visitor_id; name=person; level_of_membership=none|friend|patron; age?=6-90
@@ -86,7 +86,7 @@ gym
 
 UNSEEN_TEXT = """
 hospital
-  physician: physician_id; name=person; clinic=city; salary=3000-19000; seniority=1-40
+  physician: physician_id; name=person; clinic=city; salary=300-9900; seniority=1-40
   patient: patient_id; name=person; blood_type=A|B|AB|O; age=1-95; city=city; insurance_code?=100-900
   appointment: appointment_id; physician_id>physician; patient_id>patient; urgency=routine|urgent|emergency; waiting_days=1-90
 orchestra
@@ -99,7 +99,7 @@ farm
   tractor: tractor_id; brand=Ursa|Taurus|Aries|Draco; engine_power=30-400; purchase_year=1980-2022; farm_id>farm
 harbor
   captain: captain_id; name=person; rank=junior|senior|chief; age=25-70
-  vessel: vessel_id; vessel_name=title; class=tanker|ferry|tug|liner; tonnage=90-90000; built_year=1960-2020; captain_id>captain
+  vessel: vessel_id; vessel_name=title; class=tanker|ferry|tug|liner; tonnage=90-9000; built_year=1960-2020; captain_id>captain
   dock: dock_id; dock_name=place; country=country; depth?=4.0-40.0
   voyage: voyage_id; vessel_id>vessel; dock_id>dock; cargo=coal|grain|timber|oil; days_at_sea=2-90
 vineyard
@@ -107,8 +107,8 @@ vineyard
   grape: grape_id; grape_name=title; color=red|white; ripening_weeks=10-40
   wine: wine_id; label=title; winery_id>winery; grape_id>grape; vintage=1970-2022; score=60-100; bottle_price?=4.0-300.0
 election
-  county: county_id; county_name=place; province=Northern|Southern|Eastern|Western; population=900-900000; turnout?=20.0-90.0
-  politician: politician_id; name=person; party=Green|Liberal|Labour|Union; age=25-80; county_id>county
+  borough: borough_id; borough_name=place; province=Northern|Southern|Eastern|Western; population=900-9900; turnout?=20.0-90.0
+  politician: politician_id; name=person; party=Green|Liberal|Labour|Union; age=25-80; borough_id>borough
   survey: survey_id; politician_id>politician; pollster=Delta|Sigma|Omega; support=1.0-70.0; survey_date=date
 observatory
   observatory: observatory_id; name=place; country=country; altitude=90-5000
@@ -116,7 +116,7 @@ observatory
   astronomer: astronomer_id; name=person; institute=Kepler|Halley|Hubble; papers?=1-300
   observation: observation_id; telescope_id>telescope; astronomer_id>astronomer; target=comet|nebula|quasar|pulsar; exposure=5-900
 railway
-  station: station_id; station_name=place; city=city; platforms=1-24; opened_year=1840-2010
+  station: station_id; station_name=place; city=city; platforms=1-24; founding_year=1840-2010
   train: train_id; train_name=title; operator=firm; top_speed=80-350; seats?=60-900
   ticket: ticket_id; train_id>train; station_id>station; fare=3.0-200.0; carriage=first|second|sleeper; travel_date=date
 """
@@ -391,8 +391,9 @@ class Inventor:
                     rng.choice("bcdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "l", "t"))
                     for _ in range(syllables)
                 )
-            if 4 <= len(word) <= 12 and word not in KEYWORDS and word not in NOVEL_WORDS:
-                return word + ("s" if rng.random() < 0.05 and word[-1] != "s" else "")
+            word += rng.choices(("", "s", "y", "ch", "x"), (86, 4, 6, 2, 2))[0]
+            if 4 <= len(word) <= 13 and not word.endswith("ss") and word not in KEYWORDS and word not in NOVEL_WORDS:
+                return word
         return rng.choice(WORDS)
 
     def identifier(self, rng: Random) -> str:
@@ -436,7 +437,7 @@ class Inventor:
             add(column, "category", texts(False, rng.randint(4, 6)), nullable=rng.random() < 0.1)
         for _ in range(rng.choice((1, 1, 2))):
             column = rng.choice(_QUANTITIES) if rng.random() < 0.25 else self.identifier(rng)
-            high = rng.choice((10, 50, 60, 100, 500, 1000, 5000, 90000))
+            high = rng.choice((10, 50, 60, 100, 500, 1000, 5000, 9900, 90000))
             if rng.random() < 0.15:
                 add(column, "real", (), 1.0, rng.choice((5.0, 50.0)), rng.random() < 0.15)
             else:

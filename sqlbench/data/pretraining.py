@@ -103,6 +103,8 @@ class Examples:
         starts, middles: word pieces for pseudo-words (see `Inventor`).
         made_up: share of made-up schemas at the top level (nearly all below it).
         rewrite, check: shares of these prompts at the top level.
+        disturbed: share of questions with idle words put in and small words lost, so that the policy learns to look
+            a word up in the schema before it takes it for a name.
     """
 
     def __init__(
@@ -113,10 +115,11 @@ class Examples:
         made_up: float = 0.7,
         rewrite: float = 0.15,
         check: float = 0.08,
+        disturbed: float = 0.6,
     ) -> None:
         self.rng = Random(f"pretraining {seed}")
         self.inventor = Inventor(starts, middles)
-        self.made_up, self.rewrite, self.check = made_up, rewrite, check
+        self.made_up, self.rewrite, self.check, self.disturbed = made_up, rewrite, check, disturbed
         self.prompts = prompts_for("nano")
         self.seen = [fill(d, self.rng) for d in seen_domains()]
 
@@ -152,7 +155,8 @@ class Examples:
 
     def _draft(self, domain: Domain, level: int) -> Draft:
         while True:
-            draft = draw(domain, self.rng, "A", level=level)
+            filler = self.inventor.word if self.rng.random() < self.disturbed else None
+            draft = draw(domain, self.rng, "A", level=level, filler=filler)
             if not held_out(domain.name, draft.sql) or domain.name == "made_up":
                 return draft
 

@@ -21,93 +21,129 @@ from random import Random
 from sqlbench.data.domains import Domain
 
 FAMILIES = ("A", "B", "C", "D")
+Filler = Callable[[Random], str]
+_VALUES = frozenset(("{v}", "'{v}'", "{w}", "{k}", "{cond}", "{cond2}", "{not}"))
+_SMALL = frozenset(("the", "of", "is", "are", "with", "that", "have", "has", "for", "whose", "me", "there"))
 _COMPARE = {">": "gt", "<": "lt", ">=": "ge", "<=": "le", "=": "eq"}
 _OPPOSITE = {"max": "DESC", "min": "ASC"}
 
-# One row an operation; each family has its own words.
+# One row an operation; each family has words of its own and may use some everyday ones of A.
 LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
     "ask": {
         "A": ("What is", "What are", "Show", "Find", "List", "Give me", "Return"),
-        "B": ("Tell me", "I would like to see", "Display"),
-        "C": ("Report", "We need", "Look up"),
-        "D": ("Let me know", "Get", "Please look up"),
+        "B": ("Tell me", "I would like to see", "Display", "Show"),
+        "C": ("Report", "We need", "Look up", "Find"),
+        "D": ("Let me know", "Get", "Please look up", "List"),
     },
     "gt": {
         "A": ("greater than", "above", "more than", "over", "larger than"),
-        "B": ("exceeding", "higher than"),
-        "C": ("beyond", "in excess of"),
-        "D": ("exceeding", "beyond", "bigger than"),
+        "B": ("exceeding", "higher than", "above"),
+        "C": ("beyond", "in excess of", "more than"),
+        "D": ("exceeding", "beyond", "bigger than", "over"),
     },
     "lt": {
         "A": ("less than", "below", "under", "smaller than"),
-        "B": ("lower than", "short of"),
-        "C": ("beneath", "inferior to"),
-        "D": ("lower than", "beneath", "not reaching"),
+        "B": ("lower than", "short of", "below"),
+        "C": ("beneath", "inferior to", "less than"),
+        "D": ("lower than", "beneath", "not reaching", "under"),
     },
-    "ge": {"A": ("at least",), "B": ("no less than",), "C": ("a minimum of",), "D": ("no less than", "not under")},
-    "le": {"A": ("at most",), "B": ("no more than",), "C": ("a maximum of",), "D": ("no more than", "not over")},
-    "eq": {"A": ("equal to", "of"), "B": ("exactly",), "C": ("precisely",), "D": ("exactly", "just")},
-    "after": {"A": ("after",), "B": ("later than",), "C": ("following",), "D": ("later than", "past")},
-    "before": {"A": ("before",), "B": ("earlier than",), "C": ("preceding",), "D": ("earlier than", "prior to")},
+    "ge": {
+        "A": ("at least",),
+        "B": ("no less than", "at least"),
+        "C": ("a minimum of", "at least"),
+        "D": ("no less than", "not under"),
+    },
+    "le": {
+        "A": ("at most",),
+        "B": ("no more than", "at most"),
+        "C": ("a maximum of", "at most"),
+        "D": ("no more than", "not over"),
+    },
+    "eq": {"A": ("equal to", "of"), "B": ("exactly", "equal to"), "C": ("precisely", "equal to"), "D": ("exactly", "just")},
+    "after": {"A": ("after",), "B": ("later than", "after"), "C": ("following", "after"), "D": ("later than", "past")},
+    "before": {"A": ("before",), "B": ("earlier than", "before"), "C": ("preceding", "before"), "D": ("earlier than", "prior to")},
     "number": {
         "A": ("with {c} {op} {v}", "with {c} {op} {v}", "whose {c} is {op} {v}"),
-        "B": ("where the {c} is {op} {v}", "having a {c} {op} {v}"),
-        "C": ("for which {c} is {op} {v}", "showing {c} {op} {v}"),
-        "D": ("if their {c} is {op} {v}", "that show a {c} {op} {v}"),
+        "B": ("where the {c} is {op} {v}", "whose {c} is {op} {v}", "with {c} {op} {v}"),
+        "C": ("showing {c} {op} {v}", "whose {c} is {op} {v}", "with {c} {op} {v}"),
+        "D": ("that show a {c} {op} {v}", "whose {c} is {op} {v}", "with {c} {op} {v}"),
     },
     "is": {
         "A": ("whose {c} is {v}", "with {c} {v}", "with {c} '{v}'", "that have {c} {v}", "whose {c} equals {v}"),
-        "B": ("where the {c} is {v}", "having {v} as {c}"),
-        "C": ("for which {c} is {v}", "under {c} {v}"),
-        "D": ("if their {c} is {v}", "with {v} as the {c}"),
+        "B": ("where the {c} is {v}", "having {c} {v}", "with {c} {v}"),
+        "C": ("showing {c} {v}", "whose {c} is {v}", "under {c} {v}"),
+        "D": ("that show a {c} of {v}", "with {c} {v}", "where {c} equals {v}"),
     },
     "is_not": {
         "A": ("whose {c} is not {v}", "with {c} other than {v}"),
-        "B": ("where the {c} differs from {v}", "having a {c} different from {v}"),
-        "C": ("for which {c} is anything but {v}", "outside {c} {v}"),
-        "D": ("if their {c} differs from {v}", "with anything but {v} as the {c}"),
+        "B": ("where the {c} is not {v}", "with {c} different from {v}"),
+        "C": ("showing {c} anything but {v}", "whose {c} is anything but {v}"),
+        "D": ("where {c} is not {v}", "with {c} different from {v}"),
     },
-    "avg": {"A": ("average", "mean"), "B": ("typical",), "C": ("averaged",), "D": ("typical", "avg")},
-    "max": {"A": ("maximum", "highest", "largest"), "B": ("biggest",), "C": ("peak", "top"), "D": ("biggest", "top")},
-    "min": {"A": ("minimum", "lowest", "smallest"), "B": ("least",), "C": ("bottom", "tiniest"), "D": ("least", "bottom")},
-    "sum": {"A": ("total",), "B": ("combined",), "C": ("summed", "overall"), "D": ("combined", "summed")},
-    "all": {"A": ("of all", "of the", "for all"), "B": ("belonging to the", "of our"), "C": ("across the",), "D": ("from the",)},
-    "each": {"A": ("for each", "per"), "B": ("grouped by",), "C": ("broken down by", "by"), "D": ("split by", "grouped by")},
+    "avg": {"A": ("average", "mean"), "B": ("typical", "average"), "C": ("averaged", "mean"), "D": ("typical", "average")},
+    "max": {
+        "A": ("maximum", "highest", "largest"),
+        "B": ("biggest", "highest"),
+        "C": ("peak", "top", "largest"),
+        "D": ("biggest", "top", "highest"),
+    },
+    "min": {
+        "A": ("minimum", "lowest", "smallest"),
+        "B": ("least", "lowest"),
+        "C": ("bottom", "tiniest", "smallest"),
+        "D": ("least", "bottom", "lowest"),
+    },
+    "sum": {"A": ("total",), "B": ("combined", "total"), "C": ("summed", "total"), "D": ("combined", "summed", "total")},
+    "all": {"A": ("of all", "of the", "for all"), "B": ("belonging to the", "of the"), "C": ("across the", "of all"), "D": ("from the", "for all")},
+    "each": {
+        "A": ("for each", "per"),
+        "B": ("grouped by", "for each"),
+        "C": ("broken down by", "for each"),
+        "D": ("split by", "grouped by", "per"),
+    },
     "distinct": {
         "A": ("different", "distinct", "unique"),
-        "B": ("non-repeated", "separate"),
-        "C": ("individual", "deduplicated"),
-        "D": ("separate", "non-duplicate"),
+        "B": ("non-repeated", "unique"),
+        "C": ("individual", "distinct"),
+        "D": ("individual", "non-repeated", "different"),
     },
     "ascending": {
         "A": ("in ascending order of {n}", "sorted by {n}", "from the lowest to the highest {n}"),
-        "B": ("in increasing order of {n}", "arranged upwards by {n}"),
-        "C": ("ranked by growing {n}", "starting with the bottom {n}"),
-        "D": ("arranged by increasing {n}", "with {n} going up"),
+        "B": ("in increasing order of {n}", "sorted upwards by {n}"),
+        "C": ("ranked by growing {n}", "from the bottom to the top {n}"),
+        "D": ("arranged by increasing {n}", "sorted by {n}"),
     },
     "descending": {
         "A": ("in descending order of {n}", "sorted by {n} in descending order", "from the highest to the lowest {n}"),
-        "B": ("in decreasing order of {n}", "arranged downwards by {n}"),
-        "C": ("ranked by falling {n}", "starting with the top {n}"),
-        "D": ("arranged by decreasing {n}", "with {n} going down"),
+        "B": ("in decreasing order of {n}", "sorted downwards by {n}"),
+        "C": ("ranked by falling {n}", "from the top to the bottom {n}"),
+        "D": ("arranged by decreasing {n}", "sorted by {n} in descending order"),
     },
-    "most": {"A": ("the most", "the largest number of"), "B": ("the biggest count of",), "C": ("the top tally of",),
-             "D": ("the biggest tally of", "the greatest share of")},
-    "fewest": {"A": ("the fewest", "the smallest number of"), "B": ("the least count of",), "C": ("the bottom tally of",),
-               "D": ("the least tally of", "the smallest share of")},
+    "most": {
+        "A": ("the most", "the largest number of"),
+        "B": ("the biggest count of", "the most"),
+        "C": ("the top tally of", "the most"),
+        "D": ("the biggest tally of", "the most"),
+    },
+    "fewest": {
+        "A": ("the fewest", "the smallest number of"),
+        "B": ("the least count of", "the fewest"),
+        "C": ("the bottom tally of", "the fewest"),
+        "D": ("the least tally of", "the fewest"),
+    },
     "lacking": {
         "A": ("that do not have any", "without any", "that have no"),
-        "B": ("lacking any", "that miss any"),
-        "C": ("with zero", "devoid of"),
-        "D": ("lacking", "that come with zero"),
+        "B": ("lacking any", "without any"),
+        "C": ("with zero", "devoid of", "that have no"),
+        "D": ("lacking", "with zero", "without any"),
     },
     "count": {
         "A": ("the number of", "the total number of"),
-        "B": ("the count of",),
-        "C": ("the tally of",),
-        "D": ("the tally of", "the quantity of"),
+        "B": ("the count of", "the number of"),
+        "C": ("the tally of", "the number of"),
+        "D": ("the tally of", "the quantity of", "the number of"),
     },
-}  # fmt: skip
+}
 
 
 class Skip(Exception):
@@ -152,14 +188,32 @@ def _listing(parts: list[str]) -> str:
 class Scope:
     """What a construct draws from: a domain, a random generator and the words of one family."""
 
-    def __init__(self, domain: Domain, rng: Random, family: str) -> None:
-        self.domain, self.rng, self.family = domain, rng, family
+    def __init__(self, domain: Domain, rng: Random, family: str, filler: Filler | None = None) -> None:
+        self.domain, self.rng, self.family, self.filler = domain, rng, family, filler
         self.slots: dict[str, str] = {}
+        self.own: list[str] = []
+        """Wordings drawn so far that are not in A."""
         self.keys = ""
 
     def word(self, operation: str) -> str:
         """One of the family's words for an operation."""
-        return self.rng.choice(LEXICON[operation][self.family])
+        words = self.rng.choice(LEXICON[operation][self.family])
+        if words not in LEXICON[operation]["A"] and operation != "ask":
+            self.own.append(words)
+        return self.disturb(words) if "{" in words else words
+
+    def disturb(self, pattern: str) -> str:
+        """A pattern with idle words put in here and there, and some small words lost (where a filler is given)."""
+        if self.filler is None:
+            return pattern
+        kept: list[str] = []
+        for word in pattern.split(" "):
+            beside_a_value = _VALUES.intersection((word, *kept[-1:]))
+            if self.rng.random() < 0.08 and not beside_a_value:
+                kept.append(self.filler(self.rng))
+            if word not in _SMALL or self.rng.random() < 0.8:
+                kept.append(word)
+        return " ".join(kept)
 
     def put(self, **slots: str) -> None:
         """Set slots of the sentence."""
@@ -293,15 +347,15 @@ def _construct(name: str, weight: int, level: int, a: str, b: str, c: str, d: st
 
 @_construct("count", 2, 0,
     "How many {T} are there | Count the number of {T} | What is {count} {T} | How many {T} do we have",
-    "Tell me the count of {T} | What is the count of {T}",
-    "Report the tally of {T} | What does the tally of {T} come to",
-    "Let me know the quantity of {T} | Get {count} all {T}")
+    "Tell me {count} {T} | What is {count} {T}",
+    "Report {count} {T} | What does {count} {T} come to",
+    "Let me know {count} {T} | Get {count} all {T}")
 def _count(s: Scope) -> str:
     return f"SELECT count(*) FROM {s.entity()}"
 
 
 @_construct("count_where", 5, 1,
-    "How many {T} are there {cond} | Count the {T} {cond} | What is {count} {T} {cond} | How many {T} exist {cond}",
+    "How many {T} are there {cond} | Count the {T} {cond} | What is {count} {T} {cond} | How many {T} exist {cond} | For {T} {cond}, {ask} {count} them",
     "Tell me {count} {T} {cond} | How many {T} do you find {cond}",
     "Report {count} {T} {cond} | Work out how many {T} there are {cond}",
     "Counting only {T} {cond}, how many are there | Get {count} {T} {cond}")
@@ -312,8 +366,8 @@ def _count_where(s: Scope) -> str:
 
 
 @_construct("select", 5, 0,
-    "{ask} the {cols} {all} {T} | {ask} the {cols} of each {t} | {ask} the {cols} of every {t}",
-    "{ask} the {cols} {all} {T} | For all {T}, {ask} the {cols}",
+    "{ask} the {cols} {all} {T} | {ask} the {cols} of each {t} | {ask} the {cols} of every {t} | For all {T}, {ask} the {cols}",
+    "{ask} the {cols} {all} {T} | Regarding all {T}, {ask} the {cols}",
     "{ask} {cols} {all} {T} | Going through the {T}, give {cols}",
     "{ask} the {cols} {all} {T} | Of every {t} I need the {cols}")
 def _select(s: Scope) -> str:
@@ -322,8 +376,8 @@ def _select(s: Scope) -> str:
 
 
 @_construct("select_where", 8, 1,
-    "{ask} the {cols} of {T} {cond} | {ask} the {cols} of the {T} {cond} | {ask} the {cols} for {T} {cond}",
-    "{ask} the {cols} of the {T} {cond} | For {T} {cond}, {ask} the {cols}",
+    "{ask} the {cols} of {T} {cond} | {ask} the {cols} of the {T} {cond} | {ask} the {cols} for {T} {cond} | For {T} {cond}, {ask} the {cols} | {ask} {cols} of all {T} {cond}",
+    "{ask} the {cols} of the {T} {cond} | Regarding {T} {cond}, {ask} the {cols}",
     "{ask} the {cols} belonging to {T} {cond} | Take the {T} {cond} and give their {cols}",
     "{ask} the {cols} from the {T} {cond} | Looking only at {T} {cond}, what is the {cols}")
 def _select_where(s: Scope) -> str:
@@ -336,8 +390,8 @@ def _select_where(s: Scope) -> str:
 
 
 @_construct("negation", 2, 1,
-    "{ask} the {cols} of {T} {not} | {ask} the {cols} of the {T} {not}",
-    "{ask} the {cols} of the {T} {not} | For {T} {not}, {ask} the {cols}",
+    "{ask} the {cols} of {T} {not} | {ask} the {cols} of the {T} {not} | For {T} {not}, {ask} the {cols}",
+    "{ask} the {cols} of the {T} {not} | Regarding {T} {not}, {ask} the {cols}",
     "{ask} the {cols} belonging to {T} {not} | Take the {T} {not} and give their {cols}",
     "{ask} the {cols} from the {T} {not} | Looking only at {T} {not}, what is the {cols}")
 def _negation(s: Scope) -> str:
@@ -358,8 +412,8 @@ def _two(s: Scope) -> tuple[str, str, str]:
 
 
 @_construct("where_and", 4, 1,
-    "{ask} the {cols} of {T} {cond} and {cond2} | {ask} the {cols} of the {T} {cond} and {cond2}",
-    "{ask} the {cols} of the {T} {cond} and also {cond2} | For {T} both {cond} and {cond2}, {ask} the {cols}",
+    "{ask} the {cols} of {T} {cond} and {cond2} | {ask} the {cols} of the {T} {cond} and {cond2} | For {T} {cond} and {cond2}, {ask} the {cols}",
+    "{ask} the {cols} of the {T} {cond} and also {cond2} | Regarding {T} both {cond} and {cond2}, {ask} the {cols}",
     "Take the {T} {cond} as well as {cond2} and give their {cols} | {ask} the {cols} belonging to {T} {cond} as well as {cond2}",
     "Looking only at {T} {cond} and at once {cond2}, what is the {cols} | {ask} the {cols} from {T} {cond} as well as {cond2}")
 def _where_and(s: Scope) -> str:
@@ -368,8 +422,8 @@ def _where_and(s: Scope) -> str:
 
 
 @_construct("where_or", 3, 1,
-    "{ask} the {cols} of {T} {cond} or {cond2} | {ask} the {cols} of the {T} {cond} or {cond2}",
-    "{ask} the {cols} of the {T} either {cond} or {cond2} | For {T} {cond} or else {cond2}, {ask} the {cols}",
+    "{ask} the {cols} of {T} {cond} or {cond2} | {ask} the {cols} of the {T} {cond} or {cond2} | For {T} {cond} or {cond2}, {ask} the {cols}",
+    "{ask} the {cols} of the {T} either {cond} or {cond2} | Regarding {T} {cond} or else {cond2}, {ask} the {cols}",
     "Take the {T} {cond} or alternatively {cond2} and give their {cols} | {ask} the {cols} belonging to {T} {cond} or maybe {cond2}",
     "Looking only at {T} either {cond} or {cond2}, what is the {cols} | {ask} the {cols} from {T} {cond} or otherwise {cond2}")
 def _where_or(s: Scope) -> str:
@@ -388,8 +442,8 @@ def _count_and(s: Scope) -> str:
 
 
 @_construct("between", 3, 1,
-    "{ask} the {cols} of {T} with {n} between {v} and {w} | {ask} the {cols} of {T} whose {n} is between {v} and {w}",
-    "{ask} the {cols} of {T} having a {n} ranging from {v} to {w} | For {T} where the {n} is from {v} to {w}, {ask} the {cols}",
+    "{ask} the {cols} of {T} with {n} between {v} and {w} | {ask} the {cols} of {T} whose {n} is between {v} and {w} | For {T} with {n} from {v} to {w}, {ask} the {cols}",
+    "{ask} the {cols} of {T} having a {n} ranging from {v} to {w} | Regarding {T} where the {n} is from {v} to {w}, {ask} the {cols}",
     "Take the {T} showing {n} in the span {v} to {w} and give their {cols} | {ask} the {cols} belonging to {T} for which {n} lies within {v} and {w}",
     "Looking only at {T} with {n} in the range {v} to {w}, what is the {cols} | {ask} the {cols} from {T} if their {n} lies from {v} up to {w}")
 def _between(s: Scope) -> str:
@@ -404,7 +458,7 @@ def _between(s: Scope) -> str:
 
 @_construct("contains", 2, 1,
     "{ask} the {cols} of {T} whose {n} contains {v} | {ask} the {cols} of {T} with {n} containing the word {v}",
-    "{ask} the {cols} of {T} having {v} inside the {n} | For {T} where the {n} includes {v}, {ask} the {cols}",
+    "{ask} the {cols} of {T} having {v} inside the {n} | Regarding {T} where the {n} includes {v}, {ask} the {cols}",
     "Take the {T} for which {n} mentions {v} and give their {cols} | {ask} the {cols} belonging to {T} showing {v} within {n}",
     "Looking only at {T} that mention {v} in the {n}, what is the {cols} | {ask} the {cols} from {T} if their {n} includes {v}")
 def _contains(s: Scope) -> str:
@@ -417,7 +471,7 @@ def _contains(s: Scope) -> str:
 
 @_construct("prefix", 2, 1,
     "{ask} the {cols} of {T} whose {n} starts with {v} | {ask} the {cols} of {T} with {n} starting with {v}",
-    "{ask} the {cols} of {T} having a {n} that begins with {v} | For {T} where the {n} begins with {v}, {ask} the {cols}",
+    "{ask} the {cols} of {T} having a {n} that begins with {v} | Regarding {T} where the {n} begins with {v}, {ask} the {cols}",
     "Take the {T} for which {n} opens with {v} and give their {cols} | {ask} the {cols} belonging to {T} showing {v} at the front of {n}",
     "Looking only at {T} with {v} at the start of the {n}, what is the {cols} | {ask} the {cols} from {T} if their {n} begins with {v}")
 def _prefix(s: Scope) -> str:
@@ -430,7 +484,7 @@ def _prefix(s: Scope) -> str:
 
 @_construct("missing", 2, 1,
     "{ask} the {cols} of {T} whose {n} is missing | {ask} the {cols} of {T} with missing {n}",
-    "{ask} the {cols} of {T} where the {n} is unknown | For {T} having an unknown {n}, {ask} the {cols}",
+    "{ask} the {cols} of {T} where the {n} is unknown | Regarding {T} having an unknown {n}, {ask} the {cols}",
     "Take the {T} for which {n} is left blank and give their {cols} | {ask} the {cols} belonging to {T} showing blank {n}",
     "Looking only at {T} with unknown {n}, what is the {cols} | {ask} the {cols} from {T} if their {n} is not recorded")
 def _missing(s: Scope) -> str:
@@ -472,8 +526,8 @@ def _aggregate_two(s: Scope) -> str:
 
 
 @_construct("aggregate_where", 4, 1,
-    "{ask} the {agg} {n} of {T} {cond} | {ask} the {agg} {n} of the {T} {cond}",
-    "{ask} the {agg} {n} of the {T} {cond} | For {T} {cond}, {ask} the {agg} {n}",
+    "{ask} the {agg} {n} of {T} {cond} | {ask} the {agg} {n} of the {T} {cond} | For {T} {cond}, {ask} the {agg} {n}",
+    "{ask} the {agg} {n} of the {T} {cond} | Regarding {T} {cond}, {ask} the {agg} {n}",
     "{ask} the {agg} {n} belonging to {T} {cond} | Take the {T} {cond} and work out the {agg} {n}",
     "{ask} the {agg} {n} from the {T} {cond} | Looking only at {T} {cond}, what is the {agg} {n}")
 def _aggregate_where(s: Scope) -> str:
@@ -500,9 +554,9 @@ def _distinct(s: Scope) -> str:
 
 @_construct("count_distinct", 3, 1,
     "How many {distinct} {N} are there among {T} | How many {distinct} {N} do the {T} have | {ask} the number of {distinct} {N} of {T}",
-    "Tell me the count of {distinct} {N} {all} {T} | How many {distinct} {N} do you find for {T}",
-    "Report the tally of {distinct} {N} {all} {T} | Work out how many {distinct} {N} appear among the {T}",
-    "Get the tally of {distinct} {N} from the {T} | Among {T}, what is the quantity of {distinct} {N}")
+    "Tell me {count} {distinct} {N} {all} {T} | How many {distinct} {N} do you find for {T}",
+    "Report {count} {distinct} {N} {all} {T} | Work out how many {distinct} {N} appear among the {T}",
+    "Get {count} {distinct} {N} from the {T} | Among {T}, what is {count} {distinct} {N}")
 def _count_distinct(s: Scope) -> str:
     t = s.entity()
     column = s.column(t, "cy")
@@ -517,7 +571,7 @@ def _ordering(s: Scope, column: str) -> str:
 
 
 @_construct("order", 4, 1,
-    "{ask} the {cols} of all {T} {order} | {ask} the {cols} of {T} {order}",
+    "{ask} the {cols} of all {T} {order} | {ask} the {cols} of {T} {order} | For all {T}, {ask} the {cols} {order}",
     "{ask} the {cols} of our {T} {order} | {ask} the {T} {order}, with the {cols} only",
     "{ask} the {cols} across the {T}, {order} | Go through the {T} {order} and give {cols}",
     "{ask} the {cols} from the {T} {order} | With the {T} {order}, what is the {cols}")
@@ -531,7 +585,7 @@ def _order(s: Scope) -> str:
 
 @_construct("where_order", 2, 2,
     "{ask} the {cols} of {T} {cond} {order} | {ask} the {cols} of the {T} {cond}, {order}",
-    "{ask} the {cols} of our {T} {cond}, {order} | For {T} {cond}, {ask} the {cols} {order}",
+    "{ask} the {cols} of our {T} {cond}, {order} | Regarding {T} {cond}, {ask} the {cols} {order}",
     "Take the {T} {cond} {order} and give their {cols} | {ask} the {cols} belonging to {T} {cond}, {order}",
     "{ask} the {cols} from the {T} {cond}, {order} | With the {T} {order}, what is the {cols} of those {cond}")
 def _where_order(s: Scope) -> str:
@@ -546,7 +600,7 @@ def _where_order(s: Scope) -> str:
 
 
 @_construct("superlative", 4, 1,
-    "{ask} the {cols} of the {t} with the {best} {n} | {ask} the {cols} of the {t} that has the {best} {n}",
+    "{ask} the {cols} of the {t} with the {best} {n} | {ask} the {cols} of the {t} that has the {best} {n} | For the {t} with the {best} {n}, {ask} the {cols}",
     "{ask} the {cols} of the one {t} having the {best} {n} | Where the {n} is the {best}, {ask} the {cols} of that {t}",
     "{ask} the {cols} belonging to the {t} showing the {best} {n} | Take the {t} at the {best} {n} and give its {cols}",
     "{ask} the {cols} from the {t} of {best} {n} | Looking for the {t} with {best} {n}, what is its {cols}")
@@ -561,7 +615,7 @@ def _superlative(s: Scope) -> str:
 
 
 @_construct("top_k", 3, 1,
-    "{ask} the {cols} of the {k} {T} with the {best} {n} | {ask} the {cols} of the {T} with the {k} {best} {n}",
+    "{ask} the {cols} of the {k} {T} with the {best} {n} | {ask} the {cols} of the {T} with the {k} {best} {n} | For the {k} {T} with the {best} {n}, {ask} the {cols}",
     "{ask} the {cols} of the {k} {T} having the {best} {n} | Limited to {k} {T} of {best} {n}, {ask} the {cols}",
     "{ask} the {cols} belonging to the {k} {T} showing the {best} {n} | Take the {k} {T} at the {best} {n} and give their {cols}",
     "{ask} the {cols} from the {k} {T} of {best} {n} | Looking for {k} {T} with {best} {n}, what is their {cols}")
@@ -577,9 +631,9 @@ def _top_k(s: Scope) -> str:
 
 @_construct("group_count", 4, 1,
     "How many {T} are there {each} {n} | {ask} the number of {T} {each} {n} | For each {n}, how many {T} are there | {ask} each {n} and the number of {T}",
-    "Tell me the count of {T} {each} {n} | With {T} {each} {n}, what is the count for each",
-    "Report the tally of {T} {each} {n} | For any given {n}, work out how many {T} there are",
-    "Get the tally of {T} {each} {n} | Every {n} and how many {T} it has, please")
+    "Tell me {count} {T} {each} {n} | With {T} {each} {n}, what is the count for each",
+    "Report {count} {T} {each} {n} | For any given {n}, work out how many {T} there are",
+    "Get {count} {T} {each} {n} | Every {n} and how many {T} it has, please")
 def _group_count(s: Scope) -> str:
     t = s.entity()
     column = s.column(t, "cy", nulls=False)
@@ -600,16 +654,16 @@ def _group_aggregate(s: Scope) -> str:
 
 
 @_construct("group_order", 2, 2,
-    "{ask} each {n} and the number of {T}, sorted by the number of {T} | {ask} the number of {T} {each} {n} in ascending order of the number",
-    "Tell me the count of {T} {each} {n}, arranged upwards by the count | {ask} every {n} with its count of {T}, in increasing order of the count",
-    "Report the tally of {T} {each} {n}, ranked by growing tally | For any given {n}, give the tally of {T}, starting with the bottom tally",
-    "Get the tally of {T} {each} {n}, with the tally going up | Every {n} and how many {T} it has, arranged by increasing tally, please")
+    "{ask} each {n} and {count} {T} {order} | {ask} {count} {T} {each} {n} {order} | For each {n}, show {count} {T} {order}",
+    "Tell me {count} {T} {each} {n}, {order} | {ask} every {n} with {count} {T}, {order}",
+    "Report {count} {T} {each} {n}, {order} | For any given {n}, give {count} {T} {order}",
+    "Get {count} {T} {each} {n}, {order} | Every {n} and {count} its {T}, {order}, please")
 def _group_order(s: Scope) -> str:
     t = s.entity()
     column = s.column(t, "c", nulls=False)
     s.put(n=say(column))
     s.keys = f"SELECT count(*) FROM {t} GROUP BY {column}"
-    return f"SELECT {column}, count(*) FROM {t} GROUP BY {column} ORDER BY count(*)"
+    return f"SELECT {column}, count(*) FROM {t} GROUP BY {column} ORDER BY count(*) {_ordering(s, 'number')}"
 
 
 def _threshold(s: Scope, table: str, column: str) -> str:
@@ -624,9 +678,9 @@ def _threshold(s: Scope, table: str, column: str) -> str:
 
 @_construct("having", 3, 1,
     "Which {N} have {op} {k} {T} | Find the {N} that have {op} {k} {T} | List each {n} with {op} {k} {T}",
-    "Tell me the {N} having a count of {T} {op} {k} | Which {N} occur where the count of {T} is {op} {k}",
-    "Report {N} showing a tally of {T} {op} {k} | Which {N} appear for {op} {k} {T}",
-    "Get every {n} if the tally of {T} is {op} {k} | Which {N} come with {op} {k} {T}")
+    "Tell me the {N} having {op} {k} {T} | Which {N} occur where {count} {T} is {op} {k}",
+    "Report {N} showing {op} {k} {T} | Which {N} appear for {op} {k} {T}",
+    "Get every {n} if {count} {T} is {op} {k} | Which {N} come with {op} {k} {T}")
 def _having(s: Scope) -> str:
     t = s.entity()
     column = s.column(t, "c", nulls=False)
@@ -649,10 +703,10 @@ def _most_common(s: Scope) -> str:
 
 
 @_construct("above_average", 3, 1,
-    "{ask} the {cols} of {T} with {n} {op} the average | {ask} the {cols} of {T} whose {n} is {op} the average {n}",
-    "{ask} the {cols} of {T} having a {n} {op} the typical one | For {T} where the {n} is {op} the typical {n}, {ask} the {cols}",
-    "Take the {T} showing {n} {op} the averaged {n} and give their {cols} | {ask} the {cols} belonging to {T} for which {n} is {op} average",
-    "Looking only at {T} with {n} {op} the typical {n}, what is the {cols} | {ask} the {cols} from {T} if their {n} is {op} the avg")
+    "{ask} the {cols} of {T} with {n} {op} the average | {ask} the {cols} of {T} whose {n} is {op} the average {n} | For {T} with {n} {op} the average, {ask} the {cols}",
+    "{ask} the {cols} of {T} having a {n} {op} the {avg} one | Regarding {T} where the {n} is {op} the {avg} {n}, {ask} the {cols}",
+    "Take the {T} showing {n} {op} the {avg} {n} and give their {cols} | {ask} the {cols} belonging to {T} for which {n} is {op} the {avg} one",
+    "Looking only at {T} with {n} {op} the {avg} {n}, what is the {cols} | {ask} the {cols} from {T} if their {n} is {op} the {avg} one")
 def _above_average(s: Scope) -> str:
     t = s.entity()
     column, operator = s.column(t, "ir"), s.rng.choice("><")
@@ -663,9 +717,9 @@ def _above_average(s: Scope) -> str:
 
 @_construct("count_above_average", 2, 2,
     "How many {T} have {n} {op} the average | How many {T} are there with {n} {op} the average {n}",
-    "Tell me the count of {T} having a {n} {op} the typical one | How many {T} do you find where the {n} is {op} the typical {n}",
-    "Report the tally of {T} showing {n} {op} the averaged {n} | Work out how many {T} there are for which {n} is {op} average",
-    "Counting only {T} with {n} {op} the typical {n}, how many are there | Get the tally of {T} if their {n} is {op} the avg")
+    "Tell me {count} {T} having a {n} {op} the {avg} one | How many {T} do you find where the {n} is {op} the {avg} {n}",
+    "Report {count} {T} showing {n} {op} the {avg} {n} | Work out how many {T} there are for which {n} is {op} the {avg} one",
+    "Counting only {T} with {n} {op} the {avg} {n}, how many are there | Get {count} {T} if their {n} is {op} the {avg} one")
 def _count_above_average(s: Scope) -> str:
     t = s.entity()
     column, operator = s.column(t, "ir"), s.rng.choice("><")
@@ -719,8 +773,8 @@ def _union(s: Scope) -> str:
 
 
 @_construct("not_in", 3, 1,
-    "{ask} the {cols} of {P} {lacking} {t} | {ask} the {cols} of the {P} {lacking} {t}",
-    "{ask} the {cols} of the {P} {lacking} {t} | For {P} {lacking} {t}, {ask} the {cols}",
+    "{ask} the {cols} of {P} {lacking} {t} | {ask} the {cols} of the {P} {lacking} {t} | For {P} {lacking} {t}, {ask} the {cols}",
+    "{ask} the {cols} of the {P} {lacking} {t} | Regarding {P} {lacking} {t}, {ask} the {cols}",
     "{ask} the {cols} belonging to {P} {lacking} {T} | Take the {P} {lacking} {T} and give their {cols}",
     "{ask} the {cols} from the {P} {lacking} {T} | Looking only at {P} {lacking} {T}, what is the {cols}")
 def _not_in(s: Scope) -> str:
@@ -730,17 +784,17 @@ def _not_in(s: Scope) -> str:
 
 @_construct("count_not_in", 2, 2,
     "How many {P} are there {lacking} {t} | Count the {P} {lacking} {t}",
-    "Tell me the count of {P} {lacking} {t} | How many {P} do you find {lacking} {t}",
-    "Report the tally of {P} {lacking} {T} | Work out how many {P} there are {lacking} {T}",
-    "Counting only {P} {lacking} {T}, how many are there | Get the tally of {P} {lacking} {T}")
+    "Tell me {count} {P} {lacking} {t} | How many {P} do you find {lacking} {t}",
+    "Report {count} {P} {lacking} {T} | Work out how many {P} there are {lacking} {T}",
+    "Counting only {P} {lacking} {T}, how many are there | Get {count} {P} {lacking} {T}")
 def _count_not_in(s: Scope) -> str:
     child, column, parent, key = s.link(needs_id=False)
     return f"SELECT count(*) FROM {parent} WHERE {key} NOT IN (SELECT {column} FROM {child})"
 
 
 @_construct("in_subquery", 3, 2,
-    "{ask} the {cols} of {P} that have {T} {cond} | {ask} the {cols} of {P} having any {t} {cond}",
-    "{ask} the {cols} of the {P} owning some {t} {cond} | For {P} that own {T} {cond}, {ask} the {cols}",
+    "{ask} the {cols} of {P} that have {T} {cond} | {ask} the {cols} of {P} having any {t} {cond} | For {P} with {T} {cond}, {ask} the {cols}",
+    "{ask} the {cols} of the {P} owning some {t} {cond} | Regarding {P} that own {T} {cond}, {ask} the {cols}",
     "{ask} the {cols} belonging to {P} linked to {T} {cond} | Take the {P} tied to any {t} {cond} and give their {cols}",
     "{ask} the {cols} from the {P} that own a {t} {cond} | Looking only at {P} tied to {T} {cond}, what is the {cols}")
 def _in_subquery(s: Scope) -> str:
@@ -755,7 +809,7 @@ def _join(child: str, column: str, parent: str, key: str) -> str:
 
 @_construct("join", 4, 2,
     "Show the {a} of each {t} and the {b} of its {p} | What is the {a} of each {t} and the {b} of the corresponding {p} | List the {a} of all {T} together with the {b} of their {p}",
-    "Tell me the {a} of every {t} plus the {b} of the {p} it goes with | For all {T}, I would like to see the {a} beside the {b} of their {p}",
+    "Tell me the {a} of every {t} plus the {b} of the {p} it goes with | Regarding all {T}, I would like to see the {a} beside the {b} of their {p}",
     "Report {a} across the {T} next to {b} of the associated {p} | Going through the {T}, give {a} and for the {p} behind it {b}",
     "Let me know the {a} from every {t} along with the {b} of the associated {p} | Of every {t} I need the {a}, and of the {p} it goes with the {b}")
 def _join_select(s: Scope) -> str:
@@ -766,8 +820,8 @@ def _join_select(s: Scope) -> str:
 
 
 @_construct("join_where", 4, 2,
-    "{ask} the {a} of {T} whose {p} has {b} {v} | {ask} the {a} of {T} belonging to the {p} with {b} {v}",
-    "{ask} the {a} of {T} that go with the {p} having {v} as {b} | For {T} of a {p} where the {b} is {v}, {ask} the {a}",
+    "{ask} the {a} of {T} whose {p} has {b} {v} | {ask} the {a} of {T} belonging to the {p} with {b} {v} | For {T} of the {p} with {b} {v}, {ask} the {a}",
+    "{ask} the {a} of {T} that go with the {p} having {v} as {b} | Regarding {T} of a {p} where the {b} is {v}, {ask} the {a}",
     "{ask} the {a} belonging to {T} tied to the {p} under {b} {v} | Take the {p} for which {b} is {v} and give the {a} of its {T}",
     "{ask} the {a} from {T} that go with the {p} with {v} as the {b} | Looking only at {T} tied to the {p} of {b} {v}, what is the {a}")
 def _join_where(s: Scope) -> str:
@@ -780,9 +834,9 @@ def _join_where(s: Scope) -> str:
 
 @_construct("join_count", 3, 2,
     "How many {T} belong to the {p} with {b} {v} | How many {T} does the {p} with {b} {v} have",
-    "Tell me the count of {T} that go with the {p} having {v} as {b} | How many {T} do you find for the {p} where the {b} is {v}",
-    "Report the tally of {T} tied to the {p} under {b} {v} | Work out how many {T} the {p} has for which {b} is {v}",
-    "Counting only {T} of the {p} with {v} as the {b}, how many are there | Get the tally of {T} tied to the {p} of {b} {v}")
+    "Tell me {count} {T} that go with the {p} having {v} as {b} | How many {T} do you find for the {p} where the {b} is {v}",
+    "Report {count} {T} tied to the {p} under {b} {v} | Work out how many {T} the {p} has for which {b} is {v}",
+    "Counting only {T} of the {p} with {v} as the {b}, how many are there | Get {count} {T} tied to the {p} of {b} {v}")
 def _join_count(s: Scope) -> str:
     child, column, parent, key = s.link()
     b = s.column(parent, "nc")
@@ -792,8 +846,8 @@ def _join_count(s: Scope) -> str:
 
 
 @_construct("join_parent", 3, 2,
-    "{ask} the {b} of the {p} of {T} {cond} | {ask} the {b} of the {p} for {T} {cond}",
-    "{ask} the {b} of the {p} that {T} {cond} go with | For {T} {cond}, {ask} the {b} of their {p}",
+    "{ask} the {b} of the {p} of {T} {cond} | {ask} the {b} of the {p} for {T} {cond} | For {T} {cond}, {ask} the {b} of their {p}",
+    "{ask} the {b} of the {p} that {T} {cond} go with | Regarding {T} {cond}, {ask} the {b} of their {p}",
     "{ask} the {b} of the {p} behind {T} {cond} | Take the {T} {cond} and give the {b} of the associated {p}",
     "{ask} the {b} from the {p} behind {T} {cond} | Looking only at {T} {cond}, what is the {b} of the associated {p}")
 def _join_parent(s: Scope) -> str:
@@ -805,7 +859,7 @@ def _join_parent(s: Scope) -> str:
 
 
 @_construct("join_superlative", 2, 2,
-    "{ask} the {b} of the {p} of the {t} with the {best} {n} | {ask} the {b} of the {p} that has the {t} with the {best} {n}",
+    "{ask} the {b} of the {p} of the {t} with the {best} {n} | {ask} the {b} of the {p} that has the {t} with the {best} {n} | For the {t} with the {best} {n}, {ask} the {b} of its {p}",
     "{ask} the {b} of the {p} that the {t} having the {best} {n} goes with | Where the {n} of a {t} is the {best}, {ask} the {b} of its {p}",
     "{ask} the {b} of the {p} behind the {t} showing the {best} {n} | Take the {t} at the {best} {n} and give the {b} of the associated {p}",
     "{ask} the {b} from the {p} behind the {t} of {best} {n} | Looking for the {t} with {best} {n}, what is the {b} of the associated {p}")
@@ -820,16 +874,16 @@ def _join_superlative(s: Scope) -> str:
 
 @_construct("join_group", 3, 2,
     "For each {p}, show its {cols} and the number of {T} | Show the {cols} of each {p} and the number of {T} it has | How many {T} does each {p} have? List the {cols} and the number",
-    "Tell me the {cols} of every {p} plus the count of {T} it owns | With {T} grouped by {p}, what is the {cols} and the count",
-    "Report {cols} across the {P} next to the tally of {T} | For any given {p}, give {cols} and work out how many {T} there are",
-    "Let me know the {cols} from every {p} along with the tally of {T} | Every {p} by {cols} and how many {T} it has, please")
+    "Tell me the {cols} of every {p} plus {count} {T} it owns | With {T} grouped by {p}, what is the {cols} and the count",
+    "Report {cols} across the {P} next to {count} {T} | For any given {p}, give {cols} and work out how many {T} there are",
+    "Let me know the {cols} from every {p} along with {count} {T} | Every {p} by {cols} and how many {T} it has, please")
 def _join_group(s: Scope) -> str:
     child, column, parent, key = s.link(needs_id=False)
     return f"SELECT T2.{s.label(parent)}, count(*) FROM {_join(child, column, parent, key)} GROUP BY T1.{column}"
 
 
 @_construct("join_most", 3, 2,
-    "{ask} the {b} of the {p} with {most} {T} | {ask} the {b} of the {p} that has {most} {T}",
+    "{ask} the {b} of the {p} with {most} {T} | {ask} the {b} of the {p} that has {most} {T} | For the {p} with {most} {T}, {ask} the {b}",
     "{ask} the {b} of the one {p} having {most} {T} | Where do {most} {T} occur, by {p}? Tell me its {b}",
     "{ask} the {b} belonging to the {p} showing {most} {T} | Take the {p} at {most} {T} and give its {b}",
     "{ask} the {b} from the {p} of {most} {T} | Looking for the {p} with {most} {T}, what is its {b}")
@@ -843,10 +897,10 @@ def _join_most(s: Scope) -> str:
 
 
 @_construct("join_having", 3, 2,
-    "{ask} the {cols} of {P} that have {op} {k} {T} | {ask} the {cols} of {P} with {op} {k} {T}",
-    "{ask} the {cols} of {P} having a count of {T} {op} {k} | For {P} where the count of {T} is {op} {k}, {ask} the {cols}",
-    "{ask} the {cols} belonging to {P} showing a tally of {T} {op} {k} | Take the {P} tied to {op} {k} {T} and give their {cols}",
-    "{ask} the {cols} from {P} if the tally of {T} is {op} {k} | Looking only at {P} that come with {op} {k} {T}, what is the {cols}")
+    "{ask} the {cols} of {P} that have {op} {k} {T} | {ask} the {cols} of {P} with {op} {k} {T} | For {P} with {op} {k} {T}, {ask} the {cols}",
+    "{ask} the {cols} of {P} having {op} {k} {T} | Regarding {P} where {count} {T} is {op} {k}, {ask} the {cols}",
+    "{ask} the {cols} belonging to {P} showing {op} {k} {T} | Take the {P} tied to {op} {k} {T} and give their {cols}",
+    "{ask} the {cols} from {P} if {count} {T} is {op} {k} | Looking only at {P} that come with {op} {k} {T}, what is the {cols}")
 def _join_having(s: Scope) -> str:
     child, column, parent, key = s.link(needs_id=False)
     having = _threshold(s, child, column)
@@ -866,8 +920,8 @@ def _join_aggregate(s: Scope) -> str:
 
 
 @_construct("join_three", 3, 2,
-    "{ask} the {b} of {Q} linked to the {p} with {c} {v} | {ask} the {b} of {Q} that have {T} with the {p} with {c} {v}",
-    "{ask} the {b} of {Q} that go with the {p} having {v} as {c} | For {Q} that share {T} with the {p} where the {c} is {v}, {ask} the {b}",
+    "{ask} the {b} of {Q} linked to the {p} with {c} {v} | {ask} the {b} of {Q} that have {T} with the {p} with {c} {v} | For {Q} of the {p} with {c} {v}, {ask} the {b}",
+    "{ask} the {b} of {Q} that go with the {p} having {v} as {c} | Regarding {Q} that share {T} with the {p} where the {c} is {v}, {ask} the {b}",
     "{ask} the {b} belonging to {Q} tied to the {p} under {c} {v} | Take the {p} for which {c} is {v} and give the {b} of associated {Q}",
     "{ask} the {b} from {Q} tied by {T} to the {p} with {v} as the {c} | Looking only at {Q} associated with the {p} of {c} {v}, what is the {b}")
 def _join_three(s: Scope) -> str:
@@ -887,16 +941,26 @@ def _join_three(s: Scope) -> str:
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
-_PICKED = ("ask", "all", "each", "distinct", "lacking", "count")
+_SHARED = 0.5
+"""Share of questions of B, C and D in a frame of A; such a question has at least one wording that A does not have."""
+_PICKED = ("ask", "all", "each", "distinct", "lacking", "count", "avg")
 WEIGHTS = {c.name: c.weight for c in CONSTRUCTS.values()}
 _BY_LEVEL = [[c for c in CONSTRUCTS.values() if c.level <= level] for level in range(3)]
 
 
-def draw(domain: Domain, rng: Random, family: str, construct: str | None = None, level: int = 2) -> Draft:
+def draw(
+    domain: Domain,
+    rng: Random,
+    family: str,
+    construct: str | None = None,
+    level: int = 2,
+    filler: Filler | None = None,
+) -> Draft:
     """Draw one question on a filled domain.
 
     Args:
         construct: its name; by default one is drawn by weight among those up to the level.
+        filler: makes idle words; where given, the sentence is disturbed by them (for pretraining).
 
     Raises:
         Skip: the construct given does not fit the domain (after 200 attempts).
@@ -905,15 +969,20 @@ def draw(domain: Domain, rng: Random, family: str, construct: str | None = None,
     weights = [c.weight for c in pool]
     for _ in range(200):
         kind = CONSTRUCTS[construct] if construct else rng.choices(pool, weights)[0]
-        scope = Scope(domain, rng, family)
+        scope = Scope(domain, rng, family, filler)
         try:
             sql = kind.build(scope)
         except Skip:
             continue
-        frame = rng.choice(kind.frames[family])
+        own_frame = rng.random() >= _SHARED
+        frame = rng.choice(kind.frames[family if own_frame else "A"])
         for name in _PICKED:
-            scope.slots.setdefault(name, scope.word(name))
-        if not frame.startswith("{ask}"):
+            if f"{{{name}}}" in frame and name not in scope.slots:
+                scope.slots[name] = scope.word(name)
+        if family != "A" and not own_frame and not scope.own:
+            continue
+        frame = scope.disturb(frame)
+        if "ask" in scope.slots and not frame.startswith("{ask}"):
             ask = scope.slots["ask"]
             scope.slots["ask"] = ask if ask.startswith("I ") else ask[0].lower() + ask[1:]
         text = frame.format_map(scope.slots)

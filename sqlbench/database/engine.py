@@ -49,7 +49,7 @@ class Limits:
     """Serialised size of all rows together."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class QueryResult:
     """What became of one statement."""
 
@@ -242,10 +242,11 @@ class _SqliteConnection:
     def _fetch(self, sql: str, limits: Limits) -> QueryResult:
         cursor = self.raw.execute(sql)
         try:
-            if cursor.description is None:
+            description = cursor.description
+            if description is None:
                 return QueryResult("rejected", error=NO_STATEMENT)
-            columns = tuple([d[0] for d in cursor.description])
-            step = max(1, min(1000, CHUNK_BYTES // (len(columns) * self.bounds[0])))
+            columns = tuple([d[0] for d in description])
+            step = max(1, min(1000, limits.rows + 1, CHUNK_BYTES // (len(columns) * self.bounds[0])))
             rows: list[tuple] = []
             size = 0
             while True:
@@ -309,11 +310,22 @@ class Database:
         Raises:
             DatabaseError: the database itself is gone.
         """
-        limits = limits or self.limits
-        start = time.perf_counter()
-        if self._is_file and (now := self.identity()) != self._seen:  # the file was replaced
+        self.refresh()
+        return self.execute_as_seen(sql, limits or self.limits)
+
+    def refresh(self) -> tuple:
+        """Look whether the file was replaced, let go of what was open of it then, and return its identity."""
+        if not self._is_file:
+            return self._seen
+        now = self.identity()
+        if now != self._seen:
             self._seen = now
             self.close()
+        return now
+
+    def execute_as_seen(self, sql: str, limits: Limits) -> QueryResult:
+        """Like `execute`, on the file as `refresh` last saw it."""
+        start = time.perf_counter()
         deadline = start + limits.seconds
         while True:
             tried = time.perf_counter()
@@ -329,7 +341,7 @@ class Database:
                     result = QueryResult("too_large", error=error)
                     break
                 time.sleep(0.03)
-        object.__setattr__(result, "seconds", time.perf_counter() - start)
+        result.seconds = time.perf_counter() - start
         return result
 
     def _run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:

@@ -107,8 +107,8 @@ class PostgresConnection:
             if self.raw.closed:
                 raise DatabaseError(f"lost the connection to PostgreSQL: {_message(error)}") from error
             message = _message(error)
-            refused = any(part in message for part in ("multiple commands", "DECLARE CURSOR", "INTO is not allowed"))
-            return QueryResult("rejected" if refused else "error", error=message)
+            several = any(part in message for part in ("multiple commands", "DECLARE CURSOR", "INTO is not allowed"))
+            return QueryResult("rejected" if several else "error", error=message)
         finally:
             self.deadline = math.inf
             if not self.raw.closed:
@@ -119,7 +119,7 @@ class PostgresConnection:
         with self.raw.cursor(name="sqlbench") as cursor:
             cursor.execute(sql.encode())
             columns = tuple([d.name for d in cursor.description or ()])
-            step = max(1, min(1000, CHUNK_BYTES // (32768 * max(1, len(columns)))))
+            step = max(1, min(1000, limits.rows + 1, CHUNK_BYTES // (32768 * max(1, len(columns)))))
             rows: list[tuple] = []
             size = 0
             while True:

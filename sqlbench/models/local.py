@@ -3,7 +3,8 @@
 Guarantees: the tokens returned are the tokens sampled, with their log-probability under the distribution they were
 sampled from (temperature and filters applied; at temperature 0 the plain softmax); a request with a seed gives the
 same tokens whatever else is in its batch, up to the rounding of floating-point sums; a prompt is never cut. Batches
-are static: each distinct prompt is computed once, and rows that are done leave the batch.
+are static: each distinct prompt is computed once, what prompts share at their start once, and rows that are done leave
+the batch.
 """
 
 from __future__ import annotations
@@ -63,6 +64,29 @@ def checkpoint_family(path: str | Path) -> str:
     """Prompt family of a checkpoint folder, from its ``sqlbench.json``; ``chat`` where it has none."""
     note = Path(path) / "sqlbench.json"
     return str(json.loads(note.read_text()).get("family", "chat")) if note.is_file() else "chat"
+
+
+def shared_prefixes(prompts: list[tuple[int, ...]]) -> list[int]:
+    """For each of the sorted prompts, how many of its first tokens to compute together with its neighbours'.
+
+    Neighbours form a group while they share at least half of a prompt; one token is always left to each prompt.
+    """
+    shares: list[int] = []
+    start, shared = 0, 0
+    for i, prompt in enumerate(prompts):
+        common = 0
+        if i > start:
+            for common, pair in enumerate(zip(prompts[start][:shared], prompt[:-1], strict=False)):  # noqa: B007
+                if pair[0] != pair[1]:
+                    break
+            else:
+                common = min(shared, len(prompt) - 1)
+        if i > start and 2 * common >= len(prompt):
+            shared = common
+        else:
+            start, shared = i, len(prompt) - 1
+        shares[start:] = [shared] * (i + 1 - start)
+    return shares
 
 
 def check_checkpoint(path: str | Path) -> Path:
@@ -189,36 +213,66 @@ class LocalEngine:
         ]
 
     def _prefill(self, prompts: list[tuple[int, ...]], room: int) -> tuple[Any, Any, Any]:
-        """Next-token logits, key-value cache and attention mask (left-padded, with `room` free columns) of the prompts."""
+        """Next-token logits, key-value cache and attention mask of the prompts, with `room` free columns in the latter.
+
+        Each distinct prompt is computed once, and what neighbours in alphabetical order share is computed once.
+        """
         import torch
         from transformers import DynamicCache
 
-        index: dict[tuple[int, ...], int] = {}
-        row = torch.tensor([index.setdefault(p, len(index)) for p in prompts], device=self.device)
-        width = max(map(len, index))
-        ids = torch.full((len(index), width), self.pad_id, device=self.device)
-        mask = torch.zeros((len(index), width + room), dtype=torch.long, device=self.device)
-        for prompt, i in index.items():
-            ids[i, width - len(prompt) :] = torch.tensor(prompt, device=self.device)
-            mask[i, width - len(prompt) : width] = 1
-        position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-        layers, logits = [], []
-        for part in torch.arange(len(index), device=self.device).split(max(1, _PREFILL_TOKENS // width)):
+        distinct = sorted(set(prompts))
+        shares = shared_prefixes(distinct)
+        if min(shares) == 0:
+            logits, layers, mask = self._forward(distinct)
+        else:
+            heads = list(dict.fromkeys(p[:n] for p, n in zip(distinct, shares, strict=True)))
+            head = torch.tensor([heads.index(p[:n]) for p, n in zip(distinct, shares, strict=True)], device=self.device)
+            _, layers, mask = self._forward(heads)
+            tails = [p[n:] for p, n in zip(distinct, shares, strict=True)]
+            logits, layers, mask = self._forward(tails, layers, mask, head)
+        index = {prompt: i for i, prompt in enumerate(distinct)}
+        row = torch.tensor([index[p] for p in prompts], device=self.device)
+        cache = DynamicCache(config=self.model.config)
+        for number, (keys, values) in enumerate(layers):
+            cache.layers[number] = _roomy_layer(keys[row], values[row], room)
+        return logits[row], cache, torch.cat([mask, mask.new_zeros(len(distinct), room)], 1)[row]
+
+    def _forward(
+        self, pieces: list[tuple[int, ...]], layers: Any = None, past_mask: Any = None, past_row: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """Run left-padded pieces of text on top of what the cache has for row `past_row` of each."""
+        import torch
+        from transformers import DynamicCache
+
+        width = max(map(len, pieces))
+        ids = torch.full((len(pieces), width), self.pad_id, device=self.device)
+        mask = torch.zeros((len(pieces), width), dtype=torch.long, device=self.device)
+        for i, piece in enumerate(pieces):
+            ids[i, width - len(piece) :] = torch.tensor(piece, device=self.device)
+            mask[i, width - len(piece) :] = 1
+        position = mask.cumsum(1) - 1
+        if layers is not None:
+            position = position + past_mask[past_row].sum(1, keepdim=True)
+            mask = torch.cat([past_mask[past_row], mask], 1)
+        parts = []
+        for rows in torch.arange(len(pieces), device=self.device).split(max(1, _PREFILL_TOKENS // width)):
             cache = DynamicCache(config=self.model.config)
+            for number, (keys, values) in enumerate(layers or ()):
+                cache.layers[number] = _roomy_layer(keys[past_row[rows]], values[past_row[rows]], width)
             out = self.model(
-                input_ids=ids[part],
-                attention_mask=mask[part, :width],
-                position_ids=position[part],
+                input_ids=ids[rows],
+                attention_mask=mask[rows],
+                position_ids=position[rows].clamp(min=0),
                 past_key_values=cache,
                 logits_to_keep=1,
             )
-            logits.append(out.logits[:, -1].float())
-            layers.append([(layer.keys, layer.values) for layer in cache.layers])
-        full = DynamicCache(config=self.model.config)
-        for number, parts in enumerate(zip(*layers, strict=True)):
-            keys, values = (torch.cat([p[i] for p in parts])[row] for i in (0, 1))
-            full.layers[number] = _roomy_layer(keys, values, room)
-        return torch.cat(logits)[row], full, mask[row]
+            parts.append((out.logits[:, -1].float(), [(layer.keys, layer.values) for layer in cache.layers]))
+        logits = torch.cat([part[0] for part in parts])
+        joined = [
+            tuple(torch.cat([layer[i] for layer in same]) for i in (0, 1))
+            for same in zip(*(part[1] for part in parts), strict=True)
+        ]
+        return logits, joined, mask
 
     def load(self, named: Iterable[tuple[str, Any]]) -> None:
         """Overwrite weights by name.

@@ -32,7 +32,7 @@ from sqlbench.errors import SqlbenchError, TrainingError
 from sqlbench.models.local import check_checkpoint, checkpoint_family
 from sqlbench.profiles import PROFILES, Profile, merged
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, read_trajectories
-from sqlbench.training.metrics import read_rows, write_rows
+from sqlbench.training.metrics import StepRecord, read_rows, write_rows
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -335,10 +335,13 @@ class _Run:
         """Step of the last checkpoint; what was logged after it is dropped."""
         note = self.folder / "checkpoints/latest_checkpointed_iteration.txt"
         done = int(note.read_text()) if note.is_file() else 0
-        rows = read_rows(self.folder / METRICS)
-        write_rows(self.folder / METRICS, {s: row for s, row in rows.items() if s <= done and (done or s < 0)})
-        kept = (t for t in read_trajectories(self.folder) if done and (t.step or 0) <= done)
+        kept = [t for t in read_trajectories(self.folder) if done and (t.step or 0) <= done]
+        rows = {step: row for step, row in read_rows(self.folder / METRICS).items() if done and step <= done}
+        if done:  # verl saves before it logs: a kill in between loses the row, but not what is on record
+            here = StepRecord([t for t in kept if t.step == done and not t.validation])
+            rows.setdefault(done, here.metrics("sqlbench/"))
         RunFolder(self.folder).rewrite(TRAJECTORIES, kept)
+        write_rows(self.folder / METRICS, rows)
         return done
 
     def _write_data(self) -> None:
@@ -380,7 +383,9 @@ class _Run:
                 env=environment,
                 start_new_session=True,
             )
-        bar = tqdm(total=self.total, initial=done, desc="starting verl", unit="step")
+        bar = tqdm(
+            total=self.total, initial=done, desc="starting verl", unit="step", mininterval=1, miniters=0, smoothing=0
+        )
         try:
             position = 0
             while True:
@@ -388,7 +393,7 @@ class _Run:
                 position = self._take(metrics_file, position, bar)
                 if ended:
                     break
-                bar.refresh()
+                bar.update(0)
                 time.sleep(0.2)
         finally:
             _stop(process)
@@ -409,7 +414,9 @@ class _Run:
             file.write(whole)
         for line in whole.splitlines():
             record = json.loads(line)
-            bar.set_description("training")
+            if position == 0:  # the rate is that of training, not of the start
+                bar.start_t, bar.initial = time.time(), record["step"]
+            bar.set_description("training", refresh=False)
             bar.update(max(0, record["step"] - bar.n))
             bar.write(describe(record["step"], record["data"]))
         return position + len(whole)

@@ -112,8 +112,8 @@ class SqlTrainer(PPOTrainerSync):
         useless = {uid for uid in sessions if len(rewards[uid]) == 1 or len(sessions[uid]) == 1}
         metrics["sqlbench/groups"] = len(record.groups)
         metrics["sqlbench/zero_variance_groups"] = 1 - (len(sessions) - len(useless)) / max(1, len(record.groups))
-        keep = [i for i, key in enumerate(batch.keys) if key.rsplit("_", 2)[0] not in useless]
-        if self.settings.drop_useless_groups and keep and len(keep) < len(batch.keys):
+        keep = [i for i, key in enumerate(batch.keys) if key.rsplit("_", 2)[0] not in useless] or [0]
+        if self.settings.drop_useless_groups and len(keep) < len(batch.keys):
             kept = set(keep)
             tq.kv_clear(
                 keys=[key for i, key in enumerate(batch.keys) if i not in kept], partition_id=batch.partition_id
@@ -124,13 +124,26 @@ class SqlTrainer(PPOTrainerSync):
                 tags=[batch.tags[i] for i in keep],
                 extra_info=batch.extra_info,
             )
-        return super()._balance_batch(batch, metrics=metrics, **options)
+        batch = super()._balance_batch(batch, metrics=metrics, **options)
+        self._sort_by_length(batch)
+        return batch
+
+    def _sort_by_length(self, batch: Any) -> None:
+        """Put rows of similar length together in a micro-batch (less padding), every mini-batch having all lengths."""
+        ranks, parts = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1, self._optimizer_steps()
+        size, order = len(batch.keys) // ranks, []
+        for start in range(0, len(batch.keys), size):
+            chunk = sorted(range(start, start + size), key=lambda i: batch.tags[i]["seq_len"])
+            order += [i for part in range(parts) for i in chunk[part::parts]]
+        batch.reorder(order)
 
     def _optimizer_steps(self) -> int:
         return max(1, self.config.data.train_batch_size // self.config.actor_rollout_ref.actor.ppo_mini_batch_size)
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
-        return dp_size * self._optimizer_steps()
+        actor = self.config.actor_rollout_ref.actor
+        micro_batch = 1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu
+        return dp_size * self._optimizer_steps() * micro_batch
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
         section = self.config.actor_rollout_ref

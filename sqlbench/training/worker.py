@@ -27,7 +27,6 @@ from typing import Any, NoReturn
 PRELOAD = (
     "ray._private.workers.default_worker",
     "transfer_queue",
-    "transformers.models.llama.modeling_llama",
     "verl.trainer.main_ppo",
     "verl.workers.engine_workers",
     "sqlbench.training.trainer",
@@ -52,7 +51,8 @@ def main(config_file: str, parent: int, folder: str) -> None:
         _drive(config)
         return
     os.environ.update(BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
-    for name in PRELOAD:
+    kind = json.loads(Path(config.actor_rollout_ref.model.path, "config.json").read_text())["model_type"]
+    for name in (*PRELOAD, f"transformers.models.{kind}.modeling_{kind}"):
         importlib.import_module(name)
     for name in (*BORN_AS, "RAY_RAYLET_PID"):
         del os.environ[name]

@@ -62,11 +62,13 @@ def evaluation(place: Path, cell: Cell, records: list[Trajectory], limit: int | 
         folder.finish({})
 
 
-def finished(bench: Bench, cell: Cell, before: str, after: str, **calls: str) -> None:
+def finished(
+    bench: Bench, cell: Cell, before: str, after: str, agents: str = "write", limit: int | None = None
+) -> None:
     """The folders that a cell's evaluations and training leave."""
     if not (bench.folder / "cells" / before_name(cell)).exists():
-        evaluation(bench.folder / "cells" / before_name(cell), cell, rollouts(before, **calls))
-    evaluation(bench.cell(cell) / "after", cell, rollouts(after, tokens=20, **calls))
+        evaluation(bench.folder / "cells" / before_name(cell), cell, rollouts(before, agents), limit)
+    evaluation(bench.cell(cell) / "after", cell, rollouts(after, agents, tokens=20), limit)
     trainer = {"device": "cpu", "n_gpus_per_node": 1, "nnodes": 1}
     with RunFolder(bench.cell(cell) / "train").open({"config": {"trainer": trainer}}) as folder:
         step = {"timing_s/step": 4.0, "timing_s/gen": 2.0, "timing_s/update_actor": 1.0, "sqlbench/ex": 0.5}
@@ -74,7 +76,7 @@ def finished(bench: Bench, cell: Cell, before: str, after: str, **calls: str) ->
         rows[cell.steps]["timing_s/testing"] = 12.0
         write_rows(folder.root / "metrics.jsonl", rows)
         folder.finish({"steps": cell.steps})
-    run_cell(cell, bench, Grid((cell,)))
+    run_cell(cell, bench, Grid((cell,), limit=limit))
 
 
 @pytest.fixture
@@ -156,6 +158,19 @@ def test_a_dry_run_says_how_far_each_cell_is_and_runs_nothing(bench: Bench) -> N
     state = ablate(grid="smoke", run=bench.run, results=bench.results, dry_run=True)
     assert state["state"].tolist() == ["finished", "trained to step 1 of 1"]
     assert not (bench.folder / "tables").exists()
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_cell_that_fails_does_not_stop_the_others(bench: Bench, parallel: int) -> None:
+    first, second = GRIDS["smoke"].cells
+    evaluation(bench.folder / "cells" / before_name(first), first, rollouts("01"), limit=8)
+    finished(bench, second, "01", "11", limit=8)
+    again = bench.cell(second) / "cell.json"
+    again.unlink()
+    with pytest.raises(RunError, match=rf"1 of 2 cells failed, first {first.name}: .*no data set in .*such"):
+        ablate(grid="smoke", run=bench.run, data="no/such/data", results=bench.results, parallel=parallel)
+    assert again.is_file()
+    assert (bench.folder / "tables" / "accuracy.csv").is_file()
 
 
 def test_an_evaluation_of_something_else_is_refused(bench: Bench) -> None:

@@ -72,9 +72,7 @@ def test_rows_stay_within_their_block(pair, random):
     want = len(gold) == len(pred) and any(
         Counter(left) == Counter(zip(blocks, table, strict=False)) for table in orders(gold, pred)
     )
-    got = len(gold) == len(pred) and same_bag(
-        Answer(gold, [b for b, _ in left]), Answer(pred, [b for b, _ in right])
-    )
+    got = len(gold) == len(pred) and same_bag(Answer(gold, [b for b, _ in left]), Answer(pred, [b for b, _ in right]))
     assert got == want
 
 
@@ -107,7 +105,15 @@ def test_no_blow_up(name):
 
 @pytest.mark.parametrize(
     ("left", "right", "equal"),
-    [(0.1 + 0.2, 0.3, True), (1e20, 1e20 + 1e5, True), (1.0, 1.000001, False), (0.0, 1e-12, False), (100, 100.0, True)],
+    [
+        (0.1 + 0.2, 0.3, True),
+        (1e20, 1e20 + 1e5, True),
+        (1.0, 1.000001, False),
+        (0.0, 1e-12, False),
+        (100, 100.0, True),
+        (float("inf"), 5.0, False),
+        (float("inf"), 1e308, False),
+    ],
 )
 def test_numbers_equal_within_tolerance(left, right, equal):
     gold, pred = Answer([(left, "x")]), Answer([(right, "x")])

@@ -101,7 +101,7 @@ HOSTILE = {
     ),
     "doubling joins": (
         "WITH a0(x) AS (SELECT id FROM item)"
-        + "".join(f", a{i}(x) AS (SELECT l.x FROM a{i - 1} l JOIN a{i - 1} r)" for i in range(1, 30)) + " SELECT x FROM a29",
+        + "".join(f", a{i}(x) AS (SELECT l.x FROM a{i - 1} l JOIN a{i - 1} r)" for i in range(1, 30)) + " SELECT x FROM a29",  # noqa: E501
         {"error", "too_large", "timeout"},
     ),
     "huge IN list": ("SELECT 1 IN (" + ",".join(["1"] * 40_000) + ")", {"ok", "too_large"}),
@@ -110,7 +110,7 @@ HOSTILE = {
     "endless recursion": (f"{COUNT} SELECT count(*) FROM r", {"timeout"}),
     "endless rows": (f"{COUNT} SELECT x FROM r", {"too_large"}),
     "endless sort": (f"{COUNT} SELECT x FROM r ORDER BY -x", STOPPED),
-    "endless sort of text": (f"{COUNT} SELECT x FROM r ORDER BY 'aaaaaaaaaaaaaaaaaaaaaaa' || (x * 7919 % 10007)", STOPPED),
+    "endless sort of text": (f"{COUNT} SELECT x FROM r ORDER BY 'aaaaaaaaaaaaaaaaaaaaaaa' || (x * 7919 % 10007)", STOPPED),  # noqa: E501
     "endless distinct": (f"{COUNT} SELECT count(DISTINCT x) FROM r", STOPPED),
     "endless group": (f"{COUNT} SELECT x, count(*) FROM r GROUP BY x", STOPPED),
     "endless union": ("WITH RECURSIVE r(x) AS (SELECT 1 UNION SELECT x + 1 FROM r) SELECT count(*) FROM r", STOPPED),
@@ -134,10 +134,10 @@ HOSTILE = {
     "replace that grows": ("SELECT length(" + "replace(" * 9 + "'a'" + ", 'a', 'aaaaaaaaaa')" * 9 + ")", {"too_large"}),
     "slow instr": (f"SELECT sum(instr(s, substr(s, 1, length(s) / 2) || 'b')) FROM ({LONG}), item, item", STOPPED),
     "slow instr on a literal": (f"SELECT instr('{LITERAL}', '{LITERAL[:22_000]}b') FROM item, item AS b", STOPPED),
-    "slow replace": (f"SELECT sum(length(replace(s, substr(s, 1, length(s) / 2) || 'b', ''))) FROM ({LONG}), item", STOPPED),
+    "slow replace": (f"SELECT sum(length(replace(s, substr(s, 1, length(s) / 2) || 'b', ''))) FROM ({LONG}), item", STOPPED),  # noqa: E501
     "slow trim": (f"SELECT sum(length(trim(s, 'b' || s))) FROM ({LONG}), item a, item b", STOPPED),
-    "slow like": (f"SELECT sum(s LIKE '{'%a' * 400}b') FROM ({LONG}), item a, item b", {"timeout", "too_large", "error"}),
-    "slow like on a literal": (f"SELECT sum('{LITERAL}' LIKE '{'%a' * 400}b') FROM item a, item b", {"too_large", "timeout"}),
+    "slow like": (f"SELECT sum(s LIKE '{'%a' * 400}b') FROM ({LONG}), item a, item b", {"timeout", "too_large", "error"}),  # noqa: E501
+    "slow like on a literal": (f"SELECT sum('{LITERAL}' LIKE '{'%a' * 400}b') FROM item a, item b", {"too_large", "timeout"}),  # noqa: E501
     "slow glob": (f"SELECT sum(s GLOB '{'*a' * 400}b') FROM ({LONG}), item a, item b", STOPPED),
     "long straight program": (
         f"WITH t AS MATERIALIZED ({LONG}) SELECT " + " + ".join(["instr(s, s || 'b')"] * 450) + " FROM t",
@@ -167,12 +167,16 @@ def test_hostile_statement(database, home, name):
     assert database.execute("SELECT count(*) FROM item").rows == [(100,)]
 
 
-@pytest.mark.parametrize("sql", ["SELECT 1 -- done", "SELECT 1;", "/* a */ SELECT 1; -- b", "VALUES (1)", "SELECT 1 /* open"])
+@pytest.mark.parametrize(
+    "sql", ["SELECT 1 -- done", "SELECT 1;", "/* a */ SELECT 1; -- b", "VALUES (1)", "SELECT 1 /* open"]
+)
 def test_one_statement_with_comments_is_fine(database, sql):
     assert database.execute(sql).rows == [(1,)]
 
 
-@pytest.mark.parametrize("sql", ["SELECT printf('%.2f|%5d|%s', 1.005, 42, 'x')", "SELECT printf('%,d', 1234567)", "SELECT format(NULL)"])
+@pytest.mark.parametrize(
+    "sql", ["SELECT printf('%.2f|%5d|%s', 1.005, 42, 'x')", "SELECT printf('%,d', 1234567)", "SELECT format(NULL)"]
+)
 def test_printf_is_sqlites_own(database, sql):
     assert database.execute(sql).rows == sqlite3.connect(":memory:").execute(sql).fetchall()
 

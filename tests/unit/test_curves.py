@@ -97,7 +97,7 @@ def test_figures_are_written_twice_the_same(tmp_path: Path) -> None:
         {
             "label": ["one", "two"],
             "initial": [45.0, 46.0], "initial_low": [41.0, 42.0], "initial_high": [49.0, 50.0],
-            "final": [56.0, 44.0], "final_low": [52.0, 40.0], "final_high": [60.0, 48.0],
+            "final": [56.0, 100.0], "final_low": [52.0, 96.0], "final_high": [60.0, 100.0 - 1e-12],
         }
     )  # fmt: skip
     for draw in (lambda: reward_curves(runs), lambda: time_split(runs), lambda: before_after(frame)):

@@ -51,7 +51,7 @@ def snapshot(server):
     with psycopg.connect(server.get_uri()) as connection:
         return connection.execute(
             "SELECT (SELECT array_agg(s::text ORDER BY 1) FROM stadium s), (SELECT count(*) FROM singer),"
-            " (SELECT last_value FROM counter), (SELECT count(*) FROM pg_class), (SELECT count(*) FROM pg_largeobject_metadata)"
+            " (SELECT last_value FROM counter), (SELECT count(*) FROM pg_class), (SELECT count(*) FROM pg_largeobject_metadata)"  # noqa: E501
         ).fetchone()
 
 
@@ -83,7 +83,7 @@ HOSTILE = {
     "set": ("SET statement_timeout = 0", REFUSED),
     "set_config": ("SELECT set_config('statement_timeout', '0', false)", REFUSED),
     "set_config of the role": ("SELECT set_config('role', 'none', false)", REFUSED),
-    "set_config in a string": ("SELECT query_to_xml('SELECT set_' || 'config(''role'', ''none'', false)', true, true, '')", REFUSED),
+    "set_config in a string": ("SELECT query_to_xml('SELECT set_' || 'config(''role'', ''none'', false)', true, true, '')", REFUSED),  # noqa: E501
     "terminate": ("SELECT pg_terminate_backend(pg_backend_pid())", REFUSED),
     "advisory lock": ("SELECT pg_advisory_lock(1)", REFUSED),
     "empty": ("", REFUSED),
@@ -97,7 +97,7 @@ HOSTILE = {
     "sleep per row": ("SELECT pg_sleep(0.1) FROM singer", {"timeout"}),
     "endless rows": ("SELECT generate_series(1, 1000000000000)", {"too_large"}),
     "endless count": ("SELECT count(*) FROM generate_series(1, 1000000000000)", {"timeout"}),
-    "endless recursion": ("WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r", {"timeout", "error"}),
+    "endless recursion": ("WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r", {"timeout", "error"}),  # noqa: E501
     "cross join": ("SELECT count(*) FROM " + ", ".join(f"singer a{i}" for i in range(8)), {"timeout"}),
     "regular expression": ("SELECT repeat('a', 50000) ~ '(a*)*(a*)*b'", {"timeout", "ok", "error", "too_large"}),
 }  # fmt: skip
@@ -114,7 +114,9 @@ def test_hostile_statement(database, server, name):
     assert seconds < LIMITS.seconds + 0.2
     assert snapshot(server) == before
     assert "root:" not in repr(result.rows)
-    assert database.execute("SELECT count(*), current_setting('transaction_read_only') FROM singer").rows == [(200, "on")]
+    assert database.execute("SELECT count(*), current_setting('transaction_read_only') FROM singer").rows == [
+        (200, "on")
+    ]
 
 
 def test_a_superuser_login_steps_down(server):
@@ -123,7 +125,9 @@ def test_a_superuser_login_steps_down(server):
 
 
 def test_values_can_be_compared_and_written_as_json(database):
-    sql = "SELECT 1.50::numeric, 2::numeric, DATE '2024-02-29', ARRAY[1, 2], 'NaN'::float8, true, NULL, '\\x6162'::bytea"
+    sql = (
+        "SELECT 1.50::numeric, 2::numeric, DATE '2024-02-29', ARRAY[1, 2], 'NaN'::float8, true, NULL, '\\x6162'::bytea"
+    )
     assert database.execute(sql).rows == [(1.5, 2, "2024-02-29", "[1, 2]", "nan", True, None, b"ab")]
 
 

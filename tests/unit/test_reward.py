@@ -59,10 +59,10 @@ VERDICTS = [
     ("SELECT name FROM player WHERE score > 9", "SELECT p.name FROM player AS p WHERE p.score >= 10", 1, 1, 1),
     ("SELECT name FROM player WHERE score > 9", "SELECT name, id FROM player WHERE score > 9", 1, 1, 0),
     ("SELECT name FROM player WHERE score > 9", "DELETE FROM player WHERE score > 9", 0, 0, 0),
-    ("SELECT name FROM player WHERE id IN (SELECT id FROM player ORDER BY id)", "SELECT name FROM player ORDER BY id DESC", 0, 0, 1),
+    ("SELECT name FROM player WHERE id IN (SELECT id FROM player ORDER BY id)", "SELECT name FROM player ORDER BY id DESC", 0, 0, 1),  # noqa: E501
     ("SELECT name FROM player ORDER BY score", "SELECT name FROM player ORDER BY score, id DESC", 0, 0, 1),
     ("SELECT name FROM player ORDER BY score", "SELECT name FROM player ORDER BY score DESC", 0, 0, 0),
-    ("SELECT name FROM player ORDER BY score DESC LIMIT 1", "SELECT name FROM player ORDER BY score DESC, id DESC LIMIT 1", 0, 0, 1),
+    ("SELECT name FROM player ORDER BY score DESC LIMIT 1", "SELECT name FROM player ORDER BY score DESC, id DESC LIMIT 1", 0, 0, 1),  # noqa: E501
     ("SELECT name FROM player ORDER BY score DESC LIMIT 1", "SELECT name FROM player WHERE name = 'dan'", 0, 0, 0),
     ("SELECT name FROM player ORDER BY score DESC LIMIT 2, 1", "SELECT name FROM player WHERE name = 'dan'", 1, 1, 1),
     ("SELECT sum(weight) FROM player", "SELECT 0.4 + 0.3 + 0.2 + 0.1 + 1e-16", 1, 1, 1),
@@ -89,7 +89,7 @@ def test_verdict(database, gold, pred, reference, kept, strict):
         ("one_statement", "SELECT 1", "SELECT 1; SELECT 2", 1, 0),
         ("keep_inner_distinct", "SELECT count(DISTINCT team) FROM player", "SELECT count(team) FROM player", 1, 0),
         ("real_empty", "SELECT id FROM player WHERE score > 9", "SELECT 1 WHERE 0", 1, 0),
-        ("outer_order", "SELECT id FROM (SELECT id FROM player ORDER BY name)", "SELECT id FROM player ORDER BY 1 DESC", 0, 1),
+        ("outer_order", "SELECT id FROM (SELECT id FROM player ORDER BY name)", "SELECT id FROM player ORDER BY 1 DESC", 0, 1),  # noqa: E501
         ("float_tolerance", "SELECT 0.3", "SELECT 0.1 + 0.2", 0, 1),
         ("ties", "SELECT name FROM player ORDER BY score", "SELECT name FROM player ORDER BY score, id DESC", 0, 1),
         ("any_number_type", "SELECT 1, 10", "SELECT 1.0, 10", 0, 1),
@@ -147,7 +147,8 @@ def test_a_suite_of_databases_needs_a_match_on_each(tmp_path):
 
 def test_gold_is_run_once_until_the_database_changes(database, monkeypatch):
     runs = []
-    monkeypatch.setattr(database, "execute", lambda *a, run=database.execute: (runs.append(a[0]), run(*a))[1])
+    run = database.execute_as_seen
+    monkeypatch.setattr(database, "execute_as_seen", lambda *a: (runs.append(a[0]), run(*a))[1])
     gold, pred = "SELECT count(*) FROM player", "SELECT 4"
     assert [score(gold, pred, database).match for _ in range(3)] == [1, 1, 1]
     assert runs.count(gold) == 1
@@ -171,7 +172,9 @@ def test_a_slow_query_does_not_hold_up_64_others(database):
         slow = asyncio.create_task(ascore("SELECT 1", ENDLESS, database))
         await asyncio.sleep(0.05)
         start = time.perf_counter()
-        quick = await asyncio.gather(*(ascore("SELECT name FROM player", "SELECT name FROM player", database) for _ in range(64)))
+        quick = await asyncio.gather(
+            *(ascore("SELECT name FROM player", "SELECT name FROM player", database) for _ in range(64))
+        )
         return slow.done(), quick, time.perf_counter() - start, await slow
 
     done, quick, seconds, slow = asyncio.run(both())

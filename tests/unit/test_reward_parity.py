@@ -36,8 +36,9 @@ def test_real_pairs(shared, release, tmp_path, keep_distinct):
 
 def test_strict_mode_differs_from_the_reference_only_by_its_options(shared, release):
     unexplained = []
-    for line in gzip.open(shared / "spider_dev_pairs.jsonl.gz"):
-        row = json.loads(line)
+    with gzip.open(shared / "spider_dev_pairs.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    for row in rows:
         database = cached_database(release / "database" / row["db_id"] / f"{row['db_id']}.sqlite")
         verdict = score(row["gold"], row["pred"], database)
         ties, inner = "order by" in row["gold"].lower(), "distinct" in (row["gold"] + row["pred"]).lower()
@@ -64,7 +65,7 @@ POCKET = [
     ("SELECT name, city, capacity FROM stadium", "SELECT capacity, name, city FROM stadium AS s", 1, 1),
     ("SELECT name FROM stadium", "SELECT stadium.name FROM stadium WHERE 1 = 1", 1, 1),
     ("SELECT name FROM stadium", "SELECT name FROM stadium ORDER BY capacity", 1, 1),
-    ("SELECT stadium_id FROM stadium ORDER BY stadium_id", "SELECT stadium_id FROM stadium ORDER BY stadium_id DESC", 0, 0),
+    ("SELECT stadium_id FROM stadium ORDER BY stadium_id", "SELECT stadium_id FROM stadium ORDER BY stadium_id DESC", 0, 0),  # noqa: E501
     ("SELECT stadium_id FROM stadium ORDER BY stadium_id", "SELECT stadium_id FROM stadium ORDER BY 1 ASC", 1, 1),
     ("SELECT DISTINCT city FROM stadium", "SELECT city FROM stadium", 1, 0),
     ("SELECT count(DISTINCT city) FROM stadium", "SELECT count(city) FROM stadium", 1, 0),
@@ -73,9 +74,9 @@ POCKET = [
     ("SELECT max(capacity) FROM stadium", "SELECT capacity FROM stadium ORDER BY capacity DESC LIMIT 1", 1, 1),
     ("SELECT max(capacity) FROM stadium", "SELECT min(capacity) FROM stadium", 0, 0),
     ("SELECT city FROM stadium GROUP BY city", "SELECT DISTINCT city FROM stadium", 0, 1),
-    ("SELECT stadium_id FROM stadium WHERE capacity > 0", "SELECT stadium_id FROM stadium WHERE NOT capacity <= 0", 1, 1),
-    ("SELECT stadium_id FROM concert UNION SELECT stadium_id FROM concert", "SELECT DISTINCT stadium_id FROM concert GROUP BY stadium_id", 1, 1),
-    ("SELECT concert_id FROM concert AS c JOIN stadium AS s ON c.stadium_id = s.stadium_id", "SELECT concert_id FROM concert WHERE stadium_id IN (SELECT stadium_id FROM stadium)", 1, 1),
+    ("SELECT stadium_id FROM stadium WHERE capacity > 0", "SELECT stadium_id FROM stadium WHERE NOT capacity <= 0", 1, 1),  # noqa: E501
+    ("SELECT stadium_id FROM concert UNION SELECT stadium_id FROM concert", "SELECT DISTINCT stadium_id FROM concert GROUP BY stadium_id", 1, 1),  # noqa: E501
+    ("SELECT concert_id FROM concert AS c JOIN stadium AS s ON c.stadium_id = s.stadium_id", "SELECT concert_id FROM concert WHERE stadium_id IN (SELECT stadium_id FROM stadium)", 1, 1),  # noqa: E501
     ("SELECT name FROM stadium WHERE capacity < 0", "SELECT title FROM concert WHERE title = 'none of these'", 1, 1),
     ("SELECT name FROM stadium WHERE capacity < 0", "SELECT nothing FROM stadium", 0, 0),
     ("SELECT name FROM stadium", "SELECT name FROM stadium; DROP TABLE stadium", 1, 0),

@@ -25,8 +25,7 @@ def data(tmp_path):
 
 
 def write(path, rows):
-    opened = gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w")
-    with opened as lines:
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as lines:
         lines.writelines(json.dumps({"db_id": "club", "gold": "SELECT a FROM t"} | row) + "\n" for row in rows)
     return path
 

@@ -33,7 +33,10 @@ HARDNESS = [
     ("SELECT a FROM t JOIN u ON t.x = u.y GROUP BY a ORDER BY count(*)", "hard"),  # 3 0 0
     ("SELECT a FROM t WHERE b IN (SELECT c FROM u)", "hard"),  # 1 1 0
     ("SELECT a FROM t WHERE b NOT IN (SELECT c FROM u)", "hard"),  # 1 1 0: one NOT is not more than one
-    ("SELECT a FROM t UNION SELECT b FROM u WHERE c = 1 AND d = 2 ORDER BY 1", "hard"),  # 0 1 0: the first SELECT counts
+    (
+        "SELECT a FROM t UNION SELECT b FROM u WHERE c = 1 AND d = 2 ORDER BY 1",
+        "hard",
+    ),  # 0 1 0: the first SELECT counts
     ("SELECT a, b FROM t EXCEPT SELECT a, b FROM u", "extra"),  # 0 1 1
     ("SELECT a FROM t JOIN u ON t.x = u.y JOIN v ON v.x = u.z GROUP BY a ORDER BY count(*) LIMIT 1", "extra"),  # 5 0 0
     ("SELECT a FROM t WHERE b > (SELECT avg(b) FROM t) AND c = 1", "extra"),  # 1 1 1
@@ -53,8 +56,10 @@ def test_hardness_of_spider_dev_is_the_published_one(shared):
 
 
 def test_components_of_equal_queries_match_whatever_their_spelling():
-    gold = "SELECT T1.Name FROM singer AS T1 JOIN concert AS T2 ON T1.id = T2.sid WHERE T1.age > 20 ORDER BY T1.age LIMIT 3"
-    pred = "select singer.name from concert join singer on concert.sid = singer.id where age > 20 order by age limit 3"
+    gold = (
+        "SELECT T1.N FROM singer AS T1 JOIN concert AS T2 ON T1.id = T2.sid WHERE T1.age > 20 ORDER BY T1.age LIMIT 3"
+    )
+    pred = "select singer.n from concert join singer on concert.sid = singer.id where age > 20 order by age limit 3"
     assert component_match(gold, pred) == {"select": 1, "where": 1, "order": 1, "joins": 1}
 
 
@@ -101,7 +106,11 @@ def test_outer_order(sql, ordered):
         ("SELECT a FROM t WHERE b = 'X'", "SELECT z.a FROM t AS z WHERE z.b LIKE '%x%'", True),
         ("SELECT a FROM t WHERE b = 1", "SELECT a FROM t WHERE b IN (1)", True),
         ("SELECT a FROM t GROUP BY a HAVING count(*) >= 2", "SELECT a FROM t GROUP BY a HAVING count(*) > 1", True),
-        ("SELECT a FROM t WHERE x NOT IN (SELECT y FROM u)", "SELECT a FROM t LEFT JOIN u ON x = y WHERE y IS NULL", True),
+        (
+            "SELECT a FROM t WHERE x NOT IN (SELECT y FROM u)",
+            "SELECT a FROM t LEFT JOIN u ON x = y WHERE y IS NULL",
+            True,
+        ),
         ("SELECT a FROM t WHERE b = 1", "SELECT a FROM u WHERE b = 1", False),
         ("SELECT a FROM t WHERE b = 1", "SELECT a FROM t WHERE b = 2", False),
         ("SELECT a FROM t WHERE b = 1", "SELECT a FROM t WHERE c = 1", False),

@@ -1,0 +1,1 @@
+"""A folder for PYTHONPATH; nothing is imported from it by this name."""

@@ -1,0 +1,340 @@
+"""The parts of training on known numbers: composition, refusals, advantage, loss weights, tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transition
+from sqlbench.data.tasks import DataSet
+from sqlbench.errors import DataError, ModelError, RunError, SqlbenchError, TrainingError
+from sqlbench.models.nano import NANO_PATH
+from sqlbench.profiles import PROFILES, merged
+from sqlbench.training.launch import compose, describe, train
+from sqlbench.training.metrics import StepRecord, TrajectoryReader, read_rows, write_rows
+
+SEED_EXPERIMENT = """
+algorithm.adv_estimator=grpo actor_rollout_ref.rollout.tensor_model_parallel_size=1 trainer.n_gpus_per_node=1
+data.train_batch_size=32 actor_rollout_ref.rollout.n=4 actor_rollout_ref.actor.ppo_mini_batch_size=32
+actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4
+actor_rollout_ref.rollout.multi_turn.format=hermes actor_rollout_ref.model.path=Qwen/Qwen2.5-Coder-3B-Instruct
+data.max_prompt_length=4096 data.max_response_length=2048 data.truncation=error trainer.val_before_train=True
+actor_rollout_ref.actor.optim.lr=1e-06 actor_rollout_ref.model.use_remove_padding=True
+actor_rollout_ref.actor.use_kl_loss=False actor_rollout_ref.actor.kl_loss_coef=0.0 actor_rollout_ref.actor.entropy_coeff=0
+actor_rollout_ref.actor.clip_ratio_low=0.2 actor_rollout_ref.actor.clip_ratio_high=0.3
+actor_rollout_ref.model.enable_gradient_checkpointing=True actor_rollout_ref.actor.fsdp_config.param_offload=True
+actor_rollout_ref.actor.fsdp_config.optimizer_offload=True actor_rollout_ref.rollout.name=vllm
+actor_rollout_ref.rollout.gpu_memory_utilization=0.8 actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8
+actor_rollout_ref.ref.fsdp_config.param_offload=True algorithm.use_kl_in_reward=False trainer.critic_warmup=0
+trainer.nnodes=1 trainer.save_freq=256 trainer.test_freq=32 trainer.total_epochs=2
+""".split()
+
+
+def composed(profile: str, tmp_path: Path, *overrides: str) -> Any:
+    model = str(NANO_PATH) if profile == "laptop" else PROFILES[profile].model
+    return compose(
+        PROFILES[profile], run="r", folder=tmp_path / "r", data=tmp_path / "data", model=model, overrides=overrides
+    )
+
+
+def test_gpu_profile_has_every_parameter_of_the_seed_experiment(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    config = composed("gpu", tmp_path)
+    for line in SEED_EXPERIMENT:
+        key, value = line.split("=")
+        assert str(OmegaConf.select(config, key)) == value, key
+    assert config.sqlbench.trained_agents == "write" and config.sqlbench.max_turns == 3
+    assert config.actor_rollout_ref.rollout.val_kwargs.temperature == 0
+
+
+@pytest.mark.parametrize("profile", ["gpu", "laptop"])
+def test_profiles_pass_verls_own_validation(profile: str, tmp_path: Path) -> None:
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    config = composed(profile, tmp_path)
+    assert not need_critic(config) and not need_reference_policy(config)
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    for section in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm):
+        omega_conf_to_dataclass(section)
+
+
+@pytest.mark.parametrize("profile", ["gpu", "laptop"])
+def test_profiles_only_name_keys_that_verl_has(profile: str, tmp_path: Path) -> None:
+    from hydra import compose as plain
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    import verl
+
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
+        defaults = OmegaConf.to_container(plain("ppo_trainer"))
+
+    def unknown(tree: dict, below: Any, at: str = "") -> set[str]:
+        if not isinstance(below, dict) or not below:
+            return set()  # a free mapping, such as engine_kwargs
+        return {
+            name
+            for key, value in tree.items()
+            for name in ({at + key} if key not in below else unknown(value, below[key], f"{at}{key}."))
+            if isinstance(value, dict) or key not in below
+        }
+
+    ours = {"sqlbench", "actor_rollout_ref.rollout.engine_kwargs.local"}
+    ray = {f"ray_kwargs.ray_init.{name}" for name in ("address", "include_dashboard", "num_gpus")}
+    mixed = {"actor_rollout_ref.actor.fsdp_config.mixed_precision"}  # verl reads it; its YAML leaves it out
+    assert unknown(PROFILES[profile].config, defaults) <= ours | ray | mixed
+
+
+def test_overrides_win_over_the_profile_and_seed_the_data_order(tmp_path: Path) -> None:
+    config = composed("laptop", tmp_path, "actor_rollout_ref.rollout.n=4", "sqlbench.seed=7", "+trainer.extra=1")
+    assert config.actor_rollout_ref.rollout.n == 4 and config.data.seed == 7 and config.trainer.extra == 1
+    assert merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+@pytest.mark.parametrize("override", ["actor_rollout_ref.rolout.n=4", "nonsense", "trainer.nope=1"])
+def test_a_wrong_override_is_one_line_that_names_it(override: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as caught:
+        composed("laptop", tmp_path, override)
+    assert "\n" not in str(caught.value) and override.split("=")[0].split(".")[-1][:5] in str(caught.value)
+
+
+def test_dry_run_prints_the_config_and_the_needs_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("gpu", "r", tmp_path, results=tmp_path / "results", dry_run=True)
+    out = capsys.readouterr().out
+    assert "gpu_memory_utilization: 0.8" in out and "# needs 1 GPU(s)" in out and "# needs vllm" in out
+    assert "downloaded from the Hugging Face hub" in out and not (tmp_path / "results").exists()
+
+
+def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any], type[SqlbenchError], str]]:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    finished = tmp_path / "results/laptop/finished"
+    finished.mkdir(parents=True)
+    (finished / "summary.json").write_text("{}")
+    data = pocket.root
+    return {
+        "profile": ({"profile": "tpu", "data": data}, TrainingError, "no profile 'tpu'"),
+        "data": ({"data": tmp_path / "none"}, DataError, "no data set in"),
+        "model": ({"data": data, "model": "no/such"}, ModelError, "no checkpoint folder"),
+        "half model": ({"data": data, "model": str(broken)}, ModelError, "no complete Hugging Face checkpoint"),
+        "agents": ({"data": data, "overrides": ["sqlbench.trained_agents=reader"]}, TrainingError, "trains nothing"),
+        "regex": ({"data": data, "overrides": ["sqlbench.trained_agents='('"]}, TrainingError, "no regular expression"),
+        "batch": ({"data": data, "overrides": ["data.train_batch_size=9999"]}, TrainingError, "a batch takes 9999"),
+        "finished": ({"data": data, "run": "finished"}, RunError, "is finished"),
+    }
+
+
+@pytest.mark.parametrize("case", ["profile", "data", "model", "half model", "agents", "regex", "batch", "finished"])
+def test_what_cannot_work_is_refused_before_anything_starts(case: str, tmp_path: Path, pocket: DataSet) -> None:
+    arguments, error, text = refusals(tmp_path, pocket)[case]
+    with pytest.raises(error, match=text):
+        train(**{"profile": "laptop", "run": "r", "results": tmp_path / "results", **arguments})
+
+
+def test_advantage_of_a_rollout_goes_to_all_its_transitions() -> None:
+    """Group of rewards 1, 0, 0: advantages (r - mean) / std, the same on every row of a rollout."""
+    from tensordict import TensorDict
+    from verl import DataProto
+    from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+
+    keys = ["a_0_0", "a_0_1", "a_1_0", "a_2_0", "a_2_1", "a_2_2"]
+    reward = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    scores = torch.zeros(6, 3)
+    scores[range(6), mask.sum(1) - 1] = torch.tensor(reward)
+    data = DataProto(batch=TensorDict({"token_level_rewards": scores, "response_mask": mask}, 6))
+    data.non_tensor_batch["uid"] = np.array(["a"] * 6, dtype=object)
+    result = compute_advantage_for_multi_trajectories(data, keys, "grpo", num_repeat=3)
+    deviation = np.std([1, 0, 0], ddof=1)
+    expected = torch.tensor([[2 / 3 / deviation]] * 2 + [[-1 / 3 / deviation]] * 4) * mask
+    assert torch.allclose(result.batch["advantages"], expected.float(), atol=1e-4)
+
+
+def actor_config(tokens: int) -> Any:
+    from verl.workers.config import ActorConfig
+
+    config = ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_mini_batch_size=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio=0.2,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.3,
+    )
+    config.global_batch_info.update(dp_size=1, batch_num_tokens=tokens, global_batch_size=None, loss_scale_factor=None)
+    return config
+
+
+def test_per_rollout_mean_weighs_rollouts_alike_and_token_mean_tokens() -> None:
+    """Rollout a has rows of 3 and 1 tokens and advantage 1, rollout b one row of 2 tokens and advantage -2."""
+    from sqlbench.training.loss import per_rollout_mean, rollout_weights, token_mean
+
+    lengths, advantage = [3, 1, 2], torch.tensor([1.0, 1.0, -2.0])
+    mask = (torch.arange(3) < torch.tensor(lengths).unsqueeze(1)).float()
+    weights = rollout_weights(["a", "a", "b"], lengths)
+    assert weights == pytest.approx([6 / (2 * 4), 6 / (2 * 4), 6 / (2 * 2)])
+    log_prob = torch.full((3, 3), -1.0, requires_grad=True)
+
+    def batch(rows: list[int]) -> dict[str, Any]:
+        return {
+            "old_log_prob": torch.full((len(rows), 3), -1.0),
+            "log_prob": log_prob[rows],
+            "advantages": advantage[rows].unsqueeze(1) * mask[rows],
+            "response_mask": mask[rows],
+            "config": actor_config(6),
+        }
+
+    def weight(rows: list[int]) -> torch.Tensor:
+        return torch.tensor(weights)[rows].unsqueeze(1) * mask[rows]
+
+    whole, metrics = per_rollout_mean(rollout_is_weights=weight([0, 1, 2]), **batch([0, 1, 2]))
+    assert float(whole) == pytest.approx(-(1.0 + -2.0) / 2) and metrics["actor/rollout_probs_gap"] == 0
+    split = sum(per_rollout_mean(rollout_is_weights=weight(r), **batch(r))[0] for r in ([0], [1, 2]))
+    assert float(split) == pytest.approx(float(whole))
+    assert float(token_mean(**batch([0, 1, 2]))[0]) == pytest.approx(-(4 * 1.0 + 2 * -2.0) / 6)
+    shifted = batch([0, 1, 2]) | {"old_log_prob": torch.full((3, 3), -1.1)}
+    assert token_mean(**shifted)[1]["actor/rollout_probs_gap"] == pytest.approx(np.exp(-1) - np.exp(-1.1), rel=1e-4)
+
+
+def test_losses_are_registered_with_verl_by_name() -> None:
+    import sqlbench.training.loss as loss
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    assert get_policy_loss_fn("per_rollout_mean") is loss.per_rollout_mean
+    assert get_policy_loss_fn("token_mean") is loss.token_mean
+
+
+def test_trained_agents_is_searched_in_the_sub_agents_name() -> None:
+    from sqlbench.training.agent_loop import trained_transitions
+
+    names = ["write", "check", "rewrite"]
+    calls = [Transition(agent=a, turn=1, messages=[], completion=Completion(text="")) for a in names]
+    record = Trajectory(task_key="k", task_id="t", db_id="d", question="q", gold="g", transitions=calls)
+    for expression, expected in (("write", ["write", "rewrite"]), ("write|rewrite|check", names), ("^re", ["rewrite"])):
+        assert [t.agent for t in trained_transitions(record, expression)] == expected
+
+
+def test_agent_loop_engine_and_auto_tokenizer_give_the_same_ids() -> None:
+    from transformers import AutoTokenizer
+    from verl.utils.tokenizer import hf_tokenizer
+
+    from sqlbench.models.local import LocalEngine, encode_chat
+    from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel
+
+    tokenizer = hf_tokenizer(str(NANO_PATH))
+    config = SimpleNamespace(
+        actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(prompt_length=640, response_length=96))
+    )
+    sent: list[list[int]] = []
+
+    class Server:
+        async def generate(self, request_id: str, prompt_ids: list[int], sampling_params: dict) -> Any:
+            sent.append(prompt_ids)
+            return SimpleNamespace(token_ids=[5, 2], log_probs=[-1.0, -0.5], extra_fields={}, stop_reason="stop")
+
+    loop = SqlAgentLoop(SimpleNamespace(config=config), Server(), tokenizer, SimpleNamespace(config={}))
+    model = _ServerModel(loop, {}, "nano", seed=1)
+    messages = [
+        Message(role="system", content="write SQLite"),
+        Message(role="user", content="How many singers named O'Néil are older than 1234?\n singer: singer_id, name_x, age"),
+    ]
+    answer = asyncio.run(model.complete(messages))
+    plain = [m.model_dump() for m in messages]
+    engine = LocalEngine(NANO_PATH)
+    auto = AutoTokenizer.from_pretrained(NANO_PATH)
+    raw = auto.backend_tokenizer.from_file(str(NANO_PATH / "tokenizer.json"))
+    text = auto.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+    assert sent[0] == encode_chat(engine.tokenizer, plain) == encode_chat(auto, plain) == raw.encode(text).ids
+    assert answer.prompt_ids == sent[0] and answer.response_ids == [5, 2] and answer.logprobs == [-1.0, -0.5]
+    assert len(tokenizer) == engine.model.config.vocab_size
+
+
+def test_step_metrics_leave_failed_rollouts_out_and_count_them(tmp_path: Path) -> None:
+    def record(reward: float | None, error: str | None = None, step: int = 3) -> Trajectory:
+        call = Completion(text="", prompt_tokens=100, response_tokens=10, finish_reason="length" if reward else "stop")
+        return Trajectory(
+            task_key="k",
+            task_id="t",
+            db_id="d",
+            question="q",
+            gold="g",
+            step=step,
+            reward=reward,
+            error=error,
+            transitions=[Transition(agent="write", turn=1, messages=[], completion=call)],
+        )
+
+    path = tmp_path / "trajectories.jsonl"
+    rows = [record(1.0), record(0.0), record(0.0), record(None, "model: X: y"), record(1.0, step=4)]
+    path.write_text("")
+    reader = TrajectoryReader(path)
+    path.write_text("".join(r.model_dump_json() + "\n" for r in rows) + '{"torn')
+    metrics = StepRecord(reader.step(3, False)).metrics("")
+    assert metrics["rollouts"] == 4 and metrics["failed_rollouts"] == 1 and metrics["ex"] == pytest.approx(1 / 3)
+    assert metrics["prompt_tokens"] == 100 and metrics["truncated_share"] == pytest.approx(1 / 3)
+    assert StepRecord(reader.step(4, False)).rollouts == 1
+
+
+def test_metrics_of_a_repeated_step_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [(1, {"a": 1}), (2, {"a": 2, "b": 1}), (2, {"a": 3})]
+    path.write_text("".join(json.dumps({"step": s, "data": d}) + "\n" for s, d in lines) + '{"step": 3, "da')
+    rows = read_rows(path)
+    assert rows == {1: {"a": 1}, 2: {"a": 3, "b": 1}}
+    write_rows(path, {1: rows[1]})
+    assert read_rows(path) == {1: {"a": 1}}
+
+
+def test_a_step_is_described_in_one_line() -> None:
+    assert describe(0, {"sqlbench/val_ex": 0.5}) == "step   0  validation EX 50.0%"
+
+
+def test_fork_client_passes_output_and_status_of_the_forked_process(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text("import os, sys; print('hello', sys.argv[1], os.environ['WORD']); sys.exit(3)")
+    server = tmp_path / "server.py"
+    server.write_text(
+        "import os, socket, sys, time\n"
+        "from sqlbench.training import worker\n"
+        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n"
+        "driver = worker._fork()\n"
+        "if driver == 0: worker._leave(lambda: sys.stdin.read())\n"
+        "sys.exit(worker._serve(s, driver))\n"
+    )
+    address = tmp_path / "fork"
+    process = subprocess.Popen([sys.executable, server, address], stdin=subprocess.PIPE)
+    try:
+        import time
+
+        import sqlbench.training
+
+        while not address.exists():
+            time.sleep(0.05)
+        client = Path(sqlbench.training.__file__).with_name("fork_client.py")
+        done = subprocess.run(
+            [sys.executable, "-S", "-E", client, address, script, "you"],
+            env={"WORD": "there"},
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        assert (done.stdout, done.returncode) == ("hello you there\n", 3), done.stderr
+    finally:
+        process.communicate(timeout=20)
+    assert process.returncode == 0
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,148 @@
+"""One real training through verl on the laptop profile: killed after a checkpoint, resumed, then looked at from all sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sqlbench.data.tasks import DataSet
+from sqlbench.errors import RunError, TrainingError
+from sqlbench.models.local import LocalEngine, checkpoint_family
+from sqlbench.models.nano import NANO_PATH
+from sqlbench.runs import RunFolder
+from sqlbench.training.launch import RAY_FOLDER, latest_checkpoint, train
+from sqlbench.training.metrics import read_rows
+
+TINY = [
+    "data.train_batch_size=2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.n=4",
+    "sqlbench.validation_tasks=4",
+    "trainer.total_training_steps=3",
+    "trainer.save_freq=1",
+    "trainer.test_freq=3",
+    "actor_rollout_ref.actor.policy_loss.loss_mode=per_rollout_mean",
+]
+CALL = """
+import json, sys
+from sqlbench.training.launch import train
+train("laptop", "run", sys.argv[1], results=sys.argv[2], overrides=json.loads(sys.argv[3]))
+"""
+
+
+def training_processes(owner: int) -> list[str]:
+    """Command lines that name Ray's folder of a launching process."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if f"{RAY_FOLDER}{owner}-" in line:
+            found.append(line[:120])
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """Run folder, and the step at which the first attempt was killed."""
+    results = tmp_path_factory.mktemp("results")
+    folder = results / "laptop/run"
+    saved = folder / "checkpoints/latest_checkpointed_iteration.txt"
+    arguments = [str(pocket.root), str(results), json.dumps(TINY)]
+    first = subprocess.Popen([sys.executable, "-c", CALL, *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 180
+    while not saved.is_file() and first.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    assert first.poll() is None and saved.is_file(), (folder / "logs/train.log").read_text()[-3000:]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    deadline = time.time() + 30
+    while training_processes(first.pid) and time.time() < deadline:
+        time.sleep(0.2)
+    assert not training_processes(first.pid), "processes outlive the kill of the launching process"
+    step = int(saved.read_text())
+    assert train("laptop", "run", pocket.root, results=results, overrides=TINY) == folder
+    return folder, step
+
+
+def test_resumes_at_the_saved_step_and_logs_every_step_once(killed_and_resumed: tuple[Path, int]) -> None:
+    folder, step = killed_and_resumed
+    assert 1 <= step < 3 and RunFolder(folder).summary()["resumed_at"] == step
+    lines = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [0, 1, 2, 3]
+
+
+def test_rollouts_are_on_record_once_and_none_failed(killed_and_resumed: tuple[Path, int]) -> None:
+    records = list(RunFolder(killed_and_resumed[0]).trajectories())
+    assert Counter((r.step, r.validation) for r in records) == {(0, True): 4, (1, False): 8, (2, False): 8, (3, False): 8, (3, True): 4}
+    assert not any(r.failed for r in records)
+    for step in (1, 2, 3):
+        groups = Counter((r.task_key, r.sample) for r in records if r.step == step and not r.validation)
+        assert set(groups.values()) == {1} and {sample for _, sample in groups} == {0, 1, 2, 3}
+    for record in records:
+        for call in (t.completion for t in record.transitions):
+            assert call.response_ids and call.logprobs and len(call.response_ids) == len(call.logprobs)
+
+
+def test_every_step_logs_all_that_was_promised(killed_and_resumed: tuple[Path, int]) -> None:
+    """verl saves before it logs: of the step that was just saved at the kill, only what is on record is known."""
+    folder, killed = killed_and_resumed
+    rows = read_rows(folder / "metrics.jsonl")
+    records = list(RunFolder(folder).trajectories())
+    assert rows[killed]["sqlbench/rollouts"] == 8 and 0 <= rows[killed]["sqlbench/ex"] <= 1
+    for step in {1, 2, 3} - {killed}:
+        row, here = rows[step], [r for r in records if r.step == step and not r.validation]
+        written = sum(t.agent in ("write", "rewrite") for r in here for t in r.transitions)
+        assert row["sqlbench/rollouts"] == 8 and row["sqlbench/failed_rollouts"] == 0
+        assert row["sqlbench/rows"] == written and row["sqlbench/rows_padding"] == 0
+        assert 1 <= row["sqlbench/rows_updated"] <= written
+        assert row["sqlbench/ex"] == pytest.approx(sum(r.reward or 0 for r in here) / 8)
+        assert row["sqlbench/transitions"] == pytest.approx(written / 8)
+        parts = [row[f"sqlbench/{part}_percent"] for part in ("rollout", "update", "other")]
+        assert sum(parts) == pytest.approx(100) and min(parts) >= 0
+        for name in ("zero_variance_groups", "prompt_tokens", "response_tokens", "truncated_share", "seconds"):
+            assert f"sqlbench/{name}" in row
+        for name in ("actor/entropy", "actor/pg_clipfrac", "actor/grad_norm", "timing_s/step"):
+            assert name in row
+    for step in (0, 3):
+        greedy = [r.reward for r in records if r.step == step and r.validation]
+        assert rows[step]["sqlbench/val_ex"] == pytest.approx(sum(r or 0 for r in greedy) / 4)
+
+
+def test_rollout_and_trainer_probabilities_agree(killed_and_resumed: tuple[Path, int]) -> None:
+    rows = read_rows(killed_and_resumed[0] / "metrics.jsonl")
+    checked = [row["training/rollout_probs_diff_max"] for row in rows.values() if "training/rollout_probs_diff_max" in row]
+    gaps = [row["actor/rollout_probs_gap"] for row in rows.values() if "actor/rollout_probs_gap" in row]
+    assert len(checked) >= 2 and max(checked) < 1e-4
+    assert len(gaps) >= 2 and max(gaps) < 1e-4
+
+
+def test_the_policy_has_learned_weights_and_loads_as_it_is(killed_and_resumed: tuple[Path, int]) -> None:
+    policy = latest_checkpoint(killed_and_resumed[0])
+    assert LocalEngine(policy).checksum() != LocalEngine(NANO_PATH).checksum()
+    assert checkpoint_family(policy) == "nano"
+    assert (policy / "tokenizer.json").read_bytes() == (NANO_PATH / "tokenizer.json").read_bytes()
+
+
+def test_a_finished_run_is_refused(killed_and_resumed: tuple[Path, int], pocket: DataSet) -> None:
+    results = killed_and_resumed[0].parents[1]
+    with pytest.raises(RunError, match="is finished"):
+        train("laptop", "run", pocket.root, results=results, overrides=TINY)
+
+
+def test_too_many_failed_rollouts_stop_the_run_with_their_reason(pocket: DataSet, tmp_path: Path) -> None:
+    """No prompt fits into 20 tokens: every rollout fails, nothing becomes reward 0, nothing is left running."""
+    with pytest.raises(TrainingError, match=r"4 of 4 rollouts of step 0 failed.*data.max_prompt_length is 20"):
+        train("laptop", "bad", pocket.root, results=tmp_path, overrides=[*TINY, "data.max_prompt_length=20"])
+    records = list(RunFolder(tmp_path / "laptop/bad").trajectories())
+    assert len(records) == 4 and all(r.failed and r.reward is None for r in records)
+    assert not training_processes(os.getpid())

@@ -1,0 +1,204 @@
+"""The local engine against a plain forward pass of the same model, on a small random checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from sqlbench.agent.trajectory import Message
+from sqlbench.errors import ModelError
+from sqlbench.models.local import (
+    BatchedEngine,
+    Generation,
+    GenerationRequest,
+    LocalChatModel,
+    LocalEngine,
+    encode_chat,
+    shared_prefixes,
+)
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n {{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama with grouped key-value heads and a word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    words = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(58))]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "sqlbench.json").write_text(json.dumps({"family": "nano"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> LocalEngine:
+    return LocalEngine(checkpoint, max_model_len=128)
+
+
+def prompts() -> list[tuple[int, ...]]:
+    """Prompts of many lengths, some equal, some that share a long start, one that begins another."""
+    draw = random.Random(0)
+    starts = [tuple(draw.randrange(3, 64) for _ in range(draw.randint(20, 60))) for _ in range(4)]
+    longer = [s + tuple(draw.randrange(3, 64) for _ in range(draw.randint(1, 9))) for s in starts for _ in range(3)]
+    return [*longer, *longer[:3], starts[0], starts[0][:10], (5,), (5, 6)]
+
+
+def requests(temperature: float, max_tokens: int = 20) -> list[GenerationRequest]:
+    return [GenerationRequest(p, max_tokens, temperature, seed=i) for i, p in enumerate(prompts())]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_logprobs_are_those_of_a_plain_forward_pass(engine: LocalEngine, temperature: float) -> None:
+    for request, answer in zip(requests(temperature), engine.generate(requests(temperature)), strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *answer.token_ids]])
+        with torch.inference_mode():
+            logits = engine.model(ids).logits[0, len(request.prompt_ids) - 1 : -1]
+        logp = (logits / (temperature or 1.0)).log_softmax(-1)
+        expected = logp.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
+        assert torch.allclose(expected, torch.tensor(answer.logprobs, dtype=torch.float32), atol=1e-4)
+        if temperature == 0:
+            assert logits.argmax(-1).tolist() == answer.token_ids
+
+
+def test_a_seeded_request_gives_the_same_tokens_in_any_batch(engine: LocalEngine) -> None:
+    batch = requests(1.0)
+    together = engine.generate(batch)
+    assert [engine.generate([r])[0].token_ids for r in batch] == [a.token_ids for a in together]
+    assert [a.token_ids for a in engine.generate(batch[::-1])[::-1]] == [a.token_ids for a in together]
+
+
+def test_generation_ends_at_the_end_token_or_at_the_limit(engine: LocalEngine) -> None:
+    answers = engine.generate(requests(1.0, 30))
+    assert {a.finish_reason for a in answers} == {"stop", "length"}
+    for answer in answers:
+        assert (answer.token_ids[-1] == 2) == (answer.finish_reason == "stop")
+        assert 2 not in answer.token_ids[:-1]
+        assert len(answer.token_ids) == len(answer.logprobs) <= 30
+
+
+def test_sampled_frequencies_follow_the_distribution(engine: LocalEngine) -> None:
+    prompt = prompts()[0]
+    draws = engine.generate([GenerationRequest(prompt, 1, 1.0, seed=i) for i in range(4000)])
+    with torch.inference_mode():
+        expected = engine.model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    counts = torch.bincount(torch.tensor([d.token_ids[0] for d in draws]), minlength=64) / 4000
+    assert (counts - expected).abs().max() < 0.03
+
+
+def test_top_k_and_top_p_leave_only_the_likeliest_tokens(engine: LocalEngine) -> None:
+    prompt = prompts()[0]
+    with torch.inference_mode():
+        order = engine.model(torch.tensor([prompt])).logits[0, -1].argsort(descending=True).tolist()
+    three = engine.generate([GenerationRequest(prompt, 1, 2.0, top_k=3, seed=i) for i in range(200)])
+    assert {a.token_ids[0] for a in three} == set(order[:3])
+    one = engine.generate([GenerationRequest(prompt, 1, 2.0, top_p=1e-6, seed=i) for i in range(20)])
+    assert {a.token_ids[0] for a in one} == {order[0]} and one[0].logprobs == [0.0]
+
+
+def test_a_prompt_is_never_cut(engine: LocalEngine) -> None:
+    with pytest.raises(ModelError, match="a prompt has 128 tokens, the model takes 1 to 127"):
+        engine.generate([GenerationRequest((5,) * 128, 1)])
+    nearly = engine.generate([GenerationRequest((5,) * 120, 50, 1.0, seed=3)])[0]
+    assert len(nearly.token_ids) <= 8
+
+
+def test_shared_prefixes_are_common_to_their_group_and_leave_a_token() -> None:
+    distinct = sorted(set(prompts()))
+    shares = shared_prefixes(distinct)
+    heads = {p[:n] for p, n in zip(distinct, shares, strict=True)}
+    assert all(n < len(p) for p, n in zip(distinct, shares, strict=True))
+    assert len(heads) <= 8 < len(distinct)
+    assert shared_prefixes([]) == []
+
+
+def test_load_replaces_weights_and_changes_the_checksum(checkpoint: Path) -> None:
+    engine = LocalEngine(checkpoint)
+    before = engine.checksum()
+    name = "model.layers.0.mlp.up_proj.weight"
+    engine.load([(name, engine.model.state_dict()[name] + 1)])
+    assert engine.checksum() != before == LocalEngine(checkpoint).checksum()
+    with pytest.raises(ModelError, match="does not belong"):
+        engine.load([("nonsense", torch.zeros(1))])
+
+
+def test_concurrent_requests_share_batches_and_a_bad_one_fails_alone(engine: LocalEngine) -> None:
+    sizes: list[int] = []
+
+    class Counting:
+        def generate(self, batch: list[GenerationRequest]) -> list[Generation]:
+            sizes.append(len(batch))
+            return engine.generate(batch)
+
+    async def run() -> list[Generation | BaseException]:
+        batched = BatchedEngine(Counting(), wait_ms=5)  # type: ignore[arg-type]
+        good = [batched.generate(r) for r in requests(0.0, 4)]
+        return await asyncio.gather(*good, batched.generate(GenerationRequest((), 4)), return_exceptions=True)
+
+    expected = [answer.token_ids for answer in engine.generate(requests(0.0, 4))]
+    for _ in range(2):  # a second event loop works as well
+        sizes.clear()
+        *answers, bad = asyncio.run(run())
+        assert sizes[0] == len(answers) + 1
+        assert isinstance(bad, ModelError)
+        assert [answer.token_ids for answer in answers] == expected
+
+
+def test_chat_model_records_the_tokens_it_used(checkpoint: Path) -> None:
+    model = LocalChatModel(checkpoint, max_tokens=5)
+    messages = [Message(role="user", content="w1 w2")]
+    answer = asyncio.run(model.complete(messages))
+    tokenizer = model.batched.engine.tokenizer
+    assert model.family == "nano"
+    assert answer.prompt_ids == encode_chat(tokenizer, [messages[0].model_dump()])
+    assert tokenizer.convert_ids_to_tokens(answer.prompt_ids)[:3] == ["<|im_start|>", "user", "w1"]
+    assert answer.response_ids is not None and answer.logprobs is not None
+    assert answer.response_tokens == len(answer.response_ids) == len(answer.logprobs)
+    assert answer.text == tokenizer.decode(answer.response_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("missing", ["", "config.json", "model.safetensors"])
+def test_an_incomplete_checkpoint_is_refused_with_what_is_missing(checkpoint: Path, tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "folder"
+    if missing:
+        folder.mkdir()
+        for file in checkpoint.iterdir():
+            if file.name != missing:
+                (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError, match=r"no checkpoint folder" if not missing else r"has no .*(config|safetensors)"):
+        LocalEngine(folder)
