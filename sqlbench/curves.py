@@ -21,8 +21,8 @@ from sqlbench.runs import METRICS
 from sqlbench.training.metrics import read_rows
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -37,6 +37,8 @@ STYLE = {
     "svg.hashsalt": "sqlbench",
     "svg.fonttype": "none",
 }
+WIDTH = 9.9
+"""Inches of a figure of several panels."""
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,21 @@ def reward_curves(
         runs: label -> the run folders of its seeds. One folder gives a line; several give their mean and a band from
             the lowest to the highest.
         names: which of `SERIES` to show.
-        smooth: steps of the running mean drawn through what is logged at every step; raw values stay visible behind it.
+        smooth: steps of the running mean drawn through what is logged at every step; raw values stay
+            visible behind it where there are few runs.
         columns: panels in a row.
     """
     frames = {label: [read_metrics(folder) for folder in folders] for label, folders in runs.items() if folders}
     rows = -(-len(names) // columns)
+    longest = max((len(label) + 24 * (len(seeds) > 1) for label, seeds in frames.items()), default=0) + 8
+    abreast = max(1, min(int(WIDTH * 14) // longest, len(frames)))  # legend entries that fit side by side
+    height = rows * 0.75 * WIDTH / columns + 0.22 * -(-len(frames) // abreast)
     with plt.rc_context(STYLE):
-        size = (3.3 * columns, 2.5 * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained")
         for axis, name in zip(axes.flat, names, strict=False):
             for number, (label, metrics) in enumerate(frames.items()):
                 window = smooth if SERIES[name].each_step else 1
-                _curve(axis, [series(m, name) for m in metrics], window, number, label)
+                _curve(axis, [series(m, name) for m in metrics], window, number, label, len(frames) <= 4)
             axis.set_title(SERIES[name].title, loc="left")
             axis.set_xlabel("step")
             if not axis.lines:
@@ -154,13 +159,12 @@ def reward_curves(
             axis.remove()
         handles, labels = axes.flat[0].get_legend_handles_labels()
         if handles:
-            wide = int(1.2 * 11 * columns) // max(map(len, labels))  # entries that fit side by side
-            figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(wide, len(labels))))
+            figure.legend(handles, labels, loc="outside lower center", ncols=abreast)
         plt.close(figure)
     return figure
 
 
-def _curve(axis: Axes, seeds: list[pd.Series], smooth: int, number: int, label: str) -> None:
+def _curve(axis: Axes, seeds: list[pd.Series], smooth: int, number: int, label: str, raw: bool) -> None:
     frame = pd.concat(seeds, axis=1)
     if frame.empty:
         return
@@ -173,7 +177,7 @@ def _curve(axis: Axes, seeds: list[pd.Series], smooth: int, number: int, label: 
         axis.fill_between(frame.index, low, high, color=colour, alpha=0.18, linewidth=0)
     else:
         name = label
-        if smooth > 1:
+        if smooth > 1 and raw:
             axis.plot(mean.index, mean, color=colour, alpha=0.3, linewidth=0.8)
     sparse = len(mean) <= 25
     axis.plot(

@@ -16,6 +16,7 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -106,7 +107,7 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
             db_id = bench.domain.name
 
             construct = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-            draft = bench.draw(rng, family, construct, lambda d, db_id=db_id: fresh(db_id, d))
+            draft = bench.draw(rng, family, construct, partial(fresh, db_id))
             if draft is None:
                 continue
             seen.add((db_id, draft.sql if dev else draft.question))
@@ -129,11 +130,12 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
 def _spider_tables(domain: Domain) -> dict:
     """A schema in the form of Spider's ``tables.json``."""
     types = {"id": "number", "key": "number", "integer": "number", "real": "number", "year": "number", "date": "time"}
-    names, kinds, at = [[-1, "*"]], ["text"], {}
+    names: list[tuple[int, str]] = [(-1, "*")]
+    kinds, at = ["text"], {}
     for i, (table, fields) in enumerate(domain.tables.items()):
         for f in fields:
             at[table, f.name] = len(names)
-            names.append([i, f.name])
+            names.append((i, f.name))
             kinds.append(types.get(f.kind, "text"))
     return {
         "db_id": domain.name,

@@ -22,57 +22,76 @@ from sqlbench.data.domains import Domain
 
 FAMILIES = ("A", "B", "C", "D")
 Filler = Callable[[Random], str]
+_EVERYDAY = 0.7
+"""How often B, C and D use a frame or word of A; every question has a frame or word that no earlier family has."""
 _VALUES = frozenset(("{v}", "'{v}'", "{w}", "{k}", "{cond}", "{cond2}", "{not}"))
-_SMALL = frozenset(("the", "of", "is", "are", "with", "that", "have", "has", "for", "whose", "me", "there"))
+_SMALL = frozenset(
+    ("the", "of", "is", "are", "with", "that", "have", "has", "having", "any", "for", "For", "whose", "there", "its", "in")
+)
 _COMPARE = {">": "gt", "<": "lt", ">=": "ge", "<=": "le", "=": "eq"}
 _OPPOSITE = {"max": "DESC", "min": "ASC"}
 
-# One row an operation; each family has words of its own and may use some everyday ones of A.
+# The words of each family for an operation; B, C and D also use those of A, as everyday words (`_EVERYDAY`).
 LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
     "ask": {
         "A": ("What is", "What are", "Show", "Find", "List", "Give me", "Return"),
-        "B": ("Tell me", "I would like to see", "Display", "Show"),
-        "C": ("Report", "We need", "Look up", "Find"),
-        "D": ("Let me know", "Get", "Please look up", "List"),
+        "B": ("Tell me", "I would like to see", "Display"),
+        "C": ("Report", "We need", "Look up"),
+        "D": ("Let me know", "Get", "Please look up"),
     },
     "gt": {
         "A": ("greater than", "above", "more than", "over", "larger than"),
-        "B": ("exceeding", "higher than", "above"),
-        "C": ("beyond", "in excess of", "more than"),
-        "D": ("exceeding", "beyond", "bigger than", "over"),
+        "B": ("exceeding", "higher than"),
+        "C": ("beyond", "in excess of"),
+        "D": ("exceeding", "beyond", "bigger than"),
     },
     "lt": {
         "A": ("less than", "below", "under", "smaller than"),
-        "B": ("lower than", "short of", "below"),
-        "C": ("beneath", "inferior to", "less than"),
-        "D": ("lower than", "beneath", "not reaching", "under"),
+        "B": ("lower than", "short of"),
+        "C": ("beneath", "inferior to"),
+        "D": ("lower than", "beneath", "not reaching"),
     },
     "ge": {
         "A": ("at least",),
-        "B": ("no less than", "at least"),
-        "C": ("a minimum of", "at least"),
+        "B": ("no less than",),
+        "C": ("a minimum of",),
         "D": ("no less than", "not under"),
     },
     "le": {
         "A": ("at most",),
-        "B": ("no more than", "at most"),
-        "C": ("a maximum of", "at most"),
+        "B": ("no more than",),
+        "C": ("a maximum of",),
         "D": ("no more than", "not over"),
     },
-    "eq": {"A": ("equal to", "of"), "B": ("exactly", "equal to"), "C": ("precisely", "equal to"), "D": ("exactly", "just")},
-    "after": {"A": ("after",), "B": ("later than", "after"), "C": ("following", "after"), "D": ("later than", "past")},
-    "before": {"A": ("before",), "B": ("earlier than", "before"), "C": ("preceding", "before"), "D": ("earlier than", "prior to")},
+    "eq": {
+        "A": ("equal to", "of"),
+        "B": ("exactly",),
+        "C": ("precisely",),
+        "D": ("exactly", "just"),
+    },
+    "after": {
+        "A": ("after",),
+        "B": ("later than",),
+        "C": ("following",),
+        "D": ("later than", "past"),
+    },
+    "before": {
+        "A": ("before",),
+        "B": ("earlier than",),
+        "C": ("preceding",),
+        "D": ("earlier than", "prior to"),
+    },
     "number": {
         "A": ("with {c} {op} {v}", "with {c} {op} {v}", "whose {c} is {op} {v}"),
-        "B": ("where the {c} is {op} {v}", "whose {c} is {op} {v}", "with {c} {op} {v}"),
-        "C": ("showing {c} {op} {v}", "whose {c} is {op} {v}", "with {c} {op} {v}"),
-        "D": ("that show a {c} {op} {v}", "whose {c} is {op} {v}", "with {c} {op} {v}"),
+        "B": ("where the {c} is {op} {v}",),
+        "C": ("showing {c} {op} {v}",),
+        "D": ("that show a {c} {op} {v}",),
     },
     "is": {
         "A": ("whose {c} is {v}", "with {c} {v}", "with {c} '{v}'", "that have {c} {v}", "whose {c} equals {v}"),
-        "B": ("where the {c} is {v}", "having {c} {v}", "with {c} {v}"),
-        "C": ("showing {c} {v}", "whose {c} is {v}", "under {c} {v}"),
-        "D": ("that show a {c} of {v}", "with {c} {v}", "where {c} equals {v}"),
+        "B": ("where the {c} is {v}", "having {c} {v}"),
+        "C": ("showing {c} {v}", "under {c} {v}"),
+        "D": ("that show a {c} of {v}", "where {c} equals {v}"),
     },
     "is_not": {
         "A": ("whose {c} is not {v}", "with {c} other than {v}"),
@@ -80,68 +99,83 @@ LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
         "C": ("showing {c} anything but {v}", "whose {c} is anything but {v}"),
         "D": ("where {c} is not {v}", "with {c} different from {v}"),
     },
-    "avg": {"A": ("average", "mean"), "B": ("typical", "average"), "C": ("averaged", "mean"), "D": ("typical", "average")},
+    "avg": {
+        "A": ("average", "mean"),
+        "B": ("typical",),
+        "C": ("averaged",),
+        "D": ("typical",),
+    },
     "max": {
         "A": ("maximum", "highest", "largest"),
-        "B": ("biggest", "highest"),
-        "C": ("peak", "top", "largest"),
-        "D": ("biggest", "top", "highest"),
+        "B": ("biggest",),
+        "C": ("peak", "top"),
+        "D": ("biggest", "top"),
     },
     "min": {
         "A": ("minimum", "lowest", "smallest"),
-        "B": ("least", "lowest"),
-        "C": ("bottom", "tiniest", "smallest"),
-        "D": ("least", "bottom", "lowest"),
+        "B": ("least",),
+        "C": ("bottom", "tiniest"),
+        "D": ("least", "bottom"),
     },
-    "sum": {"A": ("total",), "B": ("combined", "total"), "C": ("summed", "total"), "D": ("combined", "summed", "total")},
-    "all": {"A": ("of all", "of the", "for all"), "B": ("belonging to the", "of the"), "C": ("across the", "of all"), "D": ("from the", "for all")},
+    "sum": {
+        "A": ("total",),
+        "B": ("combined",),
+        "C": ("summed",),
+        "D": ("combined", "summed"),
+    },
+    "all": {
+        "A": ("of all", "of the", "for all"),
+        "B": ("belonging to the",),
+        "C": ("across the",),
+        "D": ("from the",),
+    },
     "each": {
         "A": ("for each", "per"),
-        "B": ("grouped by", "for each"),
-        "C": ("broken down by", "for each"),
-        "D": ("split by", "grouped by", "per"),
+        "B": ("grouped by",),
+        "C": ("broken down by",),
+        "D": ("split by", "grouped by"),
     },
     "distinct": {
         "A": ("different", "distinct", "unique"),
-        "B": ("non-repeated", "unique"),
-        "C": ("individual", "distinct"),
-        "D": ("individual", "non-repeated", "different"),
+        "B": ("non-repeated",),
+        "C": ("individual",),
+        "D": ("individual", "non-repeated"),
     },
     "ascending": {
         "A": ("in ascending order of {n}", "sorted by {n}", "from the lowest to the highest {n}"),
         "B": ("in increasing order of {n}", "sorted upwards by {n}"),
         "C": ("ranked by growing {n}", "from the bottom to the top {n}"),
-        "D": ("arranged by increasing {n}", "sorted by {n}"),
+        "D": ("arranged by increasing {n}",),
     },
     "descending": {
         "A": ("in descending order of {n}", "sorted by {n} in descending order", "from the highest to the lowest {n}"),
         "B": ("in decreasing order of {n}", "sorted downwards by {n}"),
         "C": ("ranked by falling {n}", "from the top to the bottom {n}"),
-        "D": ("arranged by decreasing {n}", "sorted by {n} in descending order"),
+        "D": ("arranged by decreasing {n}",),
     },
     "most": {
         "A": ("the most", "the largest number of"),
-        "B": ("the biggest count of", "the most"),
-        "C": ("the top tally of", "the most"),
-        "D": ("the biggest tally of", "the most"),
+        "B": ("the biggest count of",),
+        "C": ("the top tally of",),
+        "D": ("the biggest tally of",),
     },
     "fewest": {
         "A": ("the fewest", "the smallest number of"),
-        "B": ("the least count of", "the fewest"),
-        "C": ("the bottom tally of", "the fewest"),
-        "D": ("the least tally of", "the fewest"),
+        "B": ("the least count of",),
+        "C": ("the bottom tally of",),
+        "D": ("the least tally of",),
     },
     "lacking": {
         "A": ("that do not have any", "without any", "that have no"),
-        "B": ("lacking any", "without any"),
-        "C": ("with zero", "devoid of", "that have no"),
-        "D": ("lacking", "with zero", "without any"),
+        "B": ("lacking any",),
+        "C": ("with zero", "devoid of"),
+        "D": ("lacking", "with zero"),
     },
     "count": {
         "A": ("the number of", "the total number of"),
-        "B": ("the count of", "the number of"),
-        "C": ("the tally of", "the number of"),
-        "D": ("the tally of", "the quantity of", "the number of"),
+        "B": ("the count of",),
+        "C": ("the tally of",),
+        "D": ("the tally of", "the quantity of"),
     },
 }
 
@@ -192,27 +226,34 @@ class Scope:
         self.domain, self.rng, self.family, self.filler = domain, rng, family, filler
         self.slots: dict[str, str] = {}
         self.own: list[str] = []
-        """Wordings drawn so far that are not in A."""
+        """Wordings drawn so far that no earlier family has."""
         self.keys = ""
 
     def word(self, operation: str) -> str:
         """One of the family's words for an operation."""
-        words = self.rng.choice(LEXICON[operation][self.family])
-        if words not in LEXICON[operation]["A"] and operation != "ask":
+        family = "A" if self.rng.random() < _EVERYDAY else self.family
+        words = self.rng.choice(LEXICON[operation][family])
+        earlier = FAMILIES[: FAMILIES.index(self.family)]
+        if operation != "ask" and all(words not in LEXICON[operation][f] for f in earlier):
             self.own.append(words)
-        return self.disturb(words) if "{" in words else words
+        if "{" in words:
+            return self.disturb(words)
+        if self.filler and self.rng.random() < (0.25 if operation == "ask" else 0.08):
+            return self.filler(self.rng)
+        return words
 
     def disturb(self, pattern: str) -> str:
-        """A pattern with idle words put in here and there, and some small words lost (where a filler is given)."""
+        """A pattern with idle words put in, and some small words lost or replaced (where a filler is given)."""
         if self.filler is None:
             return pattern
         kept: list[str] = []
         for word in pattern.split(" "):
             beside_a_value = _VALUES.intersection((word, *kept[-1:]))
-            if self.rng.random() < 0.08 and not beside_a_value:
+            if self.rng.random() < 0.06 and not beside_a_value:
                 kept.append(self.filler(self.rng))
-            if word not in _SMALL or self.rng.random() < 0.8:
-                kept.append(word)
+            fate = self.rng.random() if word in _SMALL else 1.0
+            if fate > 0.12:
+                kept.append(word if fate > 0.24 or beside_a_value else self.filler(self.rng))
         return " ".join(kept)
 
     def put(self, **slots: str) -> None:
@@ -941,8 +982,6 @@ def _join_three(s: Scope) -> str:
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
-_SHARED = 0.5
-"""Share of questions of B, C and D in a frame of A; such a question has at least one wording that A does not have."""
 _PICKED = ("ask", "all", "each", "distinct", "lacking", "count", "avg")
 WEIGHTS = {c.name: c.weight for c in CONSTRUCTS.values()}
 _BY_LEVEL = [[c for c in CONSTRUCTS.values() if c.level <= level] for level in range(3)]
@@ -974,7 +1013,7 @@ def draw(
             sql = kind.build(scope)
         except Skip:
             continue
-        own_frame = rng.random() >= _SHARED
+        own_frame = family == "A" or rng.random() >= _EVERYDAY
         frame = rng.choice(kind.frames[family if own_frame else "A"])
         for name in _PICKED:
             if f"{{{name}}}" in frame and name not in scope.slots:

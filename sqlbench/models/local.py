@@ -56,7 +56,9 @@ class Generation:
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
     """Token ids of a chat prompt, generation prompt included: the one way in which sqlbench tokenizes a prompt."""
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options
+    )
     return [int(i) for i in ids]
 
 
@@ -97,7 +99,9 @@ def check_checkpoint(path: str | Path) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ModelError(f"no checkpoint folder '{path}'; give a folder in Hugging Face format, 'nano' or 'openai:NAME'")
+        raise ModelError(
+            f"no checkpoint folder '{path}'; give a folder in Hugging Face format, 'nano' or 'openai:NAME'"
+        )
     missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if not list(folder.glob("*.safetensors")):
         missing.append("*.safetensors")
@@ -139,9 +143,13 @@ class LocalEngine:
             raise ModelError(f"cannot load the checkpoint {folder}: {type(error).__name__}: {error}") from error
         self.model.eval()
         self.device = torch.device(device)
-        self.max_model_len = min(max_model_len, int(getattr(self.model.config, "max_position_embeddings", max_model_len)))
+        self.max_model_len = min(
+            max_model_len, int(getattr(self.model.config, "max_position_embeddings", max_model_len))
+        )
         eos = self.model.generation_config.eos_token_id
-        self.stop_ids = {i for i in (*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id) if i is not None}
+        self.stop_ids = {
+            i for i in (*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id) if i is not None
+        }
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.stop_ids)
 
     def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
@@ -199,16 +207,22 @@ class LocalEngine:
                 chosen, mask, position, temperature = chosen[keep], mask[keep], position[keep], temperature[keep]
                 rows = rows[active]
             mask[:, width + step - 1] = 1
-            logits = self.model(
-                input_ids=chosen.unsqueeze(1),
-                attention_mask=mask[:, : width + step],
-                position_ids=position,
-                past_key_values=cache,
-                logits_to_keep=1,
-            ).logits[:, -1].float()
+            logits = (
+                self.model(
+                    input_ids=chosen.unsqueeze(1),
+                    attention_mask=mask[:, : width + step],
+                    position_ids=position,
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                )
+                .logits[:, -1]
+                .float()
+            )
             position = position + 1
         return [
-            Generation(tokens[i, : length[i]].tolist(), logprobs[i, : length[i]].tolist(), "stop" if stopped[i] else "length")
+            Generation(
+                tokens[i, : length[i]].tolist(), logprobs[i, : length[i]].tolist(), "stop" if stopped[i] else "length"
+            )
             for i in range(count)
         ]
 
@@ -391,7 +405,9 @@ class LocalChatModel:
         start = time.perf_counter()
         tokenizer = self.batched.engine.tokenizer
         ids = encode_chat(tokenizer, [m.model_dump() for m in messages])
-        request = GenerationRequest(tuple(ids), self.max_tokens, self.temperature, seed=int(self._seeds.integers(2**63)))
+        request = GenerationRequest(
+            tuple(ids), self.max_tokens, self.temperature, seed=int(self._seeds.integers(2**63))
+        )
         return completion(tokenizer, ids, await self.batched.generate(request), time.perf_counter() - start)
 
 
@@ -451,7 +467,9 @@ def _register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **_: Any) -> Any:
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **_: Any
+    ) -> Any:
         causal = query.shape[2] > 1 and attention_mask is None
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=causal, enable_gqa=True
@@ -468,6 +486,9 @@ def _roomy_layer(keys: Any, values: Any, room: int) -> Any:
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
+        used: int
+        buffers: list[Any]
+
         def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
             start, self.used = self.used, self.used + key_states.shape[2]
             self.buffers[0][:, :, start : self.used] = key_states

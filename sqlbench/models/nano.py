@@ -45,11 +45,11 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 2
     hidden: int = 384
-    made_up: float = 0.7
+    made_up: float = 0.75
     """Share of made-up schemas; the rest are the hand-written ones."""
     rewrite: float = 0.15
     check: float = 0.08
-    easy: float = 0.25
+    easy: float = 0.2
     """Share of the time on the easiest level (few tables, six constructs)."""
     medium: float = 0.2
     """Share of the time on the second level."""

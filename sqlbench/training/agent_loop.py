@@ -34,9 +34,7 @@ def stable_number(*parts: object) -> int:
 class SqlAgentLoop(AgentLoopBase):
     """Runs one rollout of one task. Settings come from the section ``sqlbench`` of the training configuration."""
 
-    def __init__(
-        self, trainer_config: Any, server_manager: Any, tokenizer: Any, data_config: Any, **_: Any
-    ) -> None:
+    def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, data_config: Any, **_: Any) -> None:
         # verl makes one object a rollout. The base class would build a tokenizer helper for continued prompts in each,
         # with a warning; a prompt here is never continued.
         self.config = trainer_config.config
@@ -71,9 +69,7 @@ class SqlAgentLoop(AgentLoopBase):
             reward = float(stable_number(seed, "reward") % 2)
         return self._outputs(record, reward, model.extra, settings.trained_agents)
 
-    def _outputs(
-        self, record: Trajectory, reward: float, extra: dict[str, Any], trained: str
-    ) -> list[AgentLoopOutput]:
+    def _outputs(self, record: Trajectory, reward: float, extra: dict[str, Any], trained: str) -> list[AgentLoopOutput]:
         chosen = trained_transitions(record, trained)
         outputs = [
             AgentLoopOutput(
@@ -112,7 +108,9 @@ class _ServerModel:
         ids = encode_chat(tokenizer, [m.model_dump() for m in messages], **loop.template_options)
         room = loop.rollout_config.prompt_length
         if len(ids) > room:
-            raise ModelError(f"a prompt has {len(ids)} tokens, data.max_prompt_length is {room}; raise it, or truncate more")
+            raise ModelError(
+                f"a prompt has {len(ids)} tokens, data.max_prompt_length is {room}; raise it, or truncate more"
+            )
         sampling = dict(self._sampling)
         if self._seed is not None:
             sampling["seed"] = stable_number(self._seed, self._calls)

@@ -11,6 +11,7 @@ import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 
+@cache
 def _device_module() -> types.ModuleType:
     """``torch.cpu`` with the members of ``torch.cuda`` that verl calls without asking; memory is this process's."""
     module = types.ModuleType("sqlbench_torch_cpu")
@@ -43,8 +45,12 @@ def _device_module() -> types.ModuleType:
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     }
-    members |= dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), resident)
-    members |= dict.fromkeys(("empty_cache", "ipc_collect", "synchronize", "set_device", "reset_peak_memory_stats"), nothing)
+    members |= dict.fromkeys(
+        ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), resident
+    )
+    members |= dict.fromkeys(
+        ("empty_cache", "ipc_collect", "synchronize", "set_device", "reset_peak_memory_stats"), nothing
+    )
     for name, member in members.items():
         setattr(module, name, member)
     return module
@@ -56,7 +62,7 @@ class CPUPlatform(PlatformBase):
 
     device_name = property(lambda self: "cpu")
     vendor_name = property(lambda self: "cpu")
-    device_module = property(lambda self: _DEVICE_MODULE)
+    device_module = property(lambda self: _device_module())
 
     def is_available(self) -> bool:  # noqa: D102
         return True
@@ -130,7 +136,6 @@ class CPUPlatform(PlatformBase):
         return None
 
 
-_DEVICE_MODULE = _device_module()
 
 if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
     # The FSDP engine works on a CPU but is registered for cuda and npu only; this is verl's own override.

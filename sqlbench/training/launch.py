@@ -2,8 +2,9 @@
 
 Guarantees: the configuration in ``config.json`` is complete and is what ran; whatever would fail for a reason known
 beforehand is refused in one line before anything starts; the same call again goes on at the last checkpoint; nothing
-is left running when the call returns, however it returns. verl runs in a process of its own (`sqlbench.training.worker`)
-with its output in ``logs/train.log``; call from a thread that lives as long as the training.
+is left running when the call returns, however it returns. verl runs in a process of its own
+(`sqlbench.training.worker`) with its output in ``logs/train.log``; call from a thread that lives as long as the
+training.
 """
 
 from __future__ import annotations
@@ -119,7 +120,10 @@ def compose(
     from omegaconf.errors import OmegaConfBaseException
 
     arguments = {
-        "data": {"train_files": str(folder / "data/train.parquet"), "val_files": str(folder / "data/validation.parquet")},
+        "data": {
+            "train_files": str(folder / "data/train.parquet"),
+            "val_files": str(folder / "data/validation.parquet"),
+        },
         "actor_rollout_ref": {
             "model": {"path": model},
             "rollout": {"agent": {"agent_loop_config_path": str(folder / "data/agent_loop.yaml")}}
@@ -251,8 +255,10 @@ def _preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[T
     try:
         matched = [a for a in AGENTS if re.search(settings.trained_agents, a)]
     except re.error as error:
-        raise TrainingError(f"sqlbench.trained_agents={settings.trained_agents} is no regular expression: {error}") from error
-    if not matched or (matched == ["rewrite"] or matched == ["check"]) and settings.max_turns == 1:
+        raise TrainingError(
+            f"sqlbench.trained_agents={settings.trained_agents} is no regular expression: {error}"
+        ) from error
+    if not matched or ((matched == ["rewrite"] or matched == ["check"]) and settings.max_turns == 1):
         raise TrainingError(
             f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
             f"the sub-agents are {', '.join(AGENTS)}"
@@ -264,7 +270,9 @@ def _preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[T
     dataset = DataSet(settings.data)
     tasks = [t for t in dataset.load("train") if t.scorable]
     if len(tasks) < config.data.train_batch_size:
-        raise TrainingError(f"{dataset.root} has {len(tasks)} training tasks, a batch takes {config.data.train_batch_size}")
+        raise TrainingError(
+            f"{dataset.root} has {len(tasks)} training tasks, a batch takes {config.data.train_batch_size}"
+        )
     headline = json.loads((dataset.root / "dataset.json").read_text()).get("headline", "dev")
     for task in {t.db_id: t for t in tasks}.values():
         dataset.database(task.db_id)

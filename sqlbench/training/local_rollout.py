@@ -66,13 +66,13 @@ class LocalAdapter(BaseRollout):
         await self._server().sleep.remote()
 
     @torch.no_grad()
-    async def update_weights(
+    async def update_weights(  # noqa: D102
         self,
         weights: Generator[tuple[str, torch.Tensor], None, None],
         global_steps: int | None = None,
         wire_format: str = "named_tensors",
         **_: Any,
-    ) -> None:  # noqa: D102
+    ) -> None:
         if wire_format != "named_tensors":
             raise ValueError(f"the local rollout engine takes named tensors, not {wire_format}")
         named = [(name, tensor.detach().cpu()) for name, tensor in weights]

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+
 def server_name(rank: int) -> str:
     """Ray name of the server of one rank."""
     return f"sqlbench_local_{rank}"

@@ -50,8 +50,10 @@ class StepRecord:
         self.groups = {r.task_key for r in records}
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Rollouts, failed rollouts, and over the scored ones: EX (mean reward), transitions and turns a rollout,
-        prompt and response tokens a transition, share of responses cut at the limit, seconds a rollout.
+        """Counts and means, by name.
+
+        Rollouts, failed rollouts, and over the scored ones: EX (mean reward), transitions and turns a rollout, prompt
+        and response tokens a transition, share of responses cut at the limit, seconds a rollout.
         """
         transitions = [t.completion for r in self.scored for t in r.transitions]
         values = {

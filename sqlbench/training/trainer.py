@@ -63,8 +63,9 @@ class SqlTrainer(PPOTrainerSync):
         record = StepRecord(self.reader.step(self.global_steps, validation))
         if record.failed > self.settings.max_failed_share * max(1, record.rollouts):
             raise TrainingError(
-                f"{record.failed} of {record.rollouts} rollouts of step {self.global_steps} failed, more than the share "
-                f"of {self.settings.max_failed_share} allowed by sqlbench.max_failed_share; first error: {record.error}"
+                f"{record.failed} of {record.rollouts} rollouts of step {self.global_steps} failed, more than the "
+                f"share of {self.settings.max_failed_share} allowed by sqlbench.max_failed_share; "
+                f"first error: {record.error}"
             )
         return record
 

@@ -126,7 +126,8 @@ def _serve(server: socket.socket, driver: int) -> int:
                     pid, status = ended[0], os.waitstatus_to_exitcode(ended[1])
                     if pid == driver:
                         return status if status >= 0 else 128 - status
-                    if connection := clients.pop(pid, None):
+                    if pid in clients:
+                        connection = clients.pop(pid)
                         with contextlib.suppress(OSError):
                             connection.sendall(str(abs(status)).encode())
                         connection.close()

@@ -76,7 +76,7 @@ class TestSmoke:
         assert len(pd.read_csv(tables / "accuracy.csv")) == 2
 
     def test_figures_are_left_as_png_and_svg(self, smoke: NotebookRun) -> None:
-        for name in ("training", "reward_curves", "time_split", "before_after", "ablation"):
+        for name in ("training", "reward_curves", "all_curves", "time_split", "before_after", "ablation"):
             assert (smoke.folder / "figures" / f"{name}.png").stat().st_size > 5_000, name
             assert (smoke.folder / "figures" / f"{name}.svg").stat().st_size > 5_000, name
 

@@ -23,21 +23,42 @@ from sqlbench.profiles import PROFILES, merged
 from sqlbench.training.launch import compose, describe, train
 from sqlbench.training.metrics import StepRecord, TrajectoryReader, read_rows, write_rows
 
-SEED_EXPERIMENT = """
-algorithm.adv_estimator=grpo actor_rollout_ref.rollout.tensor_model_parallel_size=1 trainer.n_gpus_per_node=1
-data.train_batch_size=32 actor_rollout_ref.rollout.n=4 actor_rollout_ref.actor.ppo_mini_batch_size=32
-actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4
-actor_rollout_ref.rollout.multi_turn.format=hermes actor_rollout_ref.model.path=Qwen/Qwen2.5-Coder-3B-Instruct
-data.max_prompt_length=4096 data.max_response_length=2048 data.truncation=error trainer.val_before_train=True
-actor_rollout_ref.actor.optim.lr=1e-06 actor_rollout_ref.model.use_remove_padding=True
-actor_rollout_ref.actor.use_kl_loss=False actor_rollout_ref.actor.kl_loss_coef=0.0 actor_rollout_ref.actor.entropy_coeff=0
-actor_rollout_ref.actor.clip_ratio_low=0.2 actor_rollout_ref.actor.clip_ratio_high=0.3
-actor_rollout_ref.model.enable_gradient_checkpointing=True actor_rollout_ref.actor.fsdp_config.param_offload=True
-actor_rollout_ref.actor.fsdp_config.optimizer_offload=True actor_rollout_ref.rollout.name=vllm
-actor_rollout_ref.rollout.gpu_memory_utilization=0.8 actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8
-actor_rollout_ref.ref.fsdp_config.param_offload=True algorithm.use_kl_in_reward=False trainer.critic_warmup=0
-trainer.nnodes=1 trainer.save_freq=256 trainer.test_freq=32 trainer.total_epochs=2
-""".split()
+SEED_EXPERIMENT = [
+    "algorithm.adv_estimator=grpo",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+    "trainer.n_gpus_per_node=1",
+    "data.train_batch_size=32",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=32",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.multi_turn.format=hermes",
+    "actor_rollout_ref.model.path=Qwen/Qwen2.5-Coder-3B-Instruct",
+    "data.max_prompt_length=4096",
+    "data.max_response_length=2048",
+    "data.truncation=error",
+    "trainer.val_before_train=True",
+    "actor_rollout_ref.actor.optim.lr=1e-06",
+    "actor_rollout_ref.model.use_remove_padding=True",
+    "actor_rollout_ref.actor.use_kl_loss=False",
+    "actor_rollout_ref.actor.kl_loss_coef=0.0",
+    "actor_rollout_ref.actor.entropy_coeff=0",
+    "actor_rollout_ref.actor.clip_ratio_low=0.2",
+    "actor_rollout_ref.actor.clip_ratio_high=0.3",
+    "actor_rollout_ref.model.enable_gradient_checkpointing=True",
+    "actor_rollout_ref.actor.fsdp_config.param_offload=True",
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",
+    "actor_rollout_ref.rollout.name=vllm",
+    "actor_rollout_ref.rollout.gpu_memory_utilization=0.8",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.ref.fsdp_config.param_offload=True",
+    "algorithm.use_kl_in_reward=False",
+    "trainer.critic_warmup=0",
+    "trainer.nnodes=1",
+    "trainer.save_freq=256",
+    "trainer.test_freq=32",
+    "trainer.total_epochs=2",
+]
 
 
 def composed(profile: str, tmp_path: Path, *overrides: str) -> Any:
@@ -72,11 +93,10 @@ def test_profiles_pass_verls_own_validation(profile: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("profile", ["gpu", "laptop"])
 def test_profiles_only_name_keys_that_verl_has(profile: str, tmp_path: Path) -> None:
+    import verl
     from hydra import compose as plain
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
-
-    import verl
 
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
         defaults = OmegaConf.to_container(plain("ppo_trainer"))
@@ -212,8 +232,9 @@ def test_per_rollout_mean_weighs_rollouts_alike_and_token_mean_tokens() -> None:
 
 
 def test_losses_are_registered_with_verl_by_name() -> None:
-    import sqlbench.training.loss as loss
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    import sqlbench.training.loss as loss
 
     assert get_policy_loss_fn("per_rollout_mean") is loss.per_rollout_mean
     assert get_policy_loss_fn("token_mean") is loss.token_mean
@@ -251,7 +272,9 @@ def test_agent_loop_engine_and_auto_tokenizer_give_the_same_ids() -> None:
     model = _ServerModel(loop, {}, "nano", seed=1)
     messages = [
         Message(role="system", content="write SQLite"),
-        Message(role="user", content="How many singers named O'Néil are older than 1234?\n singer: singer_id, name_x, age"),
+        Message(
+            role="user", content="How many singers named O'Néil are older than 1234?\n singer: singer_id, name_x, age"
+        ),
     ]
     answer = asyncio.run(model.complete(messages))
     plain = [m.model_dump() for m in messages]

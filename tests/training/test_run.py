@@ -1,4 +1,4 @@
-"""One real training through verl on the laptop profile: killed after a checkpoint, resumed, then looked at from all sides."""
+"""One real training through verl on the laptop profile: killed after a checkpoint, resumed, then looked at."""
 
 from __future__ import annotations
 
@@ -83,7 +83,13 @@ def test_resumes_at_the_saved_step_and_logs_every_step_once(killed_and_resumed: 
 
 def test_rollouts_are_on_record_once_and_none_failed(killed_and_resumed: tuple[Path, int]) -> None:
     records = list(RunFolder(killed_and_resumed[0]).trajectories())
-    assert Counter((r.step, r.validation) for r in records) == {(0, True): 4, (1, False): 8, (2, False): 8, (3, False): 8, (3, True): 4}
+    assert Counter((r.step, r.validation) for r in records) == {
+        (0, True): 4,
+        (1, False): 8,
+        (2, False): 8,
+        (3, False): 8,
+        (3, True): 4,
+    }
     assert not any(r.failed for r in records)
     for step in (1, 2, 3):
         groups = Counter((r.task_key, r.sample) for r in records if r.step == step and not r.validation)
@@ -120,7 +126,9 @@ def test_every_step_logs_all_that_was_promised(killed_and_resumed: tuple[Path, i
 
 def test_rollout_and_trainer_probabilities_agree(killed_and_resumed: tuple[Path, int]) -> None:
     rows = read_rows(killed_and_resumed[0] / "metrics.jsonl")
-    checked = [row["training/rollout_probs_diff_max"] for row in rows.values() if "training/rollout_probs_diff_max" in row]
+    checked = [
+        row["training/rollout_probs_diff_max"] for row in rows.values() if "training/rollout_probs_diff_max" in row
+    ]
     gaps = [row["actor/rollout_probs_gap"] for row in rows.values() if "actor/rollout_probs_gap" in row]
     assert len(checked) >= 2 and max(checked) < 1e-4
     assert len(gaps) >= 2 and max(gaps) < 1e-4

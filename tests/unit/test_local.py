@@ -193,7 +193,9 @@ def test_chat_model_records_the_tokens_it_used(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["", "config.json", "model.safetensors"])
-def test_an_incomplete_checkpoint_is_refused_with_what_is_missing(checkpoint: Path, tmp_path: Path, missing: str) -> None:
+def test_an_incomplete_checkpoint_is_refused_with_what_is_missing(
+    checkpoint: Path, tmp_path: Path, missing: str
+) -> None:
     folder = tmp_path / "folder"
     if missing:
         folder.mkdir()
