@@ -83,7 +83,7 @@ def data_audit(data: Data = POCKET) -> None:
 @nano_app.command("train")
 def nano_train(
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
-    minutes: Annotated[float, typer.Option(help="Time budget, as if --threads processors were free.")] = 9.0,
+    minutes: Annotated[float, typer.Option(help="Time budget, as if --threads processors were free.")] = 10.0,
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="Processors to use.")] = 2,
 ) -> None:

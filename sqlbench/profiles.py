@@ -73,7 +73,10 @@ _COMMON: dict[str, Any] = {
             "calculate_log_probs": True,
             "multi_turn": {"format": "hermes"},
             "val_kwargs": {"temperature": 0, "do_sample": False},
-            "agent": {"default_agent_loop": "sqlbench"},
+            "agent": {
+                "default_agent_loop": "sqlbench",
+                "agent_loop_manager_class": "sqlbench.training.agent_loop.SqlAgentLoopManager",
+            },
         },
     },
     "trainer": {
@@ -117,7 +120,7 @@ _LAPTOP: dict[str, Any] = {
             "max_model_len": 736,
             "log_prob_micro_batch_size_per_gpu": 16,
             "agent": {"num_workers": 1},
-            "engine_kwargs": {"local": {"threads": 1, "wait_ms": 15}},
+            "engine_kwargs": {"local": {"threads": 1}},
         },
     },
     "reward": {"num_workers": 0},

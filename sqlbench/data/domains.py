@@ -291,7 +291,11 @@ def _identifier_words(domains: list[Domain]) -> set[str]:
     return {word for name in names for word in name.split("_")}
 
 
-NOVEL_WORDS = _identifier_words(unseen_domains()) - _identifier_words(seen_domains()) - {*_QUANTITIES, *_CATEGORIES, "of", "at"}
+NOVEL_WORDS = (
+    _identifier_words(unseen_domains())
+    - _identifier_words(seen_domains())
+    - {*_QUANTITIES, *_CATEGORIES, "of", "at", "code"}
+)
 """Words of unseen schemas that no pretraining identifier may use."""
 WORDS = sorted(set(_WORDS.split()) - NOVEL_WORDS - KEYWORDS)
 
@@ -309,7 +313,11 @@ def _name(rng: Random, style: str) -> str:
     if style == "firm":
         return f"{rng.choice(_BACK)} {rng.choice(_FIRM)}"
     if style == "place":
-        return f"{rng.choice(_FRONT)} {rng.choice(_BACK)}" if rng.random() < 0.7 else f"{rng.choice(_LAST)} {rng.choice(_BACK)}"
+        return (
+            f"{rng.choice(_FRONT)} {rng.choice(_BACK)}"
+            if rng.random() < 0.7
+            else f"{rng.choice(_LAST)} {rng.choice(_BACK)}"
+        )
     return f"{rng.choice(_FRONT)} {rng.choice(_BACK)}"
 
 
@@ -334,7 +342,11 @@ def _column(rng: Random, f: Field, size: int, domain: Domain) -> list:
         return rng.choices(used, weights, k=size)
     if f.kind == "name":
         if f.pool[0] == "made":
-            return rng.sample(f.pool[1:], size) if size < len(f.pool) else [f.pool[1 + i % (len(f.pool) - 1)] for i in range(size)]
+            return (
+                rng.sample(f.pool[1:], size)
+                if size < len(f.pool)
+                else [f.pool[1 + i % (len(f.pool) - 1)] for i in range(size)]
+            )
         return _unique(rng, size, lambda: _name(rng, f.pool[0]))
     if f.kind == "category":
         pool = rng.sample(f.pool, min(len(f.pool), rng.randint(4, 7)))
@@ -430,7 +442,13 @@ class Inventor:
         def texts(is_name: bool, size: int) -> list[str]:
             return _unique(rng, size, lambda: self.text(rng, is_name))
 
-        name = rng.choice(_NAMES) if rng.random() < 0.5 else f"{table}_name" if rng.random() < 0.5 else self.identifier(rng)
+        name = (
+            rng.choice(_NAMES)
+            if rng.random() < 0.5
+            else f"{table}_name"
+            if rng.random() < 0.5
+            else self.identifier(rng)
+        )
         add(name, "name", ["made", *texts(True, 14)])
         for _ in range(rng.choice((1, 1, 2)) if level else 1):
             column = rng.choice(_CATEGORIES) if rng.random() < 0.25 else self.identifier(rng)

@@ -112,10 +112,10 @@ class Examples:
         seed: int,
         starts: list[str] | None = None,
         middles: list[str] | None = None,
-        made_up: float = 0.75,
+        made_up: float = 0.7,
         rewrite: float = 0.15,
         check: float = 0.08,
-        disturbed: float = 0.5,
+        disturbed: float = 0.6,
     ) -> None:
         self.rng = Random(f"pretraining {seed}")
         self.inventor = Inventor(starts, middles)

@@ -17,12 +17,15 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError
+
+if TYPE_CHECKING:
+    from sqlbench.models.decoder import Decoder
 
 _COMPACT_BELOW = 0.75
 """Share of unfinished rows below which finished rows are taken out of the key-value cache (a copy of the cache)."""
@@ -142,6 +145,7 @@ class LocalEngine:
         except Exception as error:
             raise ModelError(f"cannot load the checkpoint {folder}: {type(error).__name__}: {error}") from error
         self.model.eval()
+        self._decoder: Decoder | None = None
         self.device = torch.device(device)
         self.max_model_len = min(
             max_model_len, int(getattr(self.model.config, "max_position_embeddings", max_model_len))
@@ -168,7 +172,10 @@ class LocalEngine:
                 )
         import torch
 
+        from sqlbench.models.decoder import Decoder
+
         with torch.inference_mode():
+            self._decoder = self._decoder or Decoder.of(self.model)
             return self._generate(requests)
 
     def _generate(self, requests: list[GenerationRequest]) -> list[Generation]:
@@ -302,6 +309,7 @@ class LocalEngine:
                 if name not in state or state[name].shape != tensor.shape:
                     raise ModelError(f"weight '{name}' of shape {tuple(tensor.shape)} does not belong to this model")
                 state[name].copy_(tensor)
+        self._decoder = None
 
     def checksum(self) -> str:
         """Hash of all weights; equal checksums mean equal models."""

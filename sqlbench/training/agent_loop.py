@@ -3,6 +3,9 @@
 Guarantees: the tokens and log-probabilities handed to the trainer are those that were sampled; the reward sits on the
 last output of a rollout, and verl gives its advantage to all of them; a failed rollout hands over nothing (its group
 goes on without it) but is on record with all others in ``trajectories.jsonl``.
+
+`SqlAgentLoopManager` and its worker are verl's own but for cost: a group of rollouts is handed over at once instead of
+rollout by rollout, without the columns that nobody reads, and prompts go to a local server in batches.
 """
 
 from __future__ import annotations
@@ -10,11 +13,18 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import ray
+import torch
+import transfer_queue as tq
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from sqlbench.agent.prompts import prompts_for
 from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transition
@@ -22,8 +32,9 @@ from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import ModelError
-from sqlbench.models.local import encode_chat
+from sqlbench.models.local import BatchedEngine, Generation, GenerationRequest, encode_chat
 from sqlbench.rollout import rollout
+from sqlbench.training.local_server import server_name
 
 
 def stable_number(*parts: object) -> int:
@@ -131,3 +142,113 @@ class _ServerModel:
             finish_reason="length" if len(tokens) >= length and tokens[-1] != tokenizer.eos_token_id else "stop",
             seconds=time.perf_counter() - start,
         )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """verl's ``TokenOutput``, by shape."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    stop_reason: str
+    extra_fields: dict[str, Any]
+
+
+class _RemoteEngine:
+    """The servers of `sqlbench.training.local_server` in the place of a `LocalEngine`, one batch to each in turn."""
+
+    def __init__(self, servers: int) -> None:
+        self.servers = [ray.get_actor(server_name(rank)) for rank in range(servers)]
+        self.steps = 0
+        self._turn = 0
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        self._turn += 1
+        server = self.servers[self._turn % len(self.servers)]
+        answers, self.steps = ray.get(server.generate_batch.remote(requests))
+        return answers
+
+
+class LocalClient:
+    """verl's client of rollout servers, for local ones: collects prompts into batches."""
+
+    def __init__(self, config: Any, servers: int) -> None:
+        self.config, self.servers = config, servers
+        self._batched: BatchedEngine | None = None
+
+    async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any]) -> _Answer:
+        """Sample one answer."""
+        rollout = self.config.actor_rollout_ref.rollout
+        if self._batched is None:
+            self._engine = _RemoteEngine(self.servers)
+            self._batched = BatchedEngine(self._engine, rollout.max_num_seqs)  # type: ignore[arg-type]
+        request = GenerationRequest(
+            tuple(prompt_ids),
+            rollout.response_length,
+            sampling_params["temperature"],
+            sampling_params["top_p"],
+            sampling_params["top_k"],
+            sampling_params.get("seed"),
+        )
+        answer = await self._batched.generate(request)
+        steps = dict.fromkeys(("global_steps", "min_global_steps", "max_global_steps"), self._engine.steps)
+        return _Answer(answer.token_ids, answer.logprobs, answer.finish_reason, steps)
+
+
+class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc,name-defined]
+    """verl's worker, handing over whole groups."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._groups: dict[str, list[Any]] = defaultdict(list)
+
+    async def _agent_loop_postprocess(self, output: list[AgentLoopOutput], validate: bool, **row: Any) -> None:
+        group = self._groups[row["uid"]]
+        group.append((row["session_id"], output))
+        rollout = self.config.actor_rollout_ref.rollout
+        if len(group) < (rollout.val_kwargs.n if validate else rollout.n):
+            return
+        del self._groups[row["uid"]]
+        keys, fields, tags = [], [], []
+        for session, outputs in sorted(group, key=lambda pair: pair[0]):
+            for index, transition in enumerate(outputs):
+                keys.append(f"{row['uid']}_{session}_{index}")
+                fields.append(self._fields(transition, outputs[-1], row))
+                tags.append(self._tag(transition, row))
+        if keys:
+            table = list_of_dict_to_tensordict(fields)
+            await tq.async_kv_batch_put(keys=keys, fields=table, tags=tags, partition_id="val" if validate else "train")
+
+    @staticmethod
+    def _fields(output: AgentLoopOutput, last: AgentLoopOutput, row: dict[str, Any]) -> dict[str, Any]:
+        output.reward_score = last.reward_score
+        fields = output.as_dict()
+        fields |= {name: row[name] for name in ("uid", "data_source", "reward_model")}
+        fields["input_ids"] = torch.cat([fields["prompts"], fields["responses"]])
+        fields["position_ids"] = torch.arange(len(fields["input_ids"]))
+        fields["loss_mask"] = fields["response_mask"]
+        fields["multi_modal_inputs"] = {}
+        return fields
+
+    @staticmethod
+    def _tag(output: AgentLoopOutput, row: dict[str, Any]) -> dict[str, Any]:
+        prompt, response = len(output.prompt_ids), len(output.response_ids)
+        return {
+            "status": "success",
+            "prompt_len": prompt,
+            "response_len": response,
+            "seq_len": prompt + response,
+            "global_steps": row["global_steps"],
+            "min_global_steps": output.extra_fields["min_global_steps"],
+            "max_global_steps": output.extra_fields["max_global_steps"],
+        }
+
+
+class SqlAgentLoopManager(AgentLoopManagerTQ):
+    """verl's manager with our worker, and our client where the rollout servers are local."""
+
+    def __init__(self, config: Any, llm_client: Any, *arguments: Any, **options: Any) -> None:
+        if config.actor_rollout_ref.rollout.name == "local":
+            llm_client = LocalClient(config, config.trainer.n_gpus_per_node * config.trainer.nnodes)
+        super().__init__(config, llm_client, *arguments, **options)
+        self.agent_loop_workers_class = ray.remote(SqlAgentLoopWorker)

@@ -136,7 +136,6 @@ class CPUPlatform(PlatformBase):
         return None
 
 
-
 if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
     # The FSDP engine works on a CPU but is registered for cuda and npu only; this is verl's own override.
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")

@@ -25,22 +25,18 @@ class LocalReplica(RolloutReplica):
 
     async def launch_servers(self) -> None:  # noqa: D102
         node = ray.get_runtime_context().get_node_id()
-        options = dict(self.config.engine_kwargs.get("local", {}))
         server = (
             ray.remote(LocalServer)
             .options(
                 name=server_name(self.replica_rank),
                 num_cpus=0,
-                max_concurrency=self.max_concurrency,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False),
             )
             .remote(
                 omega_conf_to_dataclass(self.model_config).local_path,
-                response_length=self.config.response_length,
                 max_model_len=self.config.max_model_len or self.config.prompt_length + self.config.response_length,
-                max_batch=self.config.max_num_seqs,
                 dtype=self.config.dtype,
-                **options,
+                **dict(self.config.engine_kwargs.get("local", {})),
             )
         )
         await server.checksum.remote()

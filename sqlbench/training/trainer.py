@@ -30,7 +30,7 @@ from sqlbench.training.agent_loop import trained_transitions
 from sqlbench.training.loss import rollout_weights
 from sqlbench.training.metrics import StepRecord, TrajectoryReader
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.05
 
 
 @contextmanager
