@@ -1,5 +1,5 @@
 # make install | demo | test | check | lab | reproduce | bench | clean
-# Variables: PYTHON (interpreter to use), TORCH_INDEX (a further index, for another build of torch), VENV, RUN (name of the run to write).
+# Variables: PYTHON (interpreter to use), TORCH_INDEX (a further index, for another build of torch), VENV, RUN (name of the run to write), SPIDER and PAIRS (for bench).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
@@ -73,8 +73,10 @@ test: check
 lab: $(INSTALLED)
 	@$(BIN)/jupyter lab notebooks
 
+# The pairs are rows of db_id, gold, pred over a Spider release, as `sqlbench score` reads them.
 bench: $(INSTALLED)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@test -n "$(SPIDER)" -a -n "$(PAIRS)" || { echo "error: name the data: make bench SPIDER=<release folder> PAIRS=<pairs.jsonl>" >&2; exit 1; }
+	@$(BIN)/python benchmarks/reward.py --data $(SPIDER) --pairs $(PAIRS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -13,6 +13,7 @@ differ in sentence frames and in the words for operations:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -241,6 +242,10 @@ class Scope:
         if self.filler and self.rng.random() < (0.25 if operation == "ask" else 0.08):
             return self.filler(self.rng)
         return words
+
+    def own_words_in(self, text: str) -> bool:
+        """Whether a sentence holds a wording that no earlier family has."""
+        return any(all(piece in text for piece in re.split(r"\{\w+\}", own)) for own in self.own)
 
     def disturb(self, pattern: str) -> str:
         """A pattern with idle words put in, and some small words lost or replaced (where a filler is given)."""
@@ -583,7 +588,7 @@ def _aggregate_where(s: Scope) -> str:
 
 @_construct("distinct", 3, 0,
     "{ask} the {distinct} {N} of {T} | {ask} the {distinct} {N} of all {T}",
-    "{ask} the {distinct} {N} {all} {T} | Which {distinct} {N} occur for {T}",
+    "{ask} the {distinct} {N} to be found for {T} | Which {distinct} {N} occur for {T}",
     "{ask} the {distinct} {N} {all} {T} | Which {distinct} {N} appear among the {T}",
     "{ask} every {distinct} value of {n} from the {T} | Which {distinct} {N} can be met among {T}")
 def _distinct(s: Scope) -> str:
@@ -1013,18 +1018,18 @@ def draw(
             sql = kind.build(scope)
         except Skip:
             continue
-        own_frame = family == "A" or rng.random() >= _EVERYDAY
-        frame = rng.choice(kind.frames[family if own_frame else "A"])
+        frame = rng.choice(kind.frames["A" if rng.random() < _EVERYDAY else family])
+        new = family == "A" or all(frame not in kind.frames[f] for f in FAMILIES[: FAMILIES.index(family)])
         for name in _PICKED:
             if f"{{{name}}}" in frame and name not in scope.slots:
                 scope.slots[name] = scope.word(name)
-        if family != "A" and not own_frame and not scope.own:
-            continue
         frame = scope.disturb(frame)
         if "ask" in scope.slots and not frame.startswith("{ask}"):
             ask = scope.slots["ask"]
             scope.slots["ask"] = ask if ask.startswith("I ") else ask[0].lower() + ask[1:]
         text = frame.format_map(scope.slots)
+        if not new and not scope.own_words_in(text):
+            continue
         text = text[0].upper() + text[1:]
         question = text + ("?" if text.startswith(("What", "How", "Which", "Where do")) and "? " not in text else ".")
         return Draft(question, sql, kind.name, scope.keys)

@@ -214,17 +214,12 @@ class LocalEngine:
                 chosen, mask, position, temperature = chosen[keep], mask[keep], position[keep], temperature[keep]
                 rows = rows[active]
             mask[:, width + step - 1] = 1
-            logits = (
-                self.model(
-                    input_ids=chosen.unsqueeze(1),
-                    attention_mask=mask[:, : width + step],
-                    position_ids=position,
-                    past_key_values=cache,
-                    logits_to_keep=1,
-                )
-                .logits[:, -1]
-                .float()
-            )
+            visible = mask[:, : width + step]
+            if self._decoder is not None:
+                logits = self._decoder.step(chosen, position, visible, cache.layers)
+            else:
+                out = self.model(chosen.unsqueeze(1), visible, position, cache, logits_to_keep=1)
+                logits = out.logits[:, -1].float()
             position = position + 1
         return [
             Generation(

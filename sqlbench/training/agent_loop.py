@@ -195,7 +195,7 @@ class LocalClient:
         return _Answer(answer.token_ids, answer.logprobs, answer.finish_reason, steps)
 
 
-class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc,name-defined]
+class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     """verl's worker, handing over whole groups."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -179,13 +179,17 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
     return lines
 
 
-def export_policy(run: str | Path) -> Path:
+def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
     """Copy the newest checkpoint of a run to ``<run>/policy`` as a complete Hugging Face folder, and return it.
 
     Tokenizer and family files come from the policy that training started from, byte by byte.
 
+    Args:
+        run: run folder.
+        start: that policy; as the run's configuration names it by default.
+
     Raises:
-        TrainingError: the run has no checkpoint yet.
+        TrainingError: the run has no checkpoint yet, or the policy it started from is gone.
     """
     run = Path(run)
     saved = sorted((run / "checkpoints").glob("global_step_*/actor/huggingface/config.json"), key=_step_of)
@@ -194,7 +198,12 @@ def export_policy(run: str | Path) -> Path:
     target, building = run / "policy", run / ".policy.new"
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(saved[-1].parent, building)
-    start = Path(RunFolder(run).config()["config"]["sqlbench"]["model"])
+    record = RunFolder(run).config()
+    start = Path(start or record["config"]["sqlbench"]["model"])
+    if record["model_files"] and not start.is_dir():
+        raise TrainingError(
+            f"{run} started from the policy {start}, which is not there; run this in the project's folder"
+        )
     if start.is_dir():
         for file in start.iterdir():
             if file.is_file() and ("token" in file.name or file.name in ("sqlbench.json", "chat_template.jinja")):
@@ -239,6 +248,15 @@ def _literal(value: Any) -> str:
     if isinstance(value, str) and not value.startswith("${"):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _portable(value: Any) -> Any:
+    """A configuration with paths below the working directory made relative, so that it can be shared."""
+    if isinstance(value, dict):
+        return {key: _portable(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_portable(below) for below in value]
+    return value.replace(f"{Path.cwd()}/", "") if isinstance(value, str) else value
 
 
 def _gpu_present() -> bool:
@@ -307,7 +325,7 @@ class _Run:
             "tasks": _digest(t.key for t in self.tasks),
             "validation_tasks": _digest(t.key for t in self.validation),
             "model_files": _model_digest(self.config.sqlbench.model),
-            "config": OmegaConf.to_container(self.config, resolve=True),
+            "config": _portable(OmegaConf.to_container(self.config, resolve=True)),
         }
         folder = RunFolder(self.folder)
         with folder.open(record, overwrite=overwrite):
@@ -321,7 +339,7 @@ class _Run:
             rows = read_rows(self.folder / METRICS)
             if max(rows, default=0) < self.total:
                 raise TrainingError(f"verl ended at step {max(rows, default=0)} of {self.total}; see {self._log()}")
-            export_policy(self.folder)
+            export_policy(self.folder, self.config.sqlbench.model)
             validated = [row["sqlbench/val_ex"] for row in rows.values() if "sqlbench/val_ex" in row]
             folder.finish(
                 {

@@ -1,9 +1,9 @@
 """Ray actors of the laptop profile that do without verl, so that they start quickly: the sampling server, the router.
 
-`LocalServer` answers whole batches, which the agent loop's worker collects (`sqlbench.training.agent_loop.LocalClient`):
-one remote call a batch instead of three a prompt. The other methods are those that verl's synchronous trainer calls on
-a rollout server. Calls are served one after another, so weights never change under a batch. `Router` is what verl wants
-as a load balancer; the client does not ask it.
+`LocalServer` answers whole batches, which the agent loop's worker collects
+(`sqlbench.training.agent_loop.LocalClient`): one remote call a batch instead of three a prompt. The other methods are
+those that verl's synchronous trainer calls on a rollout server. Calls are served one after another, so weights never
+change under a batch. `Router` is what verl wants as a load balancer; the client does not ask it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,37 @@ def test_logprobs_are_those_of_a_plain_forward_pass(engine: LocalEngine, tempera
         assert torch.allclose(expected, torch.tensor(answer.logprobs, dtype=torch.float32), atol=1e-4)
         if temperature == 0:
             assert logits.argmax(-1).tolist() == answer.token_ids
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Phi3"])
+def test_other_families_agree_with_a_plain_forward_pass_too(checkpoint: Path, tmp_path: Path, family: str) -> None:
+    """Qwen2 has biases, Qwen3 norms of queries and keys; Phi3 is not known to the decoder and takes the general way."""
+    import transformers
+
+    from sqlbench.models.decoder import Decoder
+
+    shutil.copytree(checkpoint, tmp_path / "m")
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(tmp_path / "m")
+    engine = LocalEngine(tmp_path / "m", max_model_len=128)
+    test_logprobs_are_those_of_a_plain_forward_pass(engine, 1.0)
+    assert (Decoder.of(engine.model) is None) == (family == "Phi3")
 
 
 def test_a_seeded_request_gives_the_same_tokens_in_any_batch(engine: LocalEngine) -> None:

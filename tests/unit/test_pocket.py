@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sqlite3
@@ -103,11 +104,9 @@ def test_there_are_four_hardness_levels_and_thirty_constructs_in_every_family(ta
 
 def test_no_question_is_worded_the_same_in_two_families() -> None:
     domain = fill(seen_domains()[0], Random(0))
-    said = {f: {draw(domain, Random(f"{i}"), f).question for i in range(400)} for f in FAMILIES}
-    for f in FAMILIES:
-        for g in FAMILIES:
-            if f < g:
-                assert len(said[f] & said[g]) < 12, sorted(said[f] & said[g])[:3]
+    said = {f: {draw(domain, Random(f"{i}"), f).question for i in range(1500)} for f in FAMILIES}
+    for f, g in itertools.combinations(FAMILIES, 2):
+        assert not said[f] & said[g]
 
 
 def test_every_family_has_words_for_every_operation_and_frames_for_every_construct() -> None:
@@ -137,7 +136,8 @@ def test_made_up_schemas_use_no_word_of_an_unseen_schema() -> None:
     for _ in range(200):
         domain = inventor.domain(rng, 2)
         names = {n for t, fields in domain.tables.items() for n in (t, *(f.name for f in fields))}
-        assert not NOVEL_WORDS & {w for n in names for w in n.split("_")}
+        words = {w for n in names for w in n.split("_")} - {"code"}  # ``_code`` ends made-up keys, by construction
+        assert not NOVEL_WORDS & words
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
