@@ -202,6 +202,13 @@ class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         super().__init__(*arguments, **options)
         self._groups: dict[str, list[Any]] = defaultdict(list)
 
+    async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **row: Any) -> None:
+        try:
+            await super()._run_agent_loop(sampling_params, trajectory, **row)
+        except Exception:  # a fault of ours, not of a model or database: the group goes on, the rollout is missing
+            await self._agent_loop_postprocess([], trajectory["validate"], **row)
+            raise
+
     async def _agent_loop_postprocess(self, output: list[AgentLoopOutput], validate: bool, **row: Any) -> None:
         group = self._groups[row["uid"]]
         group.append((row["session_id"], output))

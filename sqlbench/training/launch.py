@@ -399,7 +399,10 @@ class _Run:
         _clear_abandoned()
         ray_folder = Path(tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-"))
         metrics_file = ray_folder / "metrics.jsonl"
-        environment = _environment(self.profile, ray_folder, metrics_file)
+        environment = _environment(self.profile, metrics_file)
+        if self.config.ray_kwargs.ray_init.get("address") == "local":
+            # Ray's own default for a new cluster, but with a token of this run instead of one in the home directory.
+            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         with self._log().open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sqlbench.training.worker", str(config_file), str(os.getpid()), str(ray_folder)],
@@ -463,7 +466,7 @@ def describe(step: int, data: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def _environment(profile: Profile, ray_folder: Path, metrics_file: Path) -> dict[str, str]:
+def _environment(profile: Profile, metrics_file: Path) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "VERL_FILE_LOGGER_PATH")}
     if not environment.get("CUDA_VISIBLE_DEVICES", "unset"):
         del environment["CUDA_VISIBLE_DEVICES"]  # Ray refuses an empty one
@@ -474,9 +477,6 @@ def _environment(profile: Profile, ray_folder: Path, metrics_file: Path) -> dict
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Ray's own default for a new cluster, but with a token of this run instead of one in the home directory.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     here = Path(__file__).resolve().parent
     paths = [str(here.parents[1]), *filter(None, [environment.get("PYTHONPATH")])]

@@ -59,13 +59,19 @@ class SqlTrainer(PPOTrainerSync):
     # -- counting and stopping
 
     def _record(self, validation: bool) -> StepRecord:
-        """What is on record about the rollouts of this step; stops the run where too many failed."""
+        """What is on record about the rollouts of this step; stops the run where too many failed or are missing."""
+        rollout = self.config.actor_rollout_ref.rollout
+        if validation:
+            expected = len(self.val_dataset) * rollout.val_kwargs.n
+        else:
+            expected = self.config.data.train_batch_size * rollout.n
         record = StepRecord(self.reader.step(self.global_steps, validation))
-        if record.failed > self.settings.max_failed_share * max(1, record.rollouts):
+        failed = record.failed + max(0, expected - record.rollouts)
+        if failed > self.settings.max_failed_share * expected:
             raise TrainingError(
-                f"{record.failed} of {record.rollouts} rollouts of step {self.global_steps} failed, more than the "
+                f"{failed} of {expected} rollouts of step {self.global_steps} failed, more than the "
                 f"share of {self.settings.max_failed_share} allowed by sqlbench.max_failed_share; "
-                f"first error: {record.error}"
+                f"first error: {record.error or 'not on record, see the log'}"
             )
         return record
 
@@ -151,7 +157,8 @@ class SqlTrainer(PPOTrainerSync):
         rows = len(batch.keys) // self._optimizer_steps()
         with changed(section.actor, ppo_mini_batch_size=rows), changed(section.rollout, n=1):
             batch = super()._update_actor(batch, metrics)
-        metrics["actor/entropy"] = metrics.pop("actor/entropy_loss")
+        if "actor/entropy_loss" in metrics:
+            metrics["actor/entropy"] = metrics.pop("actor/entropy_loss")
         return batch
 
     # -- loss and checks

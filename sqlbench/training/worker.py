@@ -115,12 +115,6 @@ def _serve(server: socket.socket, driver: int) -> int:
         selector.register(server, selectors.EVENT_READ)
         selector.register(wakeup, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select():
-                if key.fileobj is server:
-                    connection, _ = server.accept()
-                    clients[_start_worker(connection)] = connection
-                else:
-                    os.read(wakeup, 4096)
             with contextlib.suppress(ChildProcessError):
                 while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                     pid, status = ended[0], os.waitstatus_to_exitcode(ended[1])
@@ -131,6 +125,12 @@ def _serve(server: socket.socket, driver: int) -> int:
                         with contextlib.suppress(OSError):
                             connection.sendall(str(abs(status)).encode())
                         connection.close()
+            for key, _ in selector.select():
+                if key.fileobj is server:
+                    connection, _ = server.accept()
+                    clients[_start_worker(connection)] = connection
+                else:
+                    os.read(wakeup, 4096)
 
 
 def _start_worker(connection: socket.socket) -> int:

@@ -22,6 +22,8 @@ from sqlbench.runs import RunFolder
 from sqlbench.training.launch import RAY_FOLDER, latest_checkpoint, train
 from sqlbench.training.metrics import read_rows
 
+pytestmark = pytest.mark.training
+
 TINY = [
     "data.train_batch_size=2",
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
