@@ -124,8 +124,9 @@ class Examples:
         self.seen = [fill(d, self.rng) for d in seen_domains()]
 
     def draw(self, level: int) -> Example:
-        """One example; level 2 also mixes in easier ones."""
+        """One example; level 2 also mixes in easier ones, level 3 is level 2 with questions disturbed more."""
         rng = self.rng
+        late, level = level == 3, min(level, 2)
         agent = "write"
         if level == 2:
             share = rng.random()
@@ -138,7 +139,7 @@ class Examples:
                 fill(domain, rng)
         else:
             domain = self.inventor.domain(rng, level)
-        draft = self._draft(domain, level)
+        draft = self._draft(domain, level, late)
         schema = self._schema_text(domain, draft.sql, 0.4 if level == 2 else 0.9)
         if agent == "write":
             return Example(agent, self.prompts.write(draft.question, schema, "sqlite"), draft.sql)
@@ -153,10 +154,10 @@ class Examples:
             return Example(agent, self.prompts.check(draft.question, schema, "sqlite", sql, result), answer)
         return Example(agent, self.prompts.rewrite(draft.question, schema, "sqlite", sql, result, INCORRECT), answer)
 
-    def _draft(self, domain: Domain, level: int) -> Draft:
+    def _draft(self, domain: Domain, level: int, late: bool = False) -> Draft:
         while True:
             filler = self.inventor.word if self.rng.random() < self.disturbed else None
-            draft = draw(domain, self.rng, "A", level=level, filler=filler)
+            draft = draw(domain, self.rng, "A", level=level, filler=filler, late=late)
             if not held_out(domain.name, draft.sql) or domain.name == "made_up":
                 return draft
 

@@ -8,6 +8,9 @@ differ in sentence frames and in the words for operations:
 - ``D``: never trained on. Its frames are its own; its operation words are partly those of B and C (``exceeding``,
   ``tally``), partly its own, so that learning B and C can carry over to some of D, but not to all of it.
 
+As people do, B, C and D also use everyday frames and words of A (`_EVERYDAY`), but no sentence is said by two families:
+each has a frame or a word that no earlier family has.
+
 `draw` is deterministic in the state of its random generator.
 """
 
@@ -223,8 +226,10 @@ def _listing(parts: list[str]) -> str:
 class Scope:
     """What a construct draws from: a domain, a random generator and the words of one family."""
 
-    def __init__(self, domain: Domain, rng: Random, family: str, filler: Filler | None = None) -> None:
-        self.domain, self.rng, self.family, self.filler = domain, rng, family, filler
+    def __init__(
+        self, domain: Domain, rng: Random, family: str, filler: Filler | None = None, late: bool = False
+    ) -> None:
+        self.domain, self.rng, self.family, self.filler, self.late = domain, rng, family, filler, late
         self.slots: dict[str, str] = {}
         self.own: list[str] = []
         """Wordings drawn so far that no earlier family has."""
@@ -239,7 +244,7 @@ class Scope:
             self.own.append(words)
         if "{" in words:
             return self.disturb(words)
-        if self.filler and self.rng.random() < (0.25 if operation == "ask" else 0.08):
+        if self.filler and self.late and self.rng.random() < (0.25 if operation == "ask" else 0.15):
             return self.filler(self.rng)
         return words
 
@@ -248,17 +253,17 @@ class Scope:
         return any(all(piece in text for piece in re.split(r"\{\w+\}", own)) for own in self.own)
 
     def disturb(self, pattern: str) -> str:
-        """A pattern with idle words put in, and some small words lost or replaced (where a filler is given)."""
+        """A pattern with idle words put in and small words lost, late also replaced (where a filler is given)."""
         if self.filler is None:
             return pattern
         kept: list[str] = []
         for word in pattern.split(" "):
             beside_a_value = _VALUES.intersection((word, *kept[-1:]))
-            if self.rng.random() < 0.06 and not beside_a_value:
+            if self.rng.random() < 0.07 and not beside_a_value:
                 kept.append(self.filler(self.rng))
             fate = self.rng.random() if word in _SMALL else 1.0
-            if fate > 0.12:
-                kept.append(word if fate > 0.24 or beside_a_value else self.filler(self.rng))
+            if fate > 0.2 or (self.late and fate > 0.12):
+                kept.append(self.filler(self.rng) if self.late and fate < 0.24 and not beside_a_value else word)
         return " ".join(kept)
 
     def put(self, **slots: str) -> None:
@@ -999,12 +1004,14 @@ def draw(
     construct: str | None = None,
     level: int = 2,
     filler: Filler | None = None,
+    late: bool = False,
 ) -> Draft:
     """Draw one question on a filled domain.
 
     Args:
         construct: its name; by default one is drawn by weight among those up to the level.
         filler: makes idle words; where given, the sentence is disturbed by them (for pretraining).
+        late: disturb it more: operation words and small words are sometimes replaced by idle ones.
 
     Raises:
         Skip: the construct given does not fit the domain (after 200 attempts).
@@ -1013,7 +1020,7 @@ def draw(
     weights = [c.weight for c in pool]
     for _ in range(200):
         kind = CONSTRUCTS[construct] if construct else rng.choices(pool, weights)[0]
-        scope = Scope(domain, rng, family, filler)
+        scope = Scope(domain, rng, family, filler, late)
         try:
             sql = kind.build(scope)
         except Skip:

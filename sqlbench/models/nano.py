@@ -1,9 +1,10 @@
 """The embedded policy: a Qwen3-type text-to-SQL model of under a million parameters, trained from scratch in minutes.
 
 `train_nano` is the whole recipe: a tokenizer made for copying identifiers, made-up and hand-written schemas, a
-curriculum of three levels, Muon for the matrices and AdamW for the rest, a cosine schedule over the time given. The
-checkpoint that ships with the package (`NANO_PATH`) was made by it; its folder holds the recipe, the training log and
-the measured accuracy. It has learnt one phrasing family and is meant to be improved by reinforcement learning.
+curriculum of three levels and a last phase of disturbed wording, Muon for the matrices and AdamW for the rest, a cosine
+schedule over the time given. The checkpoint that ships with the package (`NANO_PATH`) was made by it (without the last
+phase, where its note has no ``late``); its folder holds the recipe, the training log and what was measured. It has
+learnt one phrasing family and is meant to be improved by reinforcement learning.
 
 The clock counts processor time, so a busy machine gives the same model later, not a worse one sooner. Examples and
 their order depend on the seed alone; how far training gets depends on the machine.
@@ -53,6 +54,8 @@ class Recipe:
     """Share of the time on the easiest level (few tables, six constructs)."""
     medium: float = 0.2
     """Share of the time on the second level."""
+    late: float = 0.7
+    """From here on questions are disturbed more (operation words replaced); earlier, copying would never be learnt."""
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.05
@@ -315,6 +318,7 @@ def _train(out: Path, budget: float, seed: int, recipe: Recipe, threads: int, pr
     while (used := time.process_time() - clock) < budget:
         done = used / budget
         level = 0 if done < recipe.easy else 1 if done < recipe.easy + recipe.medium else 2
+        level = 3 if done >= recipe.late else level
         pool = pool or _batches(examples, tokenizer, level, recipe.batch_tokens, rng)
         batch = pool.pop()
         cosine = recipe.floor + (1 - recipe.floor) * 0.5 * (1 + math.cos(math.pi * done))

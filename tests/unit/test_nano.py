@@ -115,7 +115,7 @@ def test_the_shipped_policy_answers_a_simple_question(tokenizer: PreTrainedToken
 
 
 def test_a_short_training_learns_and_refuses_to_overwrite(tmp_path: Path) -> None:
-    measured = train_nano(tmp_path / "nano", minutes=0.35, threads=1, recipe=Recipe(easy=1.0), progress=False)
+    measured = train_nano(tmp_path / "nano", minutes=0.35, threads=1, recipe=Recipe(easy=1.0, late=1.0), progress=False)
     assert measured["first_loss"] == pytest.approx(math.log(1024), abs=0.3)
     assert measured["last_loss"] < 5.0
     assert LocalEngine(tmp_path / "nano").generate([GenerationRequest((1, 5, 6), 4)])[0].token_ids
