@@ -282,6 +282,7 @@ def compare_splits(cell: Cell, bench: Bench, splits: Iterable[str], limit: int |
                 "Acc (Final)": round(final.accuracy, 1),
                 "95% CI (Final)": final.interval_text,
                 "Gain": round(change.points, 1),
+                "95% CI (Gain)": change.interval_text,
                 "Gained / lost": f"{change.gained} / {change.lost}",
                 "McNemar p": change.p_text,
             }

@@ -21,7 +21,7 @@ from sqlbench.config import Settings
 from sqlbench.errors import DataError
 from sqlbench.grid import Cell
 from sqlbench.models.nano import NANO_PATH
-from sqlbench.statistics import mcnemar, wilson
+from sqlbench.statistics import mcnemar, paired_bootstrap, wilson
 
 CELL = "cell.json"
 
@@ -264,13 +264,22 @@ class Difference:
 
     points: float
     """Accuracy of the second minus the first, in percentage points."""
+    low: float
+    high: float
+    """95% interval of `points`, by paired bootstrap over the tasks."""
     p: float
     """Two-sided exact McNemar test."""
     gained: int
     lost: int
 
     def __str__(self) -> str:
-        return f"{self.points:+.1f} points (McNemar p {self.p_text}; {self.gained} gained, {self.lost} lost)"
+        counts = f"{self.gained} gained, {self.lost} lost"
+        return f"{self.points:+.1f} points ({self.interval_text}; McNemar p {self.p_text}; {counts})"
+
+    @property
+    def interval_text(self) -> str:
+        """The interval as tables show it."""
+        return f"{self.low:+.1f} to {self.high:+.1f}"
 
     @property
     def p_text(self) -> str:
@@ -295,8 +304,12 @@ def difference(first: Side, second: Side) -> Difference:
         )
     pairs = [(int(a), int(b)) for a, b in zip(first.outcomes, second.outcomes, strict=True) if "x" not in a + b]
     gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
-    p = mcnemar([a for a, _ in pairs], [b for _, b in pairs]) if pairs else 1.0
-    return Difference(100 * (gained - lost) / max(1, len(pairs)), p, gained, lost)
+    if not pairs:
+        return Difference(0.0, 0.0, 0.0, 1.0, 0, 0)
+    before, after = [a for a, _ in pairs], [b for _, b in pairs]
+    low, high = paired_bootstrap(before, after)
+    points = 100 * (gained - lost) / len(pairs)
+    return Difference(points, 100 * low, 100 * high, mcnemar(before, after), gained, lost)
 
 
 def discuss(results: Sequence[CellResult]) -> str:
