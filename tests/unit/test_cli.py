@@ -116,7 +116,12 @@ def test_an_interruption_says_how_to_go_on(data, silent_port):
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     process = subprocess.Popen(
-        [*COMMAND, *evaluate("--model", "openai:m")], stderr=subprocess.PIPE, text=True, env=environment
+        [*COMMAND, *evaluate("--model", "openai:m")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A background job of a shell has Ctrl-C ignored, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.time() + 30
     while not Path("results/laptop/r/config.json").is_file() and time.time() < deadline:
