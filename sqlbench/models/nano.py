@@ -55,7 +55,7 @@ class Recipe:
     medium: float = 0.2
     """Share of the time on the second level."""
     late: float = 0.7
-    """From here on questions are disturbed more (operation words replaced); earlier, copying would never be learnt."""
+    """From here on questions are disturbed more (operation words replaced); the start is left to copying names."""
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.05
