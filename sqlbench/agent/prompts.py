@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 
 from sqlbench.agent.trajectory import Execution, Message, Record
 from sqlbench.database.schema import Schema
@@ -16,14 +17,27 @@ from sqlbench.errors import ModelError
 
 CORRECT, INCORRECT = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
 DIALECTS = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+STRATEGIES = (
+    "rewrite_full",
+    "fix_column",
+    "fix_table",
+    "add_groupby",
+    "rewrite_cte",
+    "fix_syntax",
+    "change_dialect",
+    "relax_filter",
+)
+"""The repair strategies a rewrite can be told to follow; the component ``repair.<strategy>`` says each in words."""
 
 NANO = {
     "write.system": "write {dialect}",
     "write.user": "{question}\n{schema}",
     "rewrite.system": "rewrite {dialect}",
-    "rewrite.user": "{question}\n{schema}\n query: {sql}\n result: {execution}",
+    "rewrite.user": "{question}\n{schema}{history}\n query: {sql}\n result: {execution}{strategy}",
+    "rewrite.history": "\n query: {sql}\n result: {execution}",
     "check.system": "check {dialect}",
     "check.user": "{question}\n{schema}\n query: {sql}\n result: {execution}",
+    **{f"repair.{name}": f"\n repair: {name.replace('_', ' ')}" for name in STRATEGIES},
 }
 
 CHAT = {
@@ -91,7 +105,7 @@ SELECT ...
 Schema ({dialect}):
 {schema}
 
-Question: {question}
+Question: {question}{history}
 
 Earlier query:
 ```sql
@@ -102,11 +116,47 @@ Result:
 {execution}
 
 Reviewer's remarks:
-{feedback}""",
+{feedback}{strategy}""",
+    "rewrite.history": """
+
+A query before that, which failed too and must not come again:
+```sql
+{sql}
+```
+
+Result:
+{execution}""",
+    "repair.rewrite_full": """
+
+This time, put the earlier query aside and write a new one from the question and the schema.""",
+    "repair.fix_column": """
+
+This time, check every column name against the schema and replace those that do not exist or belong to another table;
+leave the rest as it is.""",
+    "repair.fix_table": """
+
+This time, check which tables hold what the question asks for and correct FROM and JOIN; leave the rest as it is.""",
+    "repair.add_groupby": """
+
+This time, look at the grouping: every plain column beside an aggregate belongs into GROUP BY, and conditions on
+aggregates into HAVING.""",
+    "repair.rewrite_cte": """
+
+This time, take the query apart into named steps with WITH, one for each part of the question.""",
+    "repair.fix_syntax": """
+
+This time, change only what the parser objects to: quotes, commas, brackets, the order of clauses.""",
+    "repair.change_dialect": """
+
+This time, replace every function and every piece of syntax that {dialect} does not have.""",
+    "repair.relax_filter": """
+
+This time, look at the conditions: compare with values as they are stored (case, spelling, type), and drop conditions
+that the question does not ask for.""",
 }
 
 FAMILIES = {"chat": CHAT, "nano": NANO}
-_FIELD = re.compile(r"\{(dialect|question|schema|sql|execution|feedback)\}")
+_FIELD = re.compile(r"\{(dialect|question|schema|sql|execution|feedback|history|strategy)\}")
 
 
 class Prompts(Record):
@@ -126,9 +176,25 @@ class Prompts(Record):
         )
 
     def rewrite(
-        self, question: str, schema_text: str, dialect: str, sql: str, execution_text: str, feedback: str
+        self,
+        question: str,
+        schema_text: str,
+        dialect: str,
+        sql: str,
+        execution_text: str,
+        feedback: str,
+        earlier: Sequence[tuple[str, str]] = (),
+        strategy: str | None = None,
     ) -> list[Message]:
-        """The prompt for the next query, given the last one, its result and the check's answer."""
+        """The prompt for the next query.
+
+        Args:
+            sql, execution_text: the last query and what the database answered.
+            feedback: the check's answer.
+            earlier: queries before the last one, oldest first, each with what the database answered.
+            strategy: one of `STRATEGIES`, or None to leave the way to the model.
+        """
+        dialect_name = DIALECTS.get(dialect, dialect)
         return self._fill(
             "rewrite",
             dialect=dialect,
@@ -137,14 +203,16 @@ class Prompts(Record):
             sql=sql,
             execution=execution_text,
             feedback=feedback,
+            history="".join(self._component("rewrite.history", sql=q, execution=result) for q, result in earlier),
+            strategy=self._component(f"repair.{strategy}", dialect=dialect_name) if strategy else "",
         )
+
+    def _component(self, name: str, **fields: str) -> str:
+        return _FIELD.sub(lambda m: fields.get(m[1], m[0]), self.components[name])
 
     def _fill(self, agent: str, **fields: str) -> list[Message]:
         fields["dialect"] = DIALECTS.get(fields["dialect"], fields["dialect"])
-        return [
-            Message(role=role, content=_FIELD.sub(lambda m: fields.get(m[1], m[0]), self.components[f"{agent}.{role}"]))
-            for role in ("system", "user")
-        ]
+        return [Message(role=r, content=self._component(f"{agent}.{r}", **fields)) for r in ("system", "user")]
 
 
 def prompts_for(family: str) -> Prompts:
