@@ -92,7 +92,7 @@ _COMMON: dict[str, Any] = {
 
 _LAPTOP: dict[str, Any] = {
     "algorithm": {"rollout_correction": {"bypass_mode": True}},
-    "data": {"train_batch_size": 16, "max_prompt_length": 640, "max_response_length": 96},
+    "data": {"train_batch_size": 16, "max_prompt_length": 640, "max_response_length": 128},
     "actor_rollout_ref": {
         "actor": {
             "strategy": "fsdp2",
@@ -117,7 +117,7 @@ _LAPTOP: dict[str, Any] = {
             "dtype": "float32",
             "load_format": "auto",
             "free_cache_engine": False,
-            "max_model_len": 736,
+            "max_model_len": 768,
             "log_prob_micro_batch_size_per_gpu": 16,
             "agent": {"num_workers": 1},
             "engine_kwargs": {"local": {"threads": 1}},

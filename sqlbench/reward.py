@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from sqlparse import tokens as T
 from sqlparse.engine import FilterStack
@@ -292,7 +292,6 @@ _GO = re.compile(r"\bgo\b")
 """sqlparse ends a statement at this word too."""
 
 
-@lru_cache(maxsize=16384)
 def prepare(sql: str, rules: Strictness = STRICT, keep_distinct: bool = False) -> str | None:
     """The statement that is run for a query; None where the reference finds no statement at all."""
     sql = sql.replace("> =", ">=").replace("< =", "<=").replace("! =", "!=")

@@ -25,6 +25,11 @@ _SWAPS = (
     ("!=", "="), ("IS NULL", "IS NOT NULL"), ("BETWEEN", "NOT BETWEEN"), ("'%", "'"),
 )  # fmt: skip
 
+_FOREIGN = (
+    ("count(*)", "count_big(*)"), ("avg(", "mean("), ("max(", "greatest("), ("min(", "least("), (" LIKE ", " ILIKE "),
+    (" LIMIT 1", " FETCH FIRST 1 ROWS ONLY"), ("SELECT DISTINCT", "SELECT UNIQUE"), ("!=", "~="),
+)  # fmt: skip
+
 
 def held_out(db_id: str, sql: str) -> bool:
     """Whether a gold query of a seen database is kept for evaluation (one in five, by content)."""
@@ -144,15 +149,24 @@ class Examples:
         if agent == "write":
             return Example(agent, self.prompts.write(draft.question, schema, "sqlite"), draft.sql)
         connection = connect(domain)
-        sql, answer = self._corrupt(domain, draft), draft.sql
+
+        def shown(sql: str) -> str:
+            return render_execution(execute(connection, sql), "nano", 2048, schema_of(domain))
+
+        (sql, strategy), answer = self._corrupt(domain, draft), draft.sql
         if agent == "check":
             sql = draft.sql if rng.random() < 0.5 else sql
             answer = CORRECT if sql == draft.sql or same_result(connection, sql, draft.sql) else INCORRECT
-        result = render_execution(execute(connection, sql), "nano", 2048, schema_of(domain))
+            messages = self.prompts.check(draft.question, schema, "sqlite", sql, shown(sql))
+        else:
+            earlier = [self._corrupt(domain, draft)[0] for _ in range(rng.choice((0, 0, 0, 1, 2)))]
+            share = rng.random()
+            told = None if share < 0.5 else strategy if share < 0.85 else "rewrite_full"
+            messages = self.prompts.rewrite(
+                draft.question, schema, "sqlite", sql, shown(sql), INCORRECT, [(q, shown(q)) for q in earlier], told
+            )
         connection.close()
-        if agent == "check":
-            return Example(agent, self.prompts.check(draft.question, schema, "sqlite", sql, result), answer)
-        return Example(agent, self.prompts.rewrite(draft.question, schema, "sqlite", sql, result, INCORRECT), answer)
+        return Example(agent, messages, answer)
 
     def _draft(self, domain: Domain, level: int, late: bool = False) -> Draft:
         while True:
@@ -171,46 +185,54 @@ class Examples:
             self.rng.shuffle(tables)
         return schema_text(schema_of(domain, tables), "compact")
 
-    def _corrupt(self, domain: Domain, draft: Draft) -> str:
+    def _corrupt(self, domain: Domain, draft: Draft) -> tuple[str, str]:
         for _ in range(20):
-            sql = self._damage(domain, draft.sql).strip()
+            sql, strategy = self._damage(domain, draft.sql)
+            sql = sql.strip()
             if sql and sql != draft.sql and (domain.name == "made_up" or not held_out(domain.name, sql)):
-                return sql
-        return draft.sql + " LIMIT"
+                return sql, strategy
+        return draft.sql + " LIMIT", "fix_syntax"
 
-    def _damage(self, domain: Domain, sql: str) -> str:
-        """One mistake such as a small model makes: a misspelt or wrong name, a swapped operator, a lost part."""
+    def _damage(self, domain: Domain, sql: str) -> tuple[str, str]:
+        """One mistake such as a small model makes (a wrong name or operator, a lost part), and what mends it."""
         rng, kind = self.rng, self.rng.random()
         tokens = re.findall(r"'(?:[^']|'')*'|\w+|[^\w\s]+|\s+", sql)
         functions = ("count", "avg", "max", "min", "sum")
         names = [i for i, t in enumerate(tokens) if re.fullmatch(r"[a-z_]+", t) and t not in functions]
         at = rng.choice(names)
+        mend = "fix_table" if tokens[at] in domain.tables else "fix_column"
         if kind < 0.25:  # a name miscopied, everywhere
             parts = tokens[at].split("_")
             j = rng.randrange(len(parts))
             word, cut = parts[j], rng.randint(1, max(1, len(parts[j]) - 1))
             foreign, own = self.inventor.word(rng)[-rng.randint(1, 5) :], word[-rng.randint(1, 3) :]
             parts[j] = word[:cut] + rng.choice(("", foreign, own))
-            return re.sub(rf"\b{tokens[at]}\b", "_".join(parts), sql)
+            return re.sub(rf"\b{tokens[at]}\b", "_".join(parts), sql), mend
         if kind < 0.40:  # another name of this schema
             tokens[at] = rng.choice([*domain.tables, *(f.name for fields in domain.tables.values() for f in fields)])
         elif kind < 0.47:  # a name with a part lost or gained
             name = tokens[at]
             tokens[at] = name.split("_")[0] if "_" in name else name + rng.choice(("s", "_id", "_name"))
-        elif kind < 0.57:  # an operator swapped
+        elif kind < 0.56:  # an operator swapped
             found = [(a, b) for a, b in _SWAPS if a in sql]
-            return sql.replace(*rng.choice(found), 1) if found else sql
-        elif kind < 0.66:  # the end lost
-            return re.sub(r" (WHERE|GROUP BY|ORDER BY|HAVING|LIMIT)\b.*$", "", sql)
-        elif kind < 0.75:  # a literal spoilt
+            return sql.replace(*rng.choice(found), 1) if found else sql, "rewrite_full"
+        elif kind < 0.61:  # a spelling of another dialect
+            found = [(a, b) for a, b in _FOREIGN if a in sql]
+            return sql.replace(*rng.choice(found)) if found else sql, "change_dialect"
+        elif kind < 0.69:  # the end lost
+            grouped = "add_groupby" if "GROUP BY" in sql else "rewrite_full"
+            return re.sub(r" (WHERE|GROUP BY|ORDER BY|HAVING|LIMIT)\b.*$", "", sql), grouped
+        elif kind < 0.77:  # a literal spoilt
             texts = [i for i, t in enumerate(tokens) if t.startswith("'")]
             if not texts:
-                return sql
+                return sql, "relax_filter"
             text = tokens[i := rng.choice(texts)]
             tokens[i] = rng.choice((text.lower(), text[:-2] + "'", text[1:-1]))
-        elif kind < 0.85:  # a token lost
+            mend = "relax_filter"
+        elif kind < 0.86:  # a token lost
             i = rng.choice([i for i, t in enumerate(tokens) if not t.isspace()])
-            return "".join(tokens[:i] + tokens[i + 1 :]).replace("  ", " ")
+            return "".join(tokens[:i] + tokens[i + 1 :]).replace("  ", " "), "fix_syntax"
         else:  # the answer to another question
-            return self._draft(domain, 2).sql
-        return "".join(tokens)
+            nested = sql.count("SELECT") > 1
+            return self._draft(domain, 2).sql, "rewrite_cte" if nested else "rewrite_full"
+        return "".join(tokens), mend

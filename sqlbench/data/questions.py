@@ -38,148 +38,187 @@ _OPPOSITE = {"max": "DESC", "min": "ASC"}
 # The words of each family for an operation; B, C and D also use those of A, as everyday words (`_EVERYDAY`).
 LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
     "ask": {
-        "A": ("What is", "What are", "Show", "Find", "List", "Give me", "Return"),
-        "B": ("Tell me", "I would like to see", "Display"),
+        "A": ("What is", "What are", "Show", "Find", "List", "Give me", "Return", "Tell me", "Display", "Give", "Provide"),
+        "B": ("I would like to see", "Please show", "Present"),
         "C": ("Report", "We need", "Look up"),
-        "D": ("Let me know", "Get", "Please look up"),
+        "D": ("Let me know", "Fetch", "Please present"),
+    },
+    "for": {
+        "A": ("For", "Among", "Of", "Considering"),
+        "B": ("Regarding", "With respect to"),
+        "C": ("As to", "Going through"),
+        "D": ("Looking at", "Concerning"),
+    },
+    "of": {
+        "A": ("of", "of the", "for", "for the", "from the", "belonging to"),
+        "B": ("recorded for", "across the"),
+        "C": ("tied to the", "held by"),
+        "D": ("listed for", "across"),
     },
     "gt": {
-        "A": ("greater than", "above", "more than", "over", "larger than"),
-        "B": ("exceeding", "higher than"),
+        "A": ("greater than", "above", "more than", "over", "larger than", "higher than", "bigger than", "exceeding"),
+        "B": ("surpassing", "topping"),
         "C": ("beyond", "in excess of"),
-        "D": ("exceeding", "beyond", "bigger than"),
+        "D": ("surpassing", "beyond", "upwards of"),
     },
     "lt": {
-        "A": ("less than", "below", "under", "smaller than"),
-        "B": ("lower than", "short of"),
-        "C": ("beneath", "inferior to"),
-        "D": ("lower than", "beneath", "not reaching"),
+        "A": ("less than", "below", "under", "smaller than", "lower than"),
+        "B": ("beneath", "short of"),
+        "C": ("not reaching", "inferior to"),
+        "D": ("beneath", "not reaching", "downwards of"),
     },
     "ge": {
-        "A": ("at least",),
-        "B": ("no less than",),
-        "C": ("a minimum of",),
-        "D": ("no less than", "not under"),
+        "A": ("at least", "no less than", "not less than"),
+        "B": ("a minimum of",),
+        "C": ("not under",),
+        "D": ("a minimum of", "not below"),
     },
     "le": {
-        "A": ("at most",),
-        "B": ("no more than",),
-        "C": ("a maximum of",),
-        "D": ("no more than", "not over"),
+        "A": ("at most", "no more than", "not more than"),
+        "B": ("a maximum of",),
+        "C": ("not over",),
+        "D": ("a maximum of", "not above"),
     },
     "eq": {
-        "A": ("equal to", "of"),
-        "B": ("exactly",),
-        "C": ("precisely",),
-        "D": ("exactly", "just"),
+        "A": ("equal to", "of", "exactly"),
+        "B": ("precisely",),
+        "C": ("just",),
+        "D": ("precisely", "right at"),
     },
     "after": {
-        "A": ("after",),
-        "B": ("later than",),
-        "C": ("following",),
-        "D": ("later than", "past"),
+        "A": ("after", "later than"),
+        "B": ("following",),
+        "C": ("past",),
+        "D": ("following", "subsequent to"),
     },
     "before": {
-        "A": ("before",),
-        "B": ("earlier than",),
-        "C": ("preceding",),
-        "D": ("earlier than", "prior to"),
+        "A": ("before", "earlier than"),
+        "B": ("preceding",),
+        "C": ("prior to",),
+        "D": ("preceding", "ahead of"),
     },
     "number": {
-        "A": ("with {c} {op} {v}", "with {c} {op} {v}", "whose {c} is {op} {v}"),
-        "B": ("where the {c} is {op} {v}",),
-        "C": ("showing {c} {op} {v}",),
-        "D": ("that show a {c} {op} {v}",),
+        "A": (
+            "with {c} {op} {v}",
+            "with a {c} {op} {v}",
+            "whose {c} is {op} {v}",
+            "having {c} {op} {v}",
+            "where the {c} is {op} {v}",
+            "that have a {c} {op} {v}",
+        ),
+        "B": ("showing {c} {op} {v}", "for which the {c} is {op} {v}"),
+        "C": ("listed with {c} {op} {v}", "if their {c} is {op} {v}"),
+        "D": ("that show a {c} {op} {v}", "marked by {c} {op} {v}"),
     },
     "is": {
-        "A": ("whose {c} is {v}", "with {c} {v}", "with {c} '{v}'", "that have {c} {v}", "whose {c} equals {v}"),
-        "B": ("where the {c} is {v}", "having {c} {v}"),
-        "C": ("showing {c} {v}", "under {c} {v}"),
-        "D": ("that show a {c} of {v}", "where {c} equals {v}"),
+        "A": (
+            "whose {c} is {v}",
+            "with {c} {v}",
+            "with {c} '{v}'",
+            "that have {c} {v}",
+            "whose {c} equals {v}",
+            "where the {c} is {v}",
+            "having {c} {v}",
+        ),
+        "B": ("showing {c} {v}", "for which the {c} is {v}"),
+        "C": ("under {c} {v}", "if their {c} is {v}"),
+        "D": ("that show a {c} of {v}", "marked by {c} {v}"),
     },
     "is_not": {
-        "A": ("whose {c} is not {v}", "with {c} other than {v}"),
-        "B": ("where the {c} is not {v}", "with {c} different from {v}"),
-        "C": ("showing {c} anything but {v}", "whose {c} is anything but {v}"),
-        "D": ("where {c} is not {v}", "with {c} different from {v}"),
+        "A": ("whose {c} is not {v}", "with {c} other than {v}", "where the {c} is not {v}", "with a {c} different from {v}"),
+        "B": ("for which the {c} is not {v}", "showing {c} besides {v}"),
+        "C": ("if their {c} is not {v}", "with {c} anything but {v}"),
+        "D": ("marked by {c} besides {v}", "whose {c} is anything but {v}"),
     },
     "avg": {
         "A": ("average", "mean"),
         "B": ("typical",),
         "C": ("averaged",),
-        "D": ("typical",),
+        "D": ("typical", "usual"),
     },
     "max": {
-        "A": ("maximum", "highest", "largest"),
-        "B": ("biggest",),
-        "C": ("peak", "top"),
-        "D": ("biggest", "top"),
+        "A": ("maximum", "highest", "largest", "biggest", "greatest"),
+        "B": ("top",),
+        "C": ("peak",),
+        "D": ("top", "uppermost"),
     },
     "min": {
-        "A": ("minimum", "lowest", "smallest"),
-        "B": ("least",),
-        "C": ("bottom", "tiniest"),
-        "D": ("least", "bottom"),
+        "A": ("minimum", "lowest", "smallest", "least"),
+        "B": ("bottom",),
+        "C": ("tiniest",),
+        "D": ("bottom", "slightest"),
     },
     "sum": {
-        "A": ("total",),
-        "B": ("combined",),
-        "C": ("summed",),
-        "D": ("combined", "summed"),
+        "A": ("total", "combined", "summed"),
+        "B": ("overall",),
+        "C": ("cumulative",),
+        "D": ("overall", "accumulated"),
     },
     "all": {
-        "A": ("of all", "of the", "for all"),
-        "B": ("belonging to the",),
-        "C": ("across the",),
-        "D": ("from the",),
+        "A": ("of all", "of the", "for all", "of all the", "across all"),
+        "B": ("over all",),
+        "C": ("throughout the",),
+        "D": ("over the whole of the",),
     },
     "each": {
-        "A": ("for each", "per"),
-        "B": ("grouped by",),
-        "C": ("broken down by",),
-        "D": ("split by", "grouped by"),
+        "A": ("for each", "per", "for every", "grouped by"),
+        "B": ("broken down by",),
+        "C": ("split by",),
+        "D": ("broken down by", "separately by"),
     },
     "distinct": {
         "A": ("different", "distinct", "unique"),
-        "B": ("non-repeated",),
-        "C": ("individual",),
-        "D": ("individual", "non-repeated"),
+        "B": ("individual",),
+        "C": ("non-repeated",),
+        "D": ("individual", "various"),
     },
     "ascending": {
-        "A": ("in ascending order of {n}", "sorted by {n}", "from the lowest to the highest {n}"),
-        "B": ("in increasing order of {n}", "sorted upwards by {n}"),
-        "C": ("ranked by growing {n}", "from the bottom to the top {n}"),
-        "D": ("arranged by increasing {n}",),
+        "A": (
+            "in ascending order of {n}",
+            "sorted by {n}",
+            "from the lowest to the highest {n}",
+            "ordered by increasing {n}",
+            "in increasing order of {n}",
+        ),
+        "B": ("sorted upwards by {n}", "ranked by growing {n}"),
+        "C": ("from the bottom to the top {n}", "arranged by rising {n}"),
+        "D": ("arranged by growing {n}", "listed upwards by {n}"),
     },
     "descending": {
-        "A": ("in descending order of {n}", "sorted by {n} in descending order", "from the highest to the lowest {n}"),
-        "B": ("in decreasing order of {n}", "sorted downwards by {n}"),
-        "C": ("ranked by falling {n}", "from the top to the bottom {n}"),
-        "D": ("arranged by decreasing {n}",),
+        "A": (
+            "in descending order of {n}",
+            "sorted by {n} in descending order",
+            "from the highest to the lowest {n}",
+            "ordered by decreasing {n}",
+            "in decreasing order of {n}",
+        ),
+        "B": ("sorted downwards by {n}", "ranked by shrinking {n}"),
+        "C": ("from the top to the bottom {n}", "arranged by falling {n}"),
+        "D": ("arranged by shrinking {n}", "listed downwards by {n}"),
     },
     "most": {
-        "A": ("the most", "the largest number of"),
+        "A": ("the most", "the largest number of", "the highest number of", "the greatest number of"),
         "B": ("the biggest count of",),
-        "C": ("the top tally of",),
-        "D": ("the biggest tally of",),
+        "C": ("the top number of",),
+        "D": ("the biggest share of",),
     },
     "fewest": {
-        "A": ("the fewest", "the smallest number of"),
-        "B": ("the least count of",),
-        "C": ("the bottom tally of",),
-        "D": ("the least tally of",),
+        "A": ("the fewest", "the smallest number of", "the lowest number of", "the least number of"),
+        "B": ("the tiniest count of",),
+        "C": ("the bottom number of",),
+        "D": ("the tiniest share of",),
     },
     "lacking": {
-        "A": ("that do not have any", "without any", "that have no"),
-        "B": ("lacking any",),
-        "C": ("with zero", "devoid of"),
-        "D": ("lacking", "with zero"),
+        "A": ("that do not have any", "without any", "that have no", "with no", "lacking any"),
+        "B": ("devoid of any",),
+        "C": ("with zero",),
+        "D": ("devoid of", "missing any"),
     },
     "count": {
-        "A": ("the number of", "the total number of"),
-        "B": ("the count of",),
-        "C": ("the tally of",),
-        "D": ("the tally of", "the quantity of"),
+        "A": ("the number of", "the total number of", "the count of"),
+        "B": ("the tally of",),
+        "C": ("the quantity of",),
+        "D": ("the tally of", "the full number of"),
     },
 }
 
@@ -240,7 +279,7 @@ class Scope:
         family = "A" if self.rng.random() < _EVERYDAY else self.family
         words = self.rng.choice(LEXICON[operation][family])
         earlier = FAMILIES[: FAMILIES.index(self.family)]
-        if operation != "ask" and all(words not in LEXICON[operation][f] for f in earlier):
+        if all(words not in LEXICON[operation][f] for f in earlier):
             self.own.append(words)
         if "{" in words:
             return self.disturb(words)
@@ -250,7 +289,8 @@ class Scope:
 
     def own_words_in(self, text: str) -> bool:
         """Whether a sentence holds a wording that no earlier family has."""
-        return any(all(piece in text for piece in re.split(r"\{\w+\}", own)) for own in self.own)
+        said = text.lower()
+        return any(all(piece.lower() in said for piece in re.split(r"\{\w+\}", own)) for own in self.own)
 
     def disturb(self, pattern: str) -> str:
         """A pattern with idle words put in and small words lost, late also replaced (where a filler is given)."""
@@ -406,7 +446,7 @@ def _count(s: Scope) -> str:
 
 
 @_construct("count_where", 5, 1,
-    "How many {T} are there {cond} | Count the {T} {cond} | What is {count} {T} {cond} | How many {T} exist {cond} | For {T} {cond}, {ask} {count} them",
+    "How many {T} are there {cond} | Count the {T} {cond} | What is {count} {T} {cond} | How many {T} exist {cond} | {for} {T} {cond}, {ask} {count} them",
     "Tell me {count} {T} {cond} | How many {T} do you find {cond}",
     "Report {count} {T} {cond} | Work out how many {T} there are {cond}",
     "Counting only {T} {cond}, how many are there | Get {count} {T} {cond}")
@@ -417,7 +457,7 @@ def _count_where(s: Scope) -> str:
 
 
 @_construct("select", 5, 0,
-    "{ask} the {cols} {all} {T} | {ask} the {cols} of each {t} | {ask} the {cols} of every {t} | For all {T}, {ask} the {cols}",
+    "{ask} the {cols} {all} {T} | {ask} the {cols} of each {t} | {ask} the {cols} of every {t} | {for} all {T}, {ask} the {cols}",
     "{ask} the {cols} {all} {T} | Regarding all {T}, {ask} the {cols}",
     "{ask} {cols} {all} {T} | Going through the {T}, give {cols}",
     "{ask} the {cols} {all} {T} | Of every {t} I need the {cols}")
@@ -427,7 +467,7 @@ def _select(s: Scope) -> str:
 
 
 @_construct("select_where", 8, 1,
-    "{ask} the {cols} of {T} {cond} | {ask} the {cols} of the {T} {cond} | {ask} the {cols} for {T} {cond} | For {T} {cond}, {ask} the {cols} | {ask} {cols} of all {T} {cond}",
+    "{ask} the {cols} {of} {T} {cond} | {for} {T} {cond}, {ask} the {cols} | {ask} {cols} of all {T} {cond}",
     "{ask} the {cols} of the {T} {cond} | Regarding {T} {cond}, {ask} the {cols}",
     "{ask} the {cols} belonging to {T} {cond} | Take the {T} {cond} and give their {cols}",
     "{ask} the {cols} from the {T} {cond} | Looking only at {T} {cond}, what is the {cols}")
@@ -441,7 +481,7 @@ def _select_where(s: Scope) -> str:
 
 
 @_construct("negation", 2, 1,
-    "{ask} the {cols} of {T} {not} | {ask} the {cols} of the {T} {not} | For {T} {not}, {ask} the {cols}",
+    "{ask} the {cols} {of} {T} {not} | {for} {T} {not}, {ask} the {cols}",
     "{ask} the {cols} of the {T} {not} | Regarding {T} {not}, {ask} the {cols}",
     "{ask} the {cols} belonging to {T} {not} | Take the {T} {not} and give their {cols}",
     "{ask} the {cols} from the {T} {not} | Looking only at {T} {not}, what is the {cols}")
@@ -463,7 +503,7 @@ def _two(s: Scope) -> tuple[str, str, str]:
 
 
 @_construct("where_and", 4, 1,
-    "{ask} the {cols} of {T} {cond} and {cond2} | {ask} the {cols} of the {T} {cond} and {cond2} | For {T} {cond} and {cond2}, {ask} the {cols}",
+    "{ask} the {cols} {of} {T} {cond} and {cond2} | {for} {T} {cond} and {cond2}, {ask} the {cols}",
     "{ask} the {cols} of the {T} {cond} and also {cond2} | Regarding {T} both {cond} and {cond2}, {ask} the {cols}",
     "Take the {T} {cond} as well as {cond2} and give their {cols} | {ask} the {cols} belonging to {T} {cond} as well as {cond2}",
     "Looking only at {T} {cond} and at once {cond2}, what is the {cols} | {ask} the {cols} from {T} {cond} as well as {cond2}")
@@ -473,7 +513,7 @@ def _where_and(s: Scope) -> str:
 
 
 @_construct("where_or", 3, 1,
-    "{ask} the {cols} of {T} {cond} or {cond2} | {ask} the {cols} of the {T} {cond} or {cond2} | For {T} {cond} or {cond2}, {ask} the {cols}",
+    "{ask} the {cols} {of} {T} {cond} or {cond2} | {for} {T} {cond} or {cond2}, {ask} the {cols}",
     "{ask} the {cols} of the {T} either {cond} or {cond2} | Regarding {T} {cond} or else {cond2}, {ask} the {cols}",
     "Take the {T} {cond} or alternatively {cond2} and give their {cols} | {ask} the {cols} belonging to {T} {cond} or maybe {cond2}",
     "Looking only at {T} either {cond} or {cond2}, what is the {cols} | {ask} the {cols} from {T} {cond} or otherwise {cond2}")
@@ -493,7 +533,7 @@ def _count_and(s: Scope) -> str:
 
 
 @_construct("between", 3, 1,
-    "{ask} the {cols} of {T} with {n} between {v} and {w} | {ask} the {cols} of {T} whose {n} is between {v} and {w} | For {T} with {n} from {v} to {w}, {ask} the {cols}",
+    "{ask} the {cols} {of} {T} with {n} between {v} and {w} | {ask} the {cols} {of} {T} whose {n} is between {v} and {w} | {for} {T} with {n} from {v} to {w}, {ask} the {cols}",
     "{ask} the {cols} of {T} having a {n} ranging from {v} to {w} | Regarding {T} where the {n} is from {v} to {w}, {ask} the {cols}",
     "Take the {T} showing {n} in the span {v} to {w} and give their {cols} | {ask} the {cols} belonging to {T} for which {n} lies within {v} and {w}",
     "Looking only at {T} with {n} in the range {v} to {w}, what is the {cols} | {ask} the {cols} from {T} if their {n} lies from {v} up to {w}")
@@ -508,7 +548,7 @@ def _between(s: Scope) -> str:
 
 
 @_construct("contains", 2, 1,
-    "{ask} the {cols} of {T} whose {n} contains {v} | {ask} the {cols} of {T} with {n} containing the word {v}",
+    "{ask} the {cols} {of} {T} whose {n} contains {v} | {ask} the {cols} {of} {T} with {n} containing the word {v}",
     "{ask} the {cols} of {T} having {v} inside the {n} | Regarding {T} where the {n} includes {v}, {ask} the {cols}",
     "Take the {T} for which {n} mentions {v} and give their {cols} | {ask} the {cols} belonging to {T} showing {v} within {n}",
     "Looking only at {T} that mention {v} in the {n}, what is the {cols} | {ask} the {cols} from {T} if their {n} includes {v}")
@@ -521,7 +561,7 @@ def _contains(s: Scope) -> str:
 
 
 @_construct("prefix", 2, 1,
-    "{ask} the {cols} of {T} whose {n} starts with {v} | {ask} the {cols} of {T} with {n} starting with {v}",
+    "{ask} the {cols} {of} {T} whose {n} starts with {v} | {ask} the {cols} {of} {T} with {n} starting with {v}",
     "{ask} the {cols} of {T} having a {n} that begins with {v} | Regarding {T} where the {n} begins with {v}, {ask} the {cols}",
     "Take the {T} for which {n} opens with {v} and give their {cols} | {ask} the {cols} belonging to {T} showing {v} at the front of {n}",
     "Looking only at {T} with {v} at the start of the {n}, what is the {cols} | {ask} the {cols} from {T} if their {n} begins with {v}")
@@ -534,7 +574,7 @@ def _prefix(s: Scope) -> str:
 
 
 @_construct("missing", 2, 1,
-    "{ask} the {cols} of {T} whose {n} is missing | {ask} the {cols} of {T} with missing {n}",
+    "{ask} the {cols} {of} {T} whose {n} is missing | {ask} the {cols} {of} {T} with missing {n}",
     "{ask} the {cols} of {T} where the {n} is unknown | Regarding {T} having an unknown {n}, {ask} the {cols}",
     "Take the {T} for which {n} is left blank and give their {cols} | {ask} the {cols} belonging to {T} showing blank {n}",
     "Looking only at {T} with unknown {n}, what is the {cols} | {ask} the {cols} from {T} if their {n} is not recorded")
@@ -577,7 +617,7 @@ def _aggregate_two(s: Scope) -> str:
 
 
 @_construct("aggregate_where", 4, 1,
-    "{ask} the {agg} {n} of {T} {cond} | {ask} the {agg} {n} of the {T} {cond} | For {T} {cond}, {ask} the {agg} {n}",
+    "{ask} the {agg} {n} {of} {T} {cond} | {for} {T} {cond}, {ask} the {agg} {n}",
     "{ask} the {agg} {n} of the {T} {cond} | Regarding {T} {cond}, {ask} the {agg} {n}",
     "{ask} the {agg} {n} belonging to {T} {cond} | Take the {T} {cond} and work out the {agg} {n}",
     "{ask} the {agg} {n} from the {T} {cond} | Looking only at {T} {cond}, what is the {agg} {n}")
@@ -622,7 +662,7 @@ def _ordering(s: Scope, column: str) -> str:
 
 
 @_construct("order", 4, 1,
-    "{ask} the {cols} of all {T} {order} | {ask} the {cols} of {T} {order} | For all {T}, {ask} the {cols} {order}",
+    "{ask} the {cols} of all {T} {order} | {ask} the {cols} {of} {T} {order} | {for} all {T}, {ask} the {cols} {order}",
     "{ask} the {cols} of our {T} {order} | {ask} the {T} {order}, with the {cols} only",
     "{ask} the {cols} across the {T}, {order} | Go through the {T} {order} and give {cols}",
     "{ask} the {cols} from the {T} {order} | With the {T} {order}, what is the {cols}")
@@ -635,7 +675,7 @@ def _order(s: Scope) -> str:
 
 
 @_construct("where_order", 2, 2,
-    "{ask} the {cols} of {T} {cond} {order} | {ask} the {cols} of the {T} {cond}, {order}",
+    "{ask} the {cols} {of} {T} {cond} {order} | {ask} the {cols} {of} {T} {cond}, {order}",
     "{ask} the {cols} of our {T} {cond}, {order} | Regarding {T} {cond}, {ask} the {cols} {order}",
     "Take the {T} {cond} {order} and give their {cols} | {ask} the {cols} belonging to {T} {cond}, {order}",
     "{ask} the {cols} from the {T} {cond}, {order} | With the {T} {order}, what is the {cols} of those {cond}")
@@ -651,7 +691,7 @@ def _where_order(s: Scope) -> str:
 
 
 @_construct("superlative", 4, 1,
-    "{ask} the {cols} of the {t} with the {best} {n} | {ask} the {cols} of the {t} that has the {best} {n} | For the {t} with the {best} {n}, {ask} the {cols}",
+    "{ask} the {cols} of the {t} with the {best} {n} | {ask} the {cols} of the {t} that has the {best} {n} | {for} the {t} with the {best} {n}, {ask} the {cols}",
     "{ask} the {cols} of the one {t} having the {best} {n} | Where the {n} is the {best}, {ask} the {cols} of that {t}",
     "{ask} the {cols} belonging to the {t} showing the {best} {n} | Take the {t} at the {best} {n} and give its {cols}",
     "{ask} the {cols} from the {t} of {best} {n} | Looking for the {t} with {best} {n}, what is its {cols}")
@@ -666,7 +706,7 @@ def _superlative(s: Scope) -> str:
 
 
 @_construct("top_k", 3, 1,
-    "{ask} the {cols} of the {k} {T} with the {best} {n} | {ask} the {cols} of the {T} with the {k} {best} {n} | For the {k} {T} with the {best} {n}, {ask} the {cols}",
+    "{ask} the {cols} of the {k} {T} with the {best} {n} | {ask} the {cols} {of} {T} with the {k} {best} {n} | {for} the {k} {T} with the {best} {n}, {ask} the {cols}",
     "{ask} the {cols} of the {k} {T} having the {best} {n} | Limited to {k} {T} of {best} {n}, {ask} the {cols}",
     "{ask} the {cols} belonging to the {k} {T} showing the {best} {n} | Take the {k} {T} at the {best} {n} and give their {cols}",
     "{ask} the {cols} from the {k} {T} of {best} {n} | Looking for {k} {T} with {best} {n}, what is their {cols}")
@@ -720,9 +760,9 @@ def _group_order(s: Scope) -> str:
 def _threshold(s: Scope, table: str, column: str) -> str:
     sizes = sorted(set(Counter(s.domain.values(table, column)).values()))
     operator, k = s.rng.choice((">=", ">", "<")), max(2, s.rng.choice(sizes))
-    word = "fewer than" if operator == "<" and s.family == "A" else s.word(_COMPARE[operator])
-    if word in ("above", "over", "larger than", "greater than"):
-        word = "more than"
+    word = s.word(_COMPARE[operator])
+    if word in LEXICON["gt"]["A"] or word in LEXICON["lt"]["A"]:
+        word = "more than" if operator == ">" else "fewer than"
     s.put(op=word, k=str(k))
     return f"{operator} {k}"
 
@@ -754,7 +794,7 @@ def _most_common(s: Scope) -> str:
 
 
 @_construct("above_average", 3, 1,
-    "{ask} the {cols} of {T} with {n} {op} the average | {ask} the {cols} of {T} whose {n} is {op} the average {n} | For {T} with {n} {op} the average, {ask} the {cols}",
+    "{ask} the {cols} {of} {T} with {n} {op} the average | {ask} the {cols} {of} {T} whose {n} is {op} the average {n} | {for} {T} with {n} {op} the average, {ask} the {cols}",
     "{ask} the {cols} of {T} having a {n} {op} the {avg} one | Regarding {T} where the {n} is {op} the {avg} {n}, {ask} the {cols}",
     "Take the {T} showing {n} {op} the {avg} {n} and give their {cols} | {ask} the {cols} belonging to {T} for which {n} is {op} the {avg} one",
     "Looking only at {T} with {n} {op} the {avg} {n}, what is the {cols} | {ask} the {cols} from {T} if their {n} is {op} the {avg} one")
@@ -824,7 +864,7 @@ def _union(s: Scope) -> str:
 
 
 @_construct("not_in", 3, 1,
-    "{ask} the {cols} of {P} {lacking} {t} | {ask} the {cols} of the {P} {lacking} {t} | For {P} {lacking} {t}, {ask} the {cols}",
+    "{ask} the {cols} {of} {P} {lacking} {t} | {for} {P} {lacking} {t}, {ask} the {cols}",
     "{ask} the {cols} of the {P} {lacking} {t} | Regarding {P} {lacking} {t}, {ask} the {cols}",
     "{ask} the {cols} belonging to {P} {lacking} {T} | Take the {P} {lacking} {T} and give their {cols}",
     "{ask} the {cols} from the {P} {lacking} {T} | Looking only at {P} {lacking} {T}, what is the {cols}")
@@ -844,7 +884,7 @@ def _count_not_in(s: Scope) -> str:
 
 
 @_construct("in_subquery", 3, 2,
-    "{ask} the {cols} of {P} that have {T} {cond} | {ask} the {cols} of {P} having any {t} {cond} | For {P} with {T} {cond}, {ask} the {cols}",
+    "{ask} the {cols} {of} {P} that have {T} {cond} | {ask} the {cols} {of} {P} having any {t} {cond} | {for} {P} with {T} {cond}, {ask} the {cols}",
     "{ask} the {cols} of the {P} owning some {t} {cond} | Regarding {P} that own {T} {cond}, {ask} the {cols}",
     "{ask} the {cols} belonging to {P} linked to {T} {cond} | Take the {P} tied to any {t} {cond} and give their {cols}",
     "{ask} the {cols} from the {P} that own a {t} {cond} | Looking only at {P} tied to {T} {cond}, what is the {cols}")
@@ -871,7 +911,7 @@ def _join_select(s: Scope) -> str:
 
 
 @_construct("join_where", 4, 2,
-    "{ask} the {a} of {T} whose {p} has {b} {v} | {ask} the {a} of {T} belonging to the {p} with {b} {v} | For {T} of the {p} with {b} {v}, {ask} the {a}",
+    "{ask} the {a} {of} {T} whose {p} has {b} {v} | {ask} the {a} {of} {T} belonging to the {p} with {b} {v} | {for} {T} of the {p} with {b} {v}, {ask} the {a}",
     "{ask} the {a} of {T} that go with the {p} having {v} as {b} | Regarding {T} of a {p} where the {b} is {v}, {ask} the {a}",
     "{ask} the {a} belonging to {T} tied to the {p} under {b} {v} | Take the {p} for which {b} is {v} and give the {a} of its {T}",
     "{ask} the {a} from {T} that go with the {p} with {v} as the {b} | Looking only at {T} tied to the {p} of {b} {v}, what is the {a}")
@@ -897,7 +937,7 @@ def _join_count(s: Scope) -> str:
 
 
 @_construct("join_parent", 3, 2,
-    "{ask} the {b} of the {p} of {T} {cond} | {ask} the {b} of the {p} for {T} {cond} | For {T} {cond}, {ask} the {b} of their {p}",
+    "{ask} the {b} of the {p} {of} {T} {cond} | {for} {T} {cond}, {ask} the {b} of their {p}",
     "{ask} the {b} of the {p} that {T} {cond} go with | Regarding {T} {cond}, {ask} the {b} of their {p}",
     "{ask} the {b} of the {p} behind {T} {cond} | Take the {T} {cond} and give the {b} of the associated {p}",
     "{ask} the {b} from the {p} behind {T} {cond} | Looking only at {T} {cond}, what is the {b} of the associated {p}")
@@ -910,7 +950,7 @@ def _join_parent(s: Scope) -> str:
 
 
 @_construct("join_superlative", 2, 2,
-    "{ask} the {b} of the {p} of the {t} with the {best} {n} | {ask} the {b} of the {p} that has the {t} with the {best} {n} | For the {t} with the {best} {n}, {ask} the {b} of its {p}",
+    "{ask} the {b} of the {p} of the {t} with the {best} {n} | {ask} the {b} of the {p} that has the {t} with the {best} {n} | {for} the {t} with the {best} {n}, {ask} the {b} of its {p}",
     "{ask} the {b} of the {p} that the {t} having the {best} {n} goes with | Where the {n} of a {t} is the {best}, {ask} the {b} of its {p}",
     "{ask} the {b} of the {p} behind the {t} showing the {best} {n} | Take the {t} at the {best} {n} and give the {b} of the associated {p}",
     "{ask} the {b} from the {p} behind the {t} of {best} {n} | Looking for the {t} with {best} {n}, what is the {b} of the associated {p}")
@@ -934,7 +974,7 @@ def _join_group(s: Scope) -> str:
 
 
 @_construct("join_most", 3, 2,
-    "{ask} the {b} of the {p} with {most} {T} | {ask} the {b} of the {p} that has {most} {T} | For the {p} with {most} {T}, {ask} the {b}",
+    "{ask} the {b} of the {p} with {most} {T} | {ask} the {b} of the {p} that has {most} {T} | {for} the {p} with {most} {T}, {ask} the {b}",
     "{ask} the {b} of the one {p} having {most} {T} | Where do {most} {T} occur, by {p}? Tell me its {b}",
     "{ask} the {b} belonging to the {p} showing {most} {T} | Take the {p} at {most} {T} and give its {b}",
     "{ask} the {b} from the {p} of {most} {T} | Looking for the {p} with {most} {T}, what is its {b}")
@@ -948,7 +988,7 @@ def _join_most(s: Scope) -> str:
 
 
 @_construct("join_having", 3, 2,
-    "{ask} the {cols} of {P} that have {op} {k} {T} | {ask} the {cols} of {P} with {op} {k} {T} | For {P} with {op} {k} {T}, {ask} the {cols}",
+    "{ask} the {cols} {of} {P} that have {op} {k} {T} | {ask} the {cols} {of} {P} with {op} {k} {T} | {for} {P} with {op} {k} {T}, {ask} the {cols}",
     "{ask} the {cols} of {P} having {op} {k} {T} | Regarding {P} where {count} {T} is {op} {k}, {ask} the {cols}",
     "{ask} the {cols} belonging to {P} showing {op} {k} {T} | Take the {P} tied to {op} {k} {T} and give their {cols}",
     "{ask} the {cols} from {P} if {count} {T} is {op} {k} | Looking only at {P} that come with {op} {k} {T}, what is the {cols}")
@@ -971,7 +1011,7 @@ def _join_aggregate(s: Scope) -> str:
 
 
 @_construct("join_three", 3, 2,
-    "{ask} the {b} of {Q} linked to the {p} with {c} {v} | {ask} the {b} of {Q} that have {T} with the {p} with {c} {v} | For {Q} of the {p} with {c} {v}, {ask} the {b}",
+    "{ask} the {b} {of} {Q} linked to the {p} with {c} {v} | {ask} the {b} {of} {Q} that have {T} with the {p} with {c} {v} | {for} {Q} of the {p} with {c} {v}, {ask} the {b}",
     "{ask} the {b} of {Q} that go with the {p} having {v} as {c} | Regarding {Q} that share {T} with the {p} where the {c} is {v}, {ask} the {b}",
     "{ask} the {b} belonging to {Q} tied to the {p} under {c} {v} | Take the {p} for which {c} is {v} and give the {b} of associated {Q}",
     "{ask} the {b} from {Q} tied by {T} to the {p} with {v} as the {c} | Looking only at {Q} associated with the {p} of {c} {v}, what is the {b}")
@@ -992,7 +1032,7 @@ def _join_three(s: Scope) -> str:
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
-_PICKED = ("ask", "all", "each", "distinct", "lacking", "count", "avg")
+_PICKED = ("ask", "for", "of", "all", "each", "distinct", "lacking", "count", "avg")
 WEIGHTS = {c.name: c.weight for c in CONSTRUCTS.values()}
 _BY_LEVEL = [[c for c in CONSTRUCTS.values() if c.level <= level] for level in range(3)]
 

@@ -25,7 +25,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +36,8 @@ CHUNK_BYTES = 32 << 20
 """Largest amount of row data that is fetched between two looks at the size of the result."""
 SQL_BYTES = 100_000
 """Longest statement that is looked at."""
+LOOK_SECONDS = 0.01
+"""How soon a replaced file is noticed: looking at it for every statement would cost a sixth of a small one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,6 @@ _LOOSE, _TIGHT = (256 << 10, 20_000), (8 << 10, 1_500)
 """(longest value in bytes, longest program in instructions)."""
 
 
-@lru_cache(maxsize=16384)
 def _is_tight(sql: str) -> bool:
     text = sql.lower()
     return any(name in text for name in _SQUARE) and (len(text) > 2000 or any(name in text for name in _BUILDERS))
@@ -278,7 +278,7 @@ class Database:
             self.name = database_name(target)
         self._is_file = self.dialect == "sqlite" and target != ":memory:"
         self._idle: list[Connection] = []
-        self._seen = self.identity()
+        self._seen, self._looked = self.identity(), time.monotonic()
         self._idle.append(self._connect())
 
     def identity(self) -> tuple:
@@ -315,13 +315,14 @@ class Database:
 
     def refresh(self) -> tuple:
         """Look whether the file was replaced, let go of what was open of it then, and return its identity."""
-        if not self._is_file:
-            return self._seen
-        now = self.identity()
-        if now != self._seen:
-            self._seen = now
-            self.close()
-        return now
+        now = time.monotonic()
+        if self._is_file and now > self._looked + LOOK_SECONDS:
+            self._looked = now
+            identity = self.identity()
+            if identity != self._seen:
+                self._seen = identity
+                self.close()
+        return self._seen
 
     def execute_as_seen(self, sql: str, limits: Limits) -> QueryResult:
         """Like `execute`, on the file as `refresh` last saw it."""

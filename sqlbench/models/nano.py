@@ -50,7 +50,7 @@ class Recipe:
     """Share of made-up schemas; the rest are the hand-written ones."""
     rewrite: float = 0.15
     check: float = 0.08
-    easy: float = 0.25
+    easy: float = 0.2
     """Share of the time on the easiest level (few tables, six constructs)."""
     medium: float = 0.2
     """Share of the time on the second level."""
