@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,3 +61,18 @@ def spider(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared_root(shared: Path) -> Path:
     """The folder above `shared`."""
     return shared.parent
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a PostgreSQL server of the tests' own, as its superuser."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pgserver
+
+        server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+    except Exception as error:
+        pytest.skip(f"no PostgreSQL can be started here: {type(error).__name__}: {error}")
+    yield server.get_uri()
+    server.cleanup()

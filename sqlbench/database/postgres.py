@@ -67,7 +67,7 @@ class PostgresConnection:
                 "CREATE ROLE reader LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader"
             ) from error
         except (psycopg.Error, UnicodeError) as error:
-            raise DatabaseError(f"cannot open {_without_password(target)}: {str(error).strip()}") from error
+            raise DatabaseError(f"cannot open {without_password(target)}: {str(error).strip()}") from error
         self.deadline = math.inf
         self.cancelled = False
 
@@ -160,15 +160,29 @@ def _message(error: BaseException) -> str:
 
 
 def database_name(target: str) -> str:
-    """Name of the database that an address leads to."""
+    """Name of the database that an address leads to.
+
+    Raises:
+        DatabaseError: it is not one; the message holds nothing of a password.
+    """
+    shown, password = without_password(target), _PASSWORD.search(target)
+    if password and re.search(r"[/@?#\s]|%(?![0-9a-fA-F]{2})", password[2]):
+        raise DatabaseError(
+            f"cannot read the address {shown}: in the password write @ as %40, / as %2F, % as %25 and so on"
+        )
     try:
         return str(psycopg.conninfo.conninfo_to_dict(target).get("dbname") or "")
     except psycopg.Error as error:
-        raise DatabaseError(f"not a PostgreSQL address: {_without_password(target)}: {_message(error)}") from error
+        reason = f": {_message(error)}" if shown == target else ""  # libpq quotes the part it does not understand
+        raise DatabaseError(f"not a PostgreSQL address: {shown}{reason}") from error
 
 
-def _without_password(target: str) -> str:
-    return re.sub(r"//([^:/@]+):[^@/]*@", r"//\1@", target)
+def without_password(text: str) -> str:
+    """An address, or a message with one in it, without its password."""
+    return re.sub(r"(password\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", _PASSWORD.sub(r"\1@", text))
+
+
+_PASSWORD = re.compile(r"(://[^:/@\s]*):(.*)@", re.DOTALL)
 
 
 _COLUMNS = """SELECT c.relname, a.attname, upper(format_type(a.atttypid, a.atttypmod)), NOT a.attnotnull,
@@ -201,7 +215,7 @@ def read_tables(target: str) -> tuple[Table, ...]:
         for table, *names in connection.raw.execute(_KEYS):
             keys.setdefault(table, []).append(ForeignKey(*names))
     except psycopg.Error as error:
-        raise DatabaseError(f"cannot read the schema of {_without_password(target)}: {_message(error)}") from error
+        raise DatabaseError(f"cannot read the schema of {without_password(target)}: {_message(error)}") from error
     finally:
         connection.close()
     return tuple(Table(name, tuple(parts), tuple(keys.get(name, ()))) for name, parts in columns.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from sqlbench.agent.trajectory import Completion, Message
@@ -18,8 +19,13 @@ class ChatModel(Protocol):
     name: str
     family: str
 
-    async def complete(self, messages: list[Message]) -> Completion:
+    async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
         """Answer one prompt.
+
+        Args:
+            messages: the prompt.
+            on_text: called on the event loop with each piece of the answer as it is generated; the pieces together
+                are the answer's text.
 
         Raises:
             sqlbench.errors.ModelError: the model could not be reached or gave no usable answer. The rollout is

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sqlbench.agent.trajectory import Completion, Message
@@ -45,7 +46,7 @@ class EndpointChatModel:
         self._client: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def complete(self, messages: list[Message]) -> Completion:
+    async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
         """Answer one prompt; see `sqlbench.models.base.ChatModel.complete`."""
         import openai
         from langsmith import tracing_context
@@ -54,7 +55,8 @@ class EndpointChatModel:
         try:
             async with asyncio.timeout(self.timeout):
                 with tracing_context(enabled=False):
-                    answer = await self._chat().ainvoke([(m.role, m.content) for m in messages])
+                    prompt = [(m.role, m.content) for m in messages]
+                    answer = await (self._chat().ainvoke(prompt) if on_text is None else self._stream(prompt, on_text))
         except (TimeoutError, openai.APITimeoutError) as error:
             raise ModelError(f"{self._where} did not answer within {self.timeout:g} s") from error
         except openai.APIConnectionError as error:
@@ -80,6 +82,15 @@ class EndpointChatModel:
             finish_reason="length" if answer.response_metadata.get("finish_reason") == "length" else "stop",
             seconds=time.perf_counter() - start,
         )
+
+    async def _stream(self, prompt: list[tuple[str, str]], on_text: Callable[[str], None]) -> Any:
+        """The whole answer, whose pieces `on_text` got before."""
+        answer = None
+        async for chunk in self._chat().astream(prompt):
+            if piece := str(chunk.text):
+                on_text(piece)
+            answer = chunk if answer is None else answer + chunk
+        return answer
 
     @property
     def _where(self) -> str:

@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ class GenerationRequest:
     top_k: int = 0
     """0 or negative: no limit."""
     seed: int | None = None
+    on_token: Callable[[int, int], object] | None = None
+    """Called in the engine's thread with the number and the id of each token as it is sampled."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ class LocalEngine:
         logprobs = np.zeros(tokens.shape)
         length = np.zeros(count, dtype=np.int64)
         stopped = np.zeros(count, dtype=bool)
+        heard = [i for i, r in enumerate(requests) if r.on_token]
 
         logits, cache, mask = self._prefill([r.prompt_ids for r in requests], int(limit.max()))
         rows = np.arange(count)  # row of the batch -> request
@@ -204,6 +207,9 @@ class LocalEngine:
             tokens[live, step], logprobs[live, step] = ids[active], logp.cpu().numpy()[active]
             length[live] += 1
             stopped[live] = np.isin(ids[active], list(self.stop_ids))
+            for i in heard:
+                if length[i] == step + 1 and (on_token := requests[i].on_token):
+                    on_token(step, int(tokens[i, step]))
             step += 1
             active &= ~stopped[rows] & (length[rows] < limit[rows])
             if not active.any():
@@ -389,7 +395,7 @@ class LocalChatModel:
         *,
         name: str | None = None,
         temperature: float = 0.0,
-        max_tokens: int = 96,
+        max_tokens: int = 128,
         seed: int | None = None,
         device: str = "cpu",
         threads: int = 1,
@@ -403,15 +409,54 @@ class LocalChatModel:
         self.batched = BatchedEngine(LocalEngine(path, device, threads=threads, max_model_len=max_model_len), max_batch)
         self._seeds = np.random.default_rng(seed)
 
-    async def complete(self, messages: list[Message]) -> Completion:
+    async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
         """Answer one prompt; see `sqlbench.models.base.ChatModel.complete`."""
         start = time.perf_counter()
         tokenizer = self.batched.engine.tokenizer
         ids = encode_chat(tokenizer, [m.model_dump() for m in messages])
+        pieces = TextPieces(tokenizer, on_text) if on_text else None
         request = GenerationRequest(
-            tuple(ids), self.max_tokens, self.temperature, seed=int(self._seeds.integers(2**63))
+            tuple(ids),
+            self.max_tokens,
+            self.temperature,
+            seed=int(self._seeds.integers(2**63)),
+            on_token=pieces.hear if pieces else None,
         )
-        return completion(tokenizer, ids, await self.batched.generate(request), time.perf_counter() - start)
+        answer = completion(tokenizer, ids, await self.batched.generate(request), time.perf_counter() - start)
+        if pieces:
+            pieces.emit(answer.text)
+        return answer
+
+
+class TextPieces:
+    """Turns tokens, one by one, into pieces of text that together are what all tokens decode to.
+
+    One token is not one piece of text: a character may take several, and what a token stands for can depend on those
+    before it. So all tokens so far are decoded each time, and what is new and whole is emitted.
+    """
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.loop = asyncio.get_running_loop()
+        self.ids: list[int] = []
+        self.emitted = ""
+
+    def hear(self, number: int, token_id: int) -> None:
+        """Like `add`, from the engine's thread."""
+        self.loop.call_soon_threadsafe(self.add, number, token_id)
+
+    def add(self, number: int, token_id: int) -> None:
+        """Take in one token; `number` says which, for a batch that failed is generated once more from its start."""
+        self.ids[number:] = [token_id]
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self.emit(text)
+
+    def emit(self, text: str) -> None:
+        """Emit what `text` has beyond what was emitted."""
+        if text.startswith(self.emitted) and len(text) > len(self.emitted):
+            piece, self.emitted = text[len(self.emitted) :], text
+            self.on_text(piece)
 
 
 def completion(tokenizer: Any, prompt_ids: list[int], generation: Generation, seconds: float) -> Completion:

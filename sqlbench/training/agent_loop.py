@@ -113,7 +113,7 @@ class _ServerModel:
         self.extra: dict[str, Any] = {}
         self._loop, self._sampling, self._seed, self._calls = loop, sampling, seed, 0
 
-    async def complete(self, messages: list[Message]) -> Completion:
+    async def complete(self, messages: list[Message], on_text: object = None) -> Completion:  # nobody watches
         start = time.perf_counter()
         loop, tokenizer = self._loop, self._loop.tokenizer
         ids = encode_chat(tokenizer, [m.model_dump() for m in messages], **loop.template_options)

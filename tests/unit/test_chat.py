@@ -43,7 +43,7 @@ class Endpoint(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, status: int, body: bytes, delay: float = 0.0) -> None:
+    def __init__(self, status: int, body: bytes, delay: float, kind: str) -> None:
         self.requests: list[dict] = []
         owner = self
 
@@ -54,7 +54,7 @@ class Endpoint(ThreadingHTTPServer):
                 owner.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 time.sleep(delay)
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -76,9 +76,9 @@ def serve(monkeypatch, tmp_path) -> Iterator:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     servers = []
 
-    def start(body: object, status: int = 200, delay: float = 0.0) -> Endpoint:
+    def start(body: object, status: int = 200, delay: float = 0.0, kind: str = "application/json") -> Endpoint:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        servers.append(Endpoint(status, raw, delay))
+        servers.append(Endpoint(status, raw, delay, kind))
         monkeypatch.setenv("OPENAI_BASE_URL", servers[-1].url)
         return servers[-1]
 
@@ -132,6 +132,29 @@ def test_garbage_and_refusals_are_model_errors_that_name_the_endpoint(serve, bod
     with pytest.raises(ModelError, match=message) as caught:
         ask()
     assert server.url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def chunk(text: str | None, finish: str | None = None) -> bytes:
+    choice = {"index": 0, "finish_reason": finish, "delta": {} if text is None else {"content": text}}
+    body = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return f"data: {json.dumps(body)}\n\n".encode()
+
+
+def test_an_answer_is_streamed_piece_by_piece(serve):
+    words = ["SELECT", " name", " FROM", " singer"]
+    server = serve(b"".join([*map(chunk, words), chunk(None, "length"), b"data: [DONE]\n\n"]), kind="text/event-stream")
+    pieces: list[str] = []
+    result = asyncio.run(EndpointChatModel("m").complete(ASK, pieces.append))
+    assert pieces == words
+    assert (result.text, result.finish_reason) == ("SELECT name FROM singer", "length")
+    assert server.requests[0]["stream"] is True
+
+
+def test_a_stream_that_breaks_off_or_says_nothing_is_a_model_error(serve):
+    for body in (chunk("SELECT") + b"data: {broken\n\n", b"data: [DONE]\n\n"):
+        serve(body, kind="text/event-stream")
+        with pytest.raises(ModelError, match="gave no usable chat completion"):
+            asyncio.run(EndpointChatModel("m").complete(ASK, lambda piece: None))
 
 
 def test_a_refused_connection_says_what_to_check(serve, monkeypatch):

@@ -6,12 +6,13 @@ import asyncio
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from sqlbench.agent.trajectory import Message
+from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError
 from sqlbench.models.local import (
     BatchedEngine,
@@ -19,6 +20,7 @@ from sqlbench.models.local import (
     GenerationRequest,
     LocalChatModel,
     LocalEngine,
+    TextPieces,
     encode_chat,
     shared_prefixes,
 )
@@ -222,6 +224,43 @@ def test_chat_model_records_the_tokens_it_used(checkpoint: Path) -> None:
     assert answer.response_ids is not None and answer.logprobs is not None
     assert answer.response_tokens == len(answer.response_ids) == len(answer.logprobs)
     assert answer.text == tokenizer.decode(answer.response_ids, skip_special_tokens=True)
+
+
+def test_a_streamed_answer_is_the_plain_answer_in_pieces(checkpoint: Path) -> None:
+    async def ask(on_text: Callable[[str], None] | None) -> list[Completion]:
+        model = LocalChatModel(checkpoint, max_tokens=12, seed=1, temperature=1.0)
+        prompts = [[Message(role="user", content=f"w{i} w{i + 1}")] for i in range(5)]
+        return await asyncio.gather(*(model.complete(p, on_text if i == 2 else None) for i, p in enumerate(prompts)))
+
+    pieces: list[str] = []
+    plain, streamed = asyncio.run(ask(None)), asyncio.run(ask(pieces.append))
+    assert [a.response_ids for a in streamed] == [a.response_ids for a in plain]
+    assert "".join(pieces) == streamed[2].text and len(pieces) > 3
+
+
+def test_a_character_of_several_tokens_is_streamed_whole() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_only = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    raw = Tokenizer(models.BPE(vocab=bytes_only, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    text = "a \u00e9 \u20ac \U0001f600."
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text)
+
+    async def stream(ids: list[int]) -> list[str]:
+        pieces: list[str] = []
+        stream = TextPieces(tokenizer, pieces.append)
+        for number, token_id in enumerate(ids):
+            stream.add(number, token_id)
+        stream.emit(tokenizer.decode(ids))
+        return pieces
+
+    assert asyncio.run(stream(ids)) == list(text)
+    cut = asyncio.run(stream(ids[:-2]))  # in the middle of the last character: shown at the end as the answer has it
+    assert "".join(cut) == tokenizer.decode(ids[:-2])
 
 
 @pytest.mark.parametrize("missing", ["", "config.json", "model.safetensors"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 
 import pytest
 
@@ -18,16 +17,12 @@ LIMITS = Limits(seconds=0.3, rows=1000)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import pgserver
-
-        started = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    except Exception as error:
-        pytest.skip(f"no PostgreSQL can be started here: {type(error).__name__}: {error}")
-    with psycopg.connect(started.get_uri(), autocommit=True) as connection:
+def server(postgres):
+    """Address of a database with two tables."""
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE stadiums")
+    address = postgres.replace("/postgres?", "/stadiums?")
+    with psycopg.connect(address, autocommit=True) as connection:
         connection.execute(
             "CREATE TABLE stadium (stadium_id int PRIMARY KEY, name varchar(20) NOT NULL, price numeric(6, 2));"
             "CREATE TABLE singer (singer_id int PRIMARY KEY, name text, stadium_id int REFERENCES stadium);"
@@ -36,19 +31,18 @@ def server(tmp_path_factory):
             "INSERT INTO singer SELECT i, 'singer ' || i, 1 + i % 3 FROM generate_series(1, 200) i;"
             "CREATE ROLE reader LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader"
         )
-    yield started
-    started.cleanup()
+    return address
 
 
 @pytest.fixture(scope="module", params=["postgres", "reader"])
 def database(server, request):
-    database = open_database(server.get_uri().replace("//postgres:", f"//{request.param}:"), LIMITS)
+    database = open_database(server.replace("//postgres:", f"//{request.param}:"), LIMITS)
     yield database
     database.close()
 
 
 def snapshot(server):
-    with psycopg.connect(server.get_uri()) as connection:
+    with psycopg.connect(server) as connection:
         return connection.execute(
             "SELECT (SELECT array_agg(s::text ORDER BY 1) FROM stadium s), (SELECT count(*) FROM singer),"
             " (SELECT last_value FROM counter), (SELECT count(*) FROM pg_class), (SELECT count(*) FROM pg_largeobject_metadata)"  # noqa: E501
@@ -120,7 +114,7 @@ def test_hostile_statement(database, server, name):
 
 
 def test_a_superuser_login_steps_down(server):
-    database = open_database(server.get_uri(), LIMITS)
+    database = open_database(server, LIMITS)
     assert database.execute("SELECT current_user").rows == [("pg_read_all_data",)]
 
 
@@ -133,7 +127,7 @@ def test_values_can_be_compared_and_written_as_json(database):
 
 def test_introspection(database):
     schema = introspect(database)
-    assert (schema.dialect, schema.name) == ("postgresql", "postgres")
+    assert (schema.dialect, schema.name) == ("postgresql", "stadiums")
     assert schema_text(schema) == " singer: singer_id, name, stadium_id > stadium\n stadium: stadium_id, name, price"
     assert schema.tables[0].foreign_keys == (ForeignKey("stadium_id", "stadium", "stadium_id"),)
     assert [(c.type, c.nullable, c.primary_key) for c in schema.tables[1].columns] == [

@@ -1,0 +1,220 @@
+"""A database of the user's own: opened read-only, introspected, with example questions that were checked to run.
+
+Whatever is wrong with the target is one `DatabaseError` of one line that never shows a password. What is merely unusual
+(no tables, a schema longer than a prompt shows) opens, and stands in `Connection.notice`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlbench.agent.prompts import DIALECTS, extract_sql
+from sqlbench.agent.trajectory import Message
+from sqlbench.config import RolloutConfig
+from sqlbench.data.questions import plural
+from sqlbench.database.engine import Database, Limits, is_postgres, open_database
+from sqlbench.database.schema import Column, Schema, Table, introspect, quote, schema_text
+from sqlbench.errors import DatabaseError
+from sqlbench.models.base import ChatModel
+
+EXAMPLES = 5
+SMALL, LARGE = RolloutConfig().table_info_truncate, 12_000
+"""Characters of schema that a prompt shows to the nano policy, and to any other model."""
+_LIMITS = Limits(seconds=1.0, rows=1000)
+_SECONDS = 5.0
+"""Time after which no further example is tried."""
+_KINDS_OF_TARGET = "the path of a SQLite file, :memory:, or postgresql://user@host:port/name"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about a database, with a query that runs there and returns rows."""
+
+    question: str
+    sql: str
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An open database and what is known of it."""
+
+    name: str
+    """For people: without path, user or password."""
+    database: Database
+    schema: Schema
+    examples: tuple[Example, ...]
+    """Up to five, made from the schema."""
+    notice: str = ""
+    """One line on what will not work as expected; empty where all is well."""
+
+
+def connect(target: str | Path) -> Connection:
+    """Open a SQLite file, ``:memory:`` or a ``postgresql://`` address for reading.
+
+    Raises:
+        DatabaseError: it is no address, cannot be reached, does not exist or is no database.
+    """
+    text = str(target).strip()
+    scheme = re.match(r"(\w+)(\+\w+)?:/", text)
+    if not text or (scheme and not is_postgres(text)):
+        what = f"a database of kind '{scheme[1]}' is not supported" if scheme else "no database given"
+        raise DatabaseError(f"{what}; give {_KINDS_OF_TARGET}")
+    try:
+        path = text if is_postgres(text) or text == ":memory:" else str(Path(text).expanduser())
+        database = open_database(path)
+        schema = introspect(database)
+    except DatabaseError as error:
+        from sqlbench.database.postgres import without_password
+
+        raise DatabaseError(without_password(" ".join(str(error).split()))) from None
+    examples = tuple(schema_examples(database, schema))
+    name = database.name or database.dialect
+    return Connection(name, database, schema, examples, _notice(name, schema))
+
+
+def _notice(name: str, schema: Schema) -> str:
+    if not schema.tables:
+        return f"{name} has no tables that can be read, so there is nothing to ask about"
+    if len(schema_text(schema, "compact", 1 << 30)) <= SMALL and len(schema_text(schema, "ddl", 1 << 30)) <= LARGE:
+        return ""
+    widest = max(schema.tables, key=lambda table: len(table.columns))
+    return (
+        f"{name} is large (its widest table, {widest.name}, has {len(widest.columns)} columns): prompts show the "
+        f"beginning of its schema only, {SMALL:,} characters to nano and {LARGE:,} to other models"
+    )
+
+
+# --- example questions ----------------------------------------------------------------------------------------------
+
+
+def schema_examples(database: Database, schema: Schema) -> list[Example]:
+    """Up to five questions made from the schema alone, of different kinds and on different tables where possible."""
+    deadline = time.monotonic() + _SECONDS
+    tables = [table for table in schema.tables if table.columns]
+    found: list[Example] = []
+    for rounds in range(len(tables)):
+        for number, kind in enumerate(_KINDS):
+            for i in range(len(tables)) if rounds == 0 else (rounds,):
+                table = tables[(number + i) % len(tables)]
+                example = kind(table)
+                if example is None or example in found:
+                    continue
+                if time.monotonic() > deadline:
+                    return found
+                if _answers(database, example):
+                    found.append(example)
+                    break
+            if len(found) == EXAMPLES:
+                return found
+    return found
+
+
+async def model_examples(connection: Connection, model: ChatModel) -> list[Example]:
+    """Five questions from the model, filled up from the schema where fewer of its queries run.
+
+    Raises:
+        ModelError: the model cannot be reached.
+    """
+    schema = schema_text(connection.schema, "ddl", LARGE)
+    dialect = DIALECTS[connection.database.dialect]
+    prompt = (
+        f"Schema ({dialect}):\n{schema}\n\nWrite {EXAMPLES} questions that somebody who works with this data would "
+        f"ask, from easy to hard, each with one read-only {dialect} query that answers it. Answer with {EXAMPLES} "
+        'lines of JSON and nothing else:\n{"question": "...", "sql": "SELECT ..."}'
+    )
+    answer = await model.complete([Message(role="user", content=prompt)])
+    found = [e for e in _parse(answer.text) if _answers(connection.database, e)]
+    return [*found, *connection.examples][:EXAMPLES]
+
+
+def _parse(text: str) -> Iterator[Example]:
+    for block in re.findall(r"\{[^{}]*\}", text):
+        try:
+            pair = json.loads(block)
+            yield Example(str(pair["question"]), extract_sql(str(pair["sql"])))
+        except (ValueError, KeyError):
+            continue
+
+
+def _answers(database: Database, example: Example) -> bool:
+    result = database.execute(example.sql, _LIMITS)
+    return result.ok and any(cell is not None for row in result.rows for cell in row)
+
+
+def _words(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_+", " ", name).strip().lower()
+
+
+def _columns(table: Table, *types: str) -> list[Column]:
+    """Columns of these types that are no keys."""
+    keys = {key.column for key in table.foreign_keys}
+    return [
+        c
+        for c in table.columns
+        if not (c.primary_key or c.name in keys or re.search(r"(^|_|[a-z])(id|Id|ID|key)$", c.name))
+        and any(t in c.type for t in types)
+    ]
+
+
+_NUMBERS, _TEXT = ("INT", "REAL", "NUM", "DEC", "DOUBLE", "FLOA", "MONEY"), ("CHAR", "TEXT", "CLOB")
+
+
+def _count(table: Table) -> Example | None:
+    return Example(f"How many {plural(_words(table.name))} are there?", f"SELECT count(*) FROM {quote(table.name)}")
+
+
+def _average(table: Table) -> Example | None:
+    return next(
+        (
+            Example(
+                f"What is the average {_words(c.name)} of all {plural(_words(table.name))}?",
+                f"SELECT avg({quote(c.name)}) FROM {quote(table.name)}",
+            )
+            for c in _columns(table, *_NUMBERS)
+        ),
+        None,
+    )
+
+
+def _list(table: Table) -> Example | None:
+    return next(
+        (
+            Example(
+                f"List the {_words(c.name)} of all {plural(_words(table.name))}.",
+                f"SELECT {quote(c.name)} FROM {quote(table.name)}",
+            )
+            for c in _columns(table, *_TEXT)
+        ),
+        None,
+    )
+
+
+def _extreme(table: Table) -> Example | None:
+    labels, numbers = _columns(table, *_TEXT), _columns(table, *_NUMBERS)
+    if not (labels and numbers):
+        return None
+    label, number = labels[0].name, numbers[0].name
+    return Example(
+        f"What is the {_words(label)} of the {_words(table.name)} with the highest {_words(number)}?",
+        f"SELECT {quote(label)} FROM {quote(table.name)} WHERE {quote(number)} IS NOT NULL "
+        f"ORDER BY {quote(number)} DESC LIMIT 1",
+    )
+
+
+def _per_parent(table: Table) -> Example | None:
+    key = next((k for k in table.foreign_keys if k.ref_column and k.ref_table != table.name), None)
+    if key is None:
+        return None
+    return Example(
+        f"How many {plural(_words(table.name))} are there for each {_words(key.ref_table)}?",
+        f"SELECT p.{quote(key.ref_column)}, count(*) FROM {quote(table.name)} c JOIN {quote(key.ref_table)} p "
+        f"ON c.{quote(key.column)} = p.{quote(key.ref_column)} GROUP BY p.{quote(key.ref_column)}",
+    )
+
+
+_KINDS: tuple[Callable[[Table], Example | None], ...] = (_count, _list, _average, _extreme, _per_parent)

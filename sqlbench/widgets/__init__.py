@@ -1,0 +1,1 @@
+"""Interactive views; each can also be shown as static HTML."""

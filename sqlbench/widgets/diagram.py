@@ -1,0 +1,158 @@
+"""A schema as an entity-relationship diagram in plain SVG: no JavaScript, no font, no request, so it renders anywhere.
+
+Tables stand in columns, each just right of the tables it refers to. Every name is escaped. Of a wide table the keys
+and the first other columns are drawn, and how many more there are; of a very large schema the first `MAX_TABLES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+from sqlbench.database.schema import Column, Schema, Table
+
+MAX_TABLES, MAX_COLUMNS = 80, 14
+_ROW, _HEAD, _GAP_X, _GAP_Y, _CHAR = 18, 24, 70, 24, 6.7
+_MAX_CHARS = 34
+_TALL = 900
+"""Height at which a column of tables is broken into two."""
+
+
+@dataclass
+class _Box:
+    table: Table
+    columns: list[Column]
+    x: float = 0.0
+    y: float = 0.0
+
+    @property
+    def hidden(self) -> int:
+        return len(self.table.columns) - len(self.columns)
+
+    @property
+    def height(self) -> float:
+        return _HEAD + _ROW * (len(self.columns) + (self.hidden > 0)) + 6
+
+    @property
+    def width(self) -> float:
+        lines = [_short(self.table.name), *(f"PK {_short(c.name)}  {_short(c.type)}" for c in self.columns)]
+        return max(120.0, 20 + _CHAR * max(map(len, lines)))
+
+    def row(self, column: str) -> float:
+        """Middle of a column's row, or of the title where the column is not drawn."""
+        names = [c.name.lower() for c in self.columns]
+        i = names.index(column.lower()) if column.lower() in names else -1
+        return self.y + (_HEAD + _ROW * (i + 0.5) + 3 if i >= 0 else _HEAD / 2)
+
+
+def er_svg(schema: Schema) -> str:
+    """The diagram of a schema."""
+    boxes = {t.name.lower(): _Box(t, _drawn(t)) for t in schema.tables[:MAX_TABLES]}
+    if not boxes:
+        return "<p>There are no tables to draw.</p>"
+    width, height = _place(boxes)
+    left = len(schema.tables) - len(boxes)
+    note = f'<text x="12" y="{height + 14:g}" fill="#57606a">and {left} more tables</text>' if left > 0 else ""
+    height += 24 * (left > 0)
+    body = "".join([*map(_edges, boxes.values(), [boxes] * len(boxes)), *map(_draw, boxes.values()), note])
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="Entity-relationship diagram of '
+        f'{escape(schema.name, quote=True)}" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
+        f'style="background:#fff" font-family="ui-monospace, DejaVu Sans Mono, monospace" font-size="11">{body}</svg>'
+    )
+
+
+def _drawn(table: Table) -> list[Column]:
+    """The columns to draw, in declared order: all of a small table, else its keys first of all."""
+    if len(table.columns) <= MAX_COLUMNS:
+        return list(table.columns)
+    keys = {key.column.lower() for key in table.foreign_keys}
+    ranked = sorted(table.columns, key=lambda c: not (c.primary_key or c.name.lower() in keys))
+    chosen = set(ranked[: MAX_COLUMNS - 1])
+    return [c for c in table.columns if c in chosen]
+
+
+def _place(boxes: dict[str, _Box]) -> tuple[float, float]:
+    """Give every box its place; returns width and height of the whole."""
+    depth: dict[str, int] = {}
+
+    def visit(name: str, above: frozenset[str]) -> int:
+        if name not in depth:
+            targets = {k.ref_table.lower() for k in boxes[name].table.foreign_keys} & boxes.keys() - above - {name}
+            depth[name] = max((visit(t, above | {name}) + 1 for t in sorted(targets)), default=0)
+        return depth[name]
+
+    for name in boxes:
+        visit(name, frozenset())
+    users: dict[str, list[str]] = {name: [] for name in boxes}
+    for name, box in boxes.items():
+        for key in box.table.foreign_keys:
+            if key.ref_table.lower() in users.keys() - {name}:
+                users[key.ref_table.lower()].append(name)
+    for name in sorted(boxes, key=lambda n: -depth[n]):  # as near to their users as they can be: short lines
+        depth[name] = max(depth[name], min((depth[user] for user in users[name]), default=0) - 1)
+    x, bottom = 12.0, 0.0
+    for level in range(max(depth.values()) + 1):
+        members = [boxes[name] for name in boxes if depth[name] == level]
+        y, widest = 12.0, 0.0
+        for box in members:
+            if y > 12 and y + box.height > _TALL:
+                x, y, widest = x + widest + _GAP_X, 12.0, 0.0
+            box.x, box.y = x, y
+            y, widest = y + box.height + _GAP_Y, max(widest, box.width)
+            bottom = max(bottom, y)
+        x += widest + _GAP_X
+    return x - _GAP_X + 12, bottom - _GAP_Y + 12
+
+
+def _edges(box: _Box, boxes: dict[str, _Box]) -> str:
+    parts = []
+    for key in box.table.foreign_keys:
+        target = boxes.get(key.ref_table.lower())
+        if target is None:
+            continue
+        y, to_y = box.row(key.column), target.row(key.ref_column)
+        if target.x + target.width < box.x:  # the usual case: the target is to the left
+            x, to_x, bend, to_bend = box.x, target.x + target.width, -40, 40
+        elif target.x > box.x + box.width:
+            x, to_x, bend, to_bend = box.x + box.width, target.x, 40, -40
+        else:
+            x, to_x, bend, to_bend = box.x + box.width, target.x + target.width, 50, 50
+        title = f"{key.column} refers to {key.ref_table}.{key.ref_column}"
+        parts.append(
+            f'<path d="M{x:g} {y:g} C{x + bend:g} {y:g} {to_x + to_bend:g} {to_y:g} {to_x:g} {to_y:g}" fill="none" '
+            f'stroke="#6e7781" stroke-width="1.3"><title>{escape(title)}</title></path>'
+            f'<circle cx="{to_x:g}" cy="{to_y:g}" r="3" fill="#6e7781"/>'
+        )
+    return "".join(parts)
+
+
+def _draw(box: _Box) -> str:
+    x, y, width = box.x, box.y, box.width
+    keys = {key.column.lower() for key in box.table.foreign_keys}
+    parts = [
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{box.height:g}" rx="4" fill="#fff" stroke="#8c959f"/>'
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{_HEAD}" rx="4" fill="#ddf4ff" stroke="#8c959f"/>'
+        f'<text x="{x + 8:g}" y="{y + 16:g}" font-weight="bold" fill="#0a3069">{_label(box.table.name)}</text>'
+    ]
+    for i, c in enumerate(box.columns):
+        base = y + _HEAD + _ROW * i + 16
+        mark = "PK" if c.primary_key else "FK" if c.name.lower() in keys else ""
+        parts.append(
+            f'<text x="{x + 8:g}" y="{base:g}" font-size="9" fill="#9a6700">{mark}</text>'
+            f'<text x="{x + 26:g}" y="{base:g}" fill="#1f2328">{_label(c.name)}</text>'
+            f'<text x="{x + width - 8:g}" y="{base:g}" text-anchor="end" fill="#57606a">{_label(c.type)}</text>'
+        )
+    if box.hidden:
+        base = y + _HEAD + _ROW * len(box.columns) + 16
+        parts.append(f'<text x="{x + 26:g}" y="{base:g}" fill="#57606a">and {box.hidden} more columns</text>')
+    return "".join(parts)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _MAX_CHARS else name[: _MAX_CHARS - 1] + "…"
+
+
+def _label(name: str) -> str:
+    title = f"<title>{escape(name)}</title>" if len(name) > _MAX_CHARS else ""
+    return escape(_short(name)) + title
