@@ -8,9 +8,11 @@ did not fail.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-from sqlbench.agent.graph import AgentContext, AgentState, failure, run_agent
+from sqlbench.agent.graph import AgentContext, AgentState, Observer, failure, run_agent
 from sqlbench.agent.prompts import Prompts, schema_style
+from sqlbench.agent.repair import RepairPolicy
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
@@ -19,27 +21,26 @@ from sqlbench.database.schema import introspect, schema_text
 from sqlbench.models.base import ChatModel
 from sqlbench.reward import ascore
 
-__all__ = ["RolloutConfig", "failed_rollout", "rollout"]
+__all__ = ["RolloutConfig", "answer", "failed_rollout", "rollout"]
 
 
 async def rollout(
-    task: Task, database: Database, model: ChatModel, prompts: Prompts, config: RolloutConfig
+    task: Task,
+    database: Database,
+    model: ChatModel,
+    prompts: Prompts,
+    config: RolloutConfig,
+    repair: RepairPolicy | None = None,
+    observer: Observer | None = None,
 ) -> Trajectory:
     """Let the agent answer one task and score its last query against the gold one.
 
     A completion that was cut at the token limit is executed as it is; its `finish_reason` says so.
     """
     started = time.perf_counter()
-    state: AgentState = {}
-    reward, reason, error = None, "", None
-    try:
-        schema = introspect(database)
-        text = schema_text(schema, schema_style(prompts.family), config.table_info_truncate)
-    except Exception as problem:
-        error = failure("schema", problem)
-    else:
-        state = await run_agent(task.question, text, AgentContext(model, database, schema, prompts, config))
-        error = state.get("error")
+    reward, reason = None, ""
+    state = await answer(task.question, database, model, prompts, config, repair, observer)
+    error = state.get("error")
     if error is None:
         try:
             verdict = await ascore(task.gold, state["sql"], database, strict=config.strict)
@@ -57,6 +58,33 @@ async def rollout(
         error=error,
         seconds=time.perf_counter() - started,
     )
+
+
+async def answer(
+    question: str,
+    database: Database,
+    model: ChatModel,
+    prompts: Prompts,
+    config: RolloutConfig,
+    repair: RepairPolicy | None = None,
+    observer: Observer | None = None,
+    start: Sequence[tuple[str, str]] | None = None,
+) -> AgentState:
+    """Let the agent answer a question that has no gold query; `error` in the state says what broke, if anything did.
+
+    Args:
+        repair: chooses the strategy of each rewrite (`sqlbench.agent.repair`).
+        observer: is told of everything as it happens.
+        start: queries that did not answer it, oldest first, each with the text of its result: the first call is then a
+            rewrite of the last one.
+    """
+    try:
+        schema = introspect(database)
+        text = schema_text(schema, schema_style(prompts.family), config.table_info_truncate)
+    except Exception as problem:
+        return {"error": failure("schema", problem)}
+    context = AgentContext(model, database, schema, prompts, config, repair, observer)
+    return await run_agent(question, text, context, start or ())
 
 
 def failed_rollout(task: Task, where: str, error: Exception) -> Trajectory:

@@ -48,6 +48,8 @@ class Transition(Record):
     """1-based turn (write-or-rewrite, execute, check) in which the call was made."""
     messages: list[Message]
     completion: Completion
+    strategy: str | None = None
+    """The repair strategy that a rewrite was told to follow."""
 
 
 class Execution(Record):

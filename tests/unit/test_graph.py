@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sqlbench.agent.graph import AgentContext, draw, run_agent
-from sqlbench.agent.prompts import prompts_for
+from sqlbench.agent.graph import REFUSED, REJECTED, AgentContext, draw, run_agent
+from sqlbench.agent.prompts import STRATEGIES, prompts_for
+from sqlbench.agent.repair import FixedRepair, Situation
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.config import RolloutConfig
 from sqlbench.database.engine import open_database
@@ -20,7 +21,7 @@ YES, NO = "THE QUERY IS CORRECT", "Wrong column. THE QUERY IS INCORRECT"
 
 
 class Scripted:
-    """A model that gives prepared answers; an exception among them is raised."""
+    """A model that gives prepared answers, in pieces where asked to; an exception among them is raised."""
 
     name, family = "scripted", "chat"
 
@@ -28,11 +29,14 @@ class Scripted:
         self.answers = list(answers)
         self.seen: list[list[Message]] = []
 
-    async def complete(self, messages: list[Message]) -> Completion:
+    async def complete(self, messages: list[Message], on_text=None) -> Completion:
         self.seen.append(messages)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
+        if on_text is not None:
+            on_text(answer[:5])
+            on_text(answer[5:])
         return Completion(text=answer)
 
 
@@ -49,10 +53,11 @@ def database(tmp_path: Path):
 
 @pytest.fixture
 def answer(database):
-    def run(*answers: str | Exception, family: str = "chat", **settings):
+    def run(*answers: str | Exception, family: str = "chat", repair=None, observer=None, start=(), **settings):
         model = Scripted(*answers)
-        context = AgentContext(model, database, introspect(database), prompts_for(family), RolloutConfig(**settings))
-        state = asyncio.run(run_agent("Which names?", "SCHEMA", context))
+        config = RolloutConfig(**settings)
+        context = AgentContext(model, database, introspect(database), prompts_for(family), config, repair, observer)
+        state = asyncio.run(run_agent("Which names?", "SCHEMA", context, start))
         return state, model
 
     return run
@@ -117,7 +122,138 @@ def test_the_graph_can_be_drawn_as_mermaid_text():
     text = draw()
     for edge in ("write_query", "execute_query", "check_query", "rewrite_query"):
         assert edge in text
-    assert "check_query -.-> rewrite_query" in text and "rewrite_query --> execute_query" in text
+    assert (
+        "check_query -.-> rewrite_query" in text
+        and "execute_query -.-> rewrite_query" in text
+        and "rewrite_query --> execute_query" in text
+    )
+
+
+class Asked:
+    """A repair policy that takes the strategies in their order and keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.situations: list[Situation] = []
+
+    def choose(self, situation: Situation) -> str:
+        self.situations.append(situation)
+        return STRATEGIES[len(self.situations) - 1]
+
+
+def test_a_repair_policy_chooses_the_strategy_of_each_rewrite(answer):
+    repair = Asked()
+    state, model = answer(BROKEN, BAD, NO, GOOD, YES, repair=repair, max_turns=5)
+    assert [(t.agent, t.turn, t.strategy) for t in state["transitions"]] == [
+        ("write", 1, None), ("rewrite", 2, STRATEGIES[0]), ("check", 2, None), ("rewrite", 3, STRATEGIES[1]),
+        ("check", 3, None),
+    ]  # fmt: skip
+    assert [(s.error_class, s.attempt, s.previous_strategy) for s in repair.situations] == [
+        ("no_such_column", 1, "generate"), ("none", 2, STRATEGIES[0]),
+    ]  # fmt: skip
+    first, second = model.seen[1][1].content, model.seen[3][1].content
+    components = prompts_for("chat").components
+    assert first.endswith(components["repair.rewrite_full"]) and second.endswith(components["repair.fix_column"])
+
+
+def test_with_repair_a_query_that_did_not_run_is_rewritten_without_a_check(answer):
+    state, model = answer(BAD, NO, BROKEN, GOOD, YES, repair=FixedRepair("fix_column"), max_turns=5)
+    assert agents(state) == ["write1", "check1", "rewrite2", "rewrite3", "check3"]
+    last = model.seen[3][1].content
+    assert REFUSED in last and NO not in last  # nor the remarks on the query before
+
+
+def test_with_repair_a_rewrite_sees_every_query_so_far_with_its_result(answer):
+    errors = {
+        BROKEN: "column: nam",
+        "SELECT nme FROM singer": "column: nme",
+        "SELECT name FROM singers": "table: singers",
+    }
+    _, model = answer(*errors, GOOD, YES, repair=FixedRepair("fix_column"), max_turns=5)
+    prompt = model.seen[3][1].content
+    shown = [prompt.index(part) for sql, error in errors.items() for part in (sql + "\n", "no such " + error)]
+    assert shown == sorted(shown)
+
+
+def test_without_repair_a_rewrite_sees_the_last_query_only(answer):
+    state, model = answer(BROKEN, NO, BAD, NO, GOOD, YES)
+    assert BROKEN not in model.seen[4][1].content and BAD in model.seen[4][1].content
+    assert {t.strategy for t in state["transitions"]} == {None}
+
+
+@pytest.mark.parametrize("again", [BAD, BAD + " ;", BAD.replace(" ", "\n  ")])
+def test_with_repair_it_ends_when_the_same_query_comes_for_the_third_time(answer, again):
+    answers = [BAD, NO, GOOD, NO, BAD, NO, again, NO, GOOD, NO]
+    state, _ = answer(*answers, repair=FixedRepair("fix_column"), max_turns=9)
+    assert agents(state)[-1] == "rewrite4" and len(state["executions"]) == 4
+    assert agents(answer(*answers, max_turns=5)[0])[-1] == "rewrite5"  # without repair it goes on
+
+
+def test_five_attempts_are_made_where_every_query_differs(answer):
+    state, _ = answer(*[f"SELECT x{i}" for i in range(9)], repair=FixedRepair("fix_syntax"), max_turns=5)
+    assert agents(state) == ["write1", "rewrite2", "rewrite3", "rewrite4", "rewrite5"]
+
+
+class Told:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple] = []
+
+    def text(self, agent, turn, piece) -> None:
+        self.events.append(("text", agent, turn, piece))
+
+    def transition(self, transition) -> None:
+        self.events.append(("transition", transition))
+
+    def execution(self, execution, execution_text) -> None:
+        self.events.append(("execution", execution, execution_text))
+
+
+def test_an_observer_is_told_of_everything_in_order(answer):
+    told = Told()
+    state, _ = answer(BROKEN, GOOD, YES, repair=FixedRepair("fix_column"), observer=told)
+    names = [(e[0], *e[1:3]) if e[0] == "text" else (e[0],) for e in told.events]
+    call = [("transition",)]
+    assert names == [
+        *[("text", "write", 1)] * 2, *call, ("execution",),
+        *[("text", "rewrite", 2)] * 2, *call, ("execution",),
+        *[("text", "check", 2)] * 2, *call,
+    ]  # fmt: skip
+    assert "".join(e[3] for e in told.events if e[:3] == ("text", "rewrite", 2)) == GOOD
+    assert [e[1] for e in told.events if e[0] == "transition"] == state["transitions"]
+    executions = [e[1:] for e in told.events if e[0] == "execution"]
+    assert [e for e, _ in executions] == state["executions"]
+    assert executions[0][1].startswith("error: no such column: nam") and executions[1][1] == state["execution_text"]
+
+
+@pytest.mark.parametrize("repair", [None, FixedRepair("rewrite_full")])
+def test_earlier_answers_make_the_first_call_a_rewrite(answer, repair):
+    start = [("SELECT 1", "1 row"), (BROKEN, "error: no such column: nam")]
+    state, model = answer(BAD, NO, GOOD, YES, repair=repair, start=start)
+    assert agents(state) == ["rewrite1", "check1", "rewrite2", "check2"]
+    first, second = model.seen[0][1].content, model.seen[2][1].content
+    assert first.index("SELECT 1\n") < first.index(BROKEN) < first.index(REJECTED)
+    assert second.index("SELECT 1\n") < second.index(BROKEN) < second.index(BAD) < second.index(NO)
+    assert [sql for sql, _ in state["history"]] == ["SELECT 1", BROKEN, BAD, GOOD]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("error: no such column: nam", "no_such_column"), ("empty result", "empty"), ("1 row", "none")]
+)
+def test_a_policy_is_told_how_an_earlier_answer_failed(answer, text, name):
+    repair = Asked()
+    answer(GOOD, YES, repair=repair, start=[("SELECT 1", text)])
+    assert repair.situations == [Situation(error_class=name, attempt=1)]
+
+
+def test_earlier_answers_count_as_the_same_query(answer):
+    state, _ = answer(BAD, NO, BAD, NO, repair=FixedRepair("fix_column"), start=[(BAD, "50 rows")], max_turns=5)
+    assert agents(state) == ["rewrite1", "check1", "rewrite2"]
+
+
+def test_a_broken_model_at_the_first_rewrite_is_an_error_too(answer):
+    state, _ = answer(ConnectionError("gone"), start=[(BAD, "50 rows")])
+    assert state["error"] == "model: ConnectionError: gone"
 
 
 def test_nothing_is_traced_even_where_the_environment_asks_for_it(answer, monkeypatch):
@@ -129,7 +265,7 @@ def test_nothing_is_traced_even_where_the_environment_asks_for_it(answer, monkey
 
     async def watched(model, messages):
         seen.append(utils.tracing_is_enabled())
-        return await complete(model, messages)
+        return await complete(model, messages)  # as without an observer: one argument
 
     monkeypatch.setattr(Scripted, "complete", watched)
     answer(GOOD, YES)

@@ -95,7 +95,10 @@ def imported(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "groups"),
-    [("sqlbench", {"core", "local", "train", "notebooks"}), ("tests", {"core", "local", "train", "notebooks", "test"})],
+    [
+        ("sqlbench", {"core", "local", "train", "agent", "notebooks"}),
+        ("tests", {"core", "local", "train", "agent", "notebooks", "test"}),
+    ],
 )
 def test_what_is_imported_is_declared(repo, folder, groups):
     declared = {canonicalize_name(r.name) for g, rows in requirements(repo).items() if g in groups for r in rows}

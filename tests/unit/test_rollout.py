@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from pathlib import Path
 
 import pytest
 
 from sqlbench.agent.prompts import prompts_for
+from sqlbench.agent.repair import FixedRepair
 from sqlbench.agent.trajectory import Completion, Trajectory
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import open_database
 from sqlbench.errors import ModelError
-from sqlbench.rollout import failed_rollout, rollout
+from sqlbench.rollout import answer, failed_rollout, rollout
 
 GOLD = "SELECT name FROM singer WHERE age > 20"
 
@@ -27,27 +29,31 @@ class OneAnswer:
     def __init__(self, answer: str | None, finish_reason: str = "stop") -> None:
         self.answer, self.finish_reason = answer, finish_reason
 
-    async def complete(self, messages) -> Completion:
+    async def complete(self, messages, on_text=None) -> Completion:
         if self.answer is None:
             raise ModelError("endpoint gone")
         return Completion(text=self.answer, finish_reason=self.finish_reason)
 
 
 @pytest.fixture
-def run(tmp_path: Path):
+def database(tmp_path: Path):
     path = tmp_path / "concert.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE singer (singer_id INTEGER PRIMARY KEY, name TEXT, age INTEGER)")
         connection.executemany("INSERT INTO singer VALUES (?, ?, ?)", [(1, "Ann", 20), (2, "Bob", 30), (3, "Cy", 40)])
     database = open_database(path)
+    yield database
+    database.close()
 
-    def one(answer: str | None, gold: str = GOLD, finish_reason: str = "stop") -> Trajectory:
+
+@pytest.fixture
+def run(database):
+    def one(answer: str | None, gold: str = GOLD, finish_reason: str = "stop", **more) -> Trajectory:
         task = Task(task_id="7", db_id="concert", question="Who?", gold=gold, split="dev", hardness="easy")
         model = OneAnswer(answer, finish_reason)
-        return asyncio.run(rollout(task, database, model, prompts_for("nano"), RolloutConfig()))
+        return asyncio.run(rollout(task, database, model, prompts_for("nano"), RolloutConfig(), **more))
 
-    yield one
-    database.close()
+    return one
 
 
 def test_a_right_answer_has_reward_one_and_carries_its_task(run):
@@ -91,3 +97,58 @@ def test_a_rollout_that_could_not_start_failed():
     task = Task(task_id="7", db_id="concert", question="Who?", gold=GOLD, split="dev")
     record = failed_rollout(task, "database", FileNotFoundError("gone"))
     assert record.failed and record.reward is None and record.error == "database: FileNotFoundError: gone"
+
+
+def test_repair_and_observer_reach_the_agent(run):
+    class Told:
+        def __init__(self) -> None:
+            self.executions = []
+
+        def text(self, agent, turn, piece) -> None: ...
+
+        def transition(self, transition) -> None: ...
+
+        def execution(self, execution, execution_text) -> None:
+            self.executions.append(execution)
+
+    told = Told()
+    record = run("SELECT nothing FROM singer", repair=FixedRepair("fix_column"), observer=told)
+    assert [t.strategy for t in record.transitions] == [None, "fix_column", "fix_column"]
+    assert told.executions == record.executions and record.reward == 0.0
+
+
+def test_a_record_from_before_there_were_strategies_loads(run):
+    record = run("SELECT name FROM singer")
+    old = json.loads(record.model_dump_json())
+    for transition in old["transitions"]:
+        del transition["strategy"]
+    assert Trajectory.model_validate_json(json.dumps(old)) == record
+
+
+def ask(database, model, **more):
+    return asyncio.run(answer("Who?", database, model, prompts_for("nano"), RolloutConfig(max_turns=1), **more))
+
+
+def test_a_question_without_gold_is_answered_by_the_same_agent(database):
+    state = ask(database, OneAnswer("SELECT name FROM singer;"))
+    assert state["sql"] == "SELECT name FROM singer" and state["executions"][0].n_rows == 3 and "error" not in state
+    prompt = state["transitions"][0].messages[1].content
+    assert "Who?" in prompt and "singer: singer_id, name, age" in prompt
+
+
+def test_asking_again_starts_with_a_rewrite_of_the_earlier_answer(database):
+    start = [("SELECT age FROM singer", "3 rows: 20")]
+    state = ask(database, OneAnswer("SELECT name FROM singer"), start=start, repair=FixedRepair("fix_table"))
+    (call,) = state["transitions"]
+    assert (call.agent, call.turn, call.strategy) == ("rewrite", 1, "fix_table")
+    assert "query: SELECT age FROM singer\n result: 3 rows: 20\n repair: fix table" in call.messages[1].content
+
+
+def test_an_answer_that_breaks_says_why(database, tmp_path):
+    assert ask(database, OneAnswer(None))["error"] == "model: ModelError: endpoint gone"
+    path = tmp_path / "gone.sqlite"
+    sqlite3.connect(path).execute("CREATE TABLE t (a)").connection.close()
+    gone = open_database(path)
+    path.write_text("this is no database, " * 99)
+    assert ask(gone, OneAnswer("SELECT 1"))["error"].startswith("schema: DatabaseError: ")
+    gone.close()

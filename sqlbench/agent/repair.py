@@ -1,0 +1,306 @@
+"""Which repair strategy the next rewrite follows, and what is learned from how it went.
+
+A rollout with repair describes to a `RepairPolicy` where it stands (`Situation`) before each rewrite. `LinUCBRepair`
+learns from finished rollouts which strategy suits which situation; `RandomRepair` and `FixedRepair` are what it is
+compared with. The same seed, choices and lessons give the same next choice, in another process too: what is saved are
+the lessons, in plain JSON, and loading learns them again.
+
+Rewards are shaped by a potential (Ng, Harada, Russell: Policy invariance under reward transformations, ICML 1999): an
+attempt gets what the potential of its outcome is above that of the outcome before. Start and end have potential 0, so
+the rewards of a rollout add up to its success minus the cost of its attempts whatever the potentials, and no policy
+gains by being bad first. The bandit looks one attempt ahead; the closer a potential is to what can still be won from
+there, the less it misses by that. Potentials are not negative: a rollout that ends in failure falls back to 0.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import Protocol
+
+from pydantic import ValidationError
+
+from sqlbench.agent.prompts import STRATEGIES
+from sqlbench.agent.trajectory import Execution, Record, Trajectory, Transition
+from sqlbench.errors import DataError
+from sqlbench.sqltree import error_class
+
+GENERATE = "generate"
+"""What the first query of a rollout followed."""
+ATTEMPT_COST = 0.05
+POTENTIAL = {
+    "rejected": 0.0,
+    "syntax": 0.0,
+    "other": 0.1,
+    "no_such_table": 0.1,
+    "no_such_column": 0.2,
+    "function": 0.2,
+    "ambiguous_column": 0.3,
+    "aggregation": 0.3,
+    "type": 0.3,
+    "timeout": 0.3,
+    "too_large": 0.3,
+    "empty": 0.4,
+    "none": 0.5,
+}
+"""How far a query that is not right yet got, by class of failure, in the order in which a database finds mistakes.
+
+The classes are `sqlbench.sqltree.ERROR_CLASSES`, the statuses of a query that was stopped, ``empty`` (it ran and gave
+no rows) and ``none`` (it ran and gave rows).
+"""
+
+
+class Situation(Record):
+    """Where a rollout stands before a rewrite."""
+
+    error_class: str
+    """Failure class of the last query, a key of `POTENTIAL`."""
+    attempt: int
+    """Queries so far."""
+    previous_strategy: str = GENERATE
+    error_changed: bool = False
+    """Whether the database said something else to the query before."""
+    repeats: int = 0
+    """How many queries just before the last one failed in the same class."""
+
+
+class Lesson(Record):
+    """What one rewrite brought."""
+
+    situation: Situation
+    strategy: str
+    reward: float
+
+
+class RepairPolicy(Protocol):
+    """Chooses the strategy of each rewrite, and does nothing else."""
+
+    def choose(self, situation: Situation) -> str:
+        """One of `sqlbench.agent.prompts.STRATEGIES`."""
+        ...
+
+
+class FixedRepair:
+    """The same strategy always."""
+
+    def __init__(self, strategy: str) -> None:
+        _check(strategy)
+        self.strategy = strategy
+
+    def choose(self, situation: Situation) -> str:
+        """The strategy."""
+        return self.strategy
+
+
+class RandomRepair:
+    """Any strategy, each as likely as the others."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = Random(seed)
+
+    def choose(self, situation: Situation) -> str:
+        """The next draw."""
+        return self._random.choice(STRATEGIES)
+
+
+class LinUCBRepair:
+    """LinUCB with one linear model a strategy (Li et al., WWW 2010), from mabwiser.
+
+    Args:
+        alpha: width of the confidence bound, in rewards; 0 never explores.
+        seed: decides between strategies of equal score.
+    """
+
+    def __init__(self, alpha: float = 0.5, seed: int = 0) -> None:
+        from mabwiser.mab import MAB, LearningPolicy
+
+        self.alpha, self.seed, self.choices = alpha, seed, 0
+        self.lessons: list[Lesson] = []
+        # mabwiser takes l2_lambda * I for the *inverse* of an unseen arm's matrix too: only 1 makes its score right.
+        self._bandit = MAB(list(STRATEGIES), LearningPolicy.LinUCB(alpha=alpha, l2_lambda=1.0))
+        # It answers nothing before a first lesson, and one whose features are all 0 changes no model.
+        self._bandit.fit([STRATEGIES[0]], [0.0], [[0.0] * len(features(Situation(error_class="none", attempt=1)))])
+
+    def scores(self, situation: Situation) -> dict[str, float]:
+        """Upper confidence bound of each strategy's reward."""
+        return dict(self._bandit.predict_expectations([features(situation)]))
+
+    def choose(self, situation: Situation) -> str:
+        """The strategy with the highest score."""
+        scores = self.scores(situation)
+        best = max(scores.values())
+        # Loading sums in another order than learning did: scores that differ by rounding only are equal.
+        tied = [name for name, score in scores.items() if math.isclose(score, best, abs_tol=1e-9)]
+        self.choices += 1
+        return Random(f"{self.seed} {self.choices}").choice(tied)
+
+    def learn(self, situation: Situation, strategy: str, reward: float) -> None:
+        """Take in what a strategy brought in a situation."""
+        self._learn([Lesson(situation=situation, strategy=strategy, reward=reward)])
+
+    def _learn(self, lessons: Sequence[Lesson]) -> None:
+        for lesson in lessons:
+            _check(lesson.strategy)
+        self.lessons.extend(lessons)
+        if lessons:
+            contexts = [features(lesson.situation) for lesson in lessons]
+            self._bandit.partial_fit([x.strategy for x in lessons], [x.reward for x in lessons], contexts)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state; the old file stays whole until the new one is."""
+        state = _State(alpha=self.alpha, seed=self.seed, choices=self.choices, lessons=self.lessons)
+        new = Path(path).with_name(f".{Path(path).name}.new")
+        try:
+            new.write_text(state.model_dump_json() + "\n", encoding="utf-8")
+            os.replace(new, path)
+        except OSError as error:
+            raise DataError(f"cannot write the repair state {path}: {error.strerror}; choose another place") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> LinUCBRepair:
+        """The policy that was saved.
+
+        Raises:
+            DataError: there is none, or the file is damaged.
+        """
+        try:
+            state = _State.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            policy = cls(state.alpha, state.seed)
+            policy._learn(state.lessons)
+        except (OSError, ValueError) as error:
+            first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise DataError(f"cannot read the repair state {path}: {first}; delete it to start afresh") from error
+        policy.choices = state.choices
+        return policy
+
+
+class _State(Record):
+    alpha: float
+    seed: int
+    choices: int
+    lessons: list[Lesson]
+
+
+def features(situation: Situation) -> list[float]:
+    """What LinUCB sees of a situation, each number in [0, 1] over the usual five attempts."""
+    return [
+        *(float(situation.error_class == name) for name in POTENTIAL),
+        *(float(situation.previous_strategy == name) for name in (GENERATE, *STRATEGIES)),
+        situation.attempt / 5,
+        float(situation.error_changed),
+        situation.repeats / 5,
+    ]
+
+
+def failure_class(execution: Execution) -> str:
+    """How an execution failed to be the answer, one of `POTENTIAL`."""
+    if execution.status == "ok":
+        return "none" if execution.n_rows else "empty"
+    return error_class(execution.error or "") if execution.status == "error" else execution.status
+
+
+def situation(transitions: Sequence[Transition], executions: Sequence[Execution]) -> Situation:
+    """Where a rollout stands after the last of these executions."""
+    classes = [failure_class(e) for e in executions]
+    last, others = classes[-1], classes[-2::-1]
+    followed = {t.turn: t.strategy or GENERATE for t in transitions if t.agent != "check"}
+    return Situation(
+        error_class=last,
+        attempt=len(executions),
+        previous_strategy=followed[executions[-1].turn],
+        error_changed=bool(others) and (last, executions[-1].error) != (others[0], executions[-2].error),
+        repeats=next((i for i, name in enumerate(others) if name != last), len(others)),
+    )
+
+
+def situations(trajectory: Trajectory) -> list[Situation]:
+    """Where a rollout stood after each of its queries."""
+    done = trajectory.executions
+    return [situation(trajectory.transitions, done[: i + 1]) for i in range(len(done))]
+
+
+def shaped(classes: Sequence[str], solved: float) -> list[float]:
+    """The reward of each attempt.
+
+    Args:
+        classes: failure class of each query; that of the last one does not count, since the rollout ends with it.
+        solved: 1 where the last query was right, else 0.
+    """
+    potentials = [0.0, *(POTENTIAL[name] for name in classes[:-1]), 0.0]
+    rewards = [after - before - ATTEMPT_COST for before, after in pairwise(potentials)]
+    return [*rewards[:-1], rewards[-1] + solved]
+
+
+def shaped_rewards(trajectory: Trajectory) -> list[float]:
+    """The reward of each attempt of a rollout; none where the rollout has no reward (failed is not wrong)."""
+    if trajectory.reward is None:
+        return []
+    return shaped([failure_class(e) for e in trajectory.executions], trajectory.reward)
+
+
+def lessons(transitions: Sequence[Transition], executions: Sequence[Execution], solved: float) -> list[Lesson]:
+    """What a finished rollout teaches: one lesson for each rewrite that followed a strategy.
+
+    Args:
+        transitions, executions: the rollout's.
+        solved: 1 where the last query was right, else 0.
+    """
+    followed = {t.turn: t.strategy for t in transitions if t.strategy}
+    rewards = shaped([failure_class(e) for e in executions], solved)
+    return [
+        Lesson(situation=situation(transitions, executions[:i]), strategy=followed[i + 1], reward=rewards[i])
+        for i in range(1, len(executions))
+        if i + 1 in followed
+    ]
+
+
+class RepairMetrics(Record):
+    """How repair went over some rollouts; those without a reward are left out."""
+
+    rollouts: int
+    solved: int
+    attempts: float | None
+    """Mean number of queries."""
+    choices: dict[str, dict[str, tuple[int, float]]]
+    """By failure class and strategy: how often it was chosen, and the mean reward that it brought."""
+
+
+def repair_metrics(trajectories: Iterable[Trajectory]) -> RepairMetrics:
+    """The metrics of some rollouts."""
+    scored = [(t, t.reward) for t in trajectories if t.reward is not None]
+    rewards: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for t, solved in scored:
+        for lesson in lessons(t.transitions, t.executions, solved):
+            rewards[lesson.situation.error_class][lesson.strategy].append(lesson.reward)
+    return RepairMetrics(
+        rollouts=len(scored),
+        solved=sum(solved == 1 for _, solved in scored),
+        attempts=mean(len(t.executions) for t, _ in scored) if scored else None,
+        choices={
+            name: {s: (len(by[s]), mean(by[s])) for s in STRATEGIES if s in by}
+            for name in POTENTIAL
+            if (by := rewards.get(name))
+        },
+    )
+
+
+def cumulative_regret(returns: Sequence[float], fixed: Mapping[str, Sequence[float]]) -> tuple[str, list[float]]:
+    """The fixed strategy that is best in hindsight, and what was lost against it after each rollout.
+
+    Args:
+        returns: the sum of rewards of each rollout, in order.
+        fixed: the same for each strategy alone, over the same tasks in the same order.
+    """
+    best = max(fixed, key=lambda name: sum(fixed[name]))
+    return best, list(accumulate(b - a for a, b in zip(returns, fixed[best], strict=True)))
+
+
+def _check(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"'{strategy}' is no repair strategy; choose one of: {', '.join(STRATEGIES)}")
