@@ -8,7 +8,7 @@ differ in sentence frames and in the words for operations:
 - ``D``: never trained on. Its frames are its own; its operation words are partly those of B and C (``exceeding``,
   ``tally``), partly its own, so that learning B and C can carry over to some of D, but not to all of it.
 
-As people do, B, C and D also use everyday frames and words of A (`_EVERYDAY`), but no sentence is said by two families:
+As people do, B, C and D also use everyday frames and words of A, but no sentence is said by two families:
 each has a frame or a word that no earlier family has.
 
 `draw` is deterministic in the state of its random generator.
@@ -26,8 +26,8 @@ from sqlbench.data.domains import Domain
 
 FAMILIES = ("A", "B", "C", "D")
 Filler = Callable[[Random], str]
-_EVERYDAY = 0.7
-"""How often B, C and D use a frame or word of A; every question has a frame or word that no earlier family has."""
+_EVERYDAY_FRAME, _EVERYDAY_WORD = 0.85, 0.75
+"""How often B, C and D use a frame, or a word, of A; every question has a frame or word that no earlier family has."""
 _VALUES = frozenset(("{v}", "'{v}'", "{w}", "{k}", "{cond}", "{cond2}", "{not}"))
 _SMALL = frozenset(
     ("the", "of", "is", "are", "with", "that", "have", "has", "having", "any", "for", "For", "whose", "there", "its", "in")
@@ -35,7 +35,7 @@ _SMALL = frozenset(
 _COMPARE = {">": "gt", "<": "lt", ">=": "ge", "<=": "le", "=": "eq"}
 _OPPOSITE = {"max": "DESC", "min": "ASC"}
 
-# The words of each family for an operation; B, C and D also use those of A, as everyday words (`_EVERYDAY`).
+# The words of each family for an operation; B, C and D also use those of A, as everyday words (`_EVERYDAY_WORD`).
 LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
     "ask": {
         "A": ("What is", "What are", "Show", "Find", "List", "Give me", "Return", "Tell me", "Display", "Give", "Provide"),
@@ -276,7 +276,7 @@ class Scope:
 
     def word(self, operation: str) -> str:
         """One of the family's words for an operation."""
-        family = "A" if self.rng.random() < _EVERYDAY else self.family
+        family = "A" if self.rng.random() < _EVERYDAY_WORD else self.family
         words = self.rng.choice(LEXICON[operation][family])
         earlier = FAMILIES[: FAMILIES.index(self.family)]
         if all(words not in LEXICON[operation][f] for f in earlier):
@@ -1065,7 +1065,7 @@ def draw(
             sql = kind.build(scope)
         except Skip:
             continue
-        frame = rng.choice(kind.frames["A" if rng.random() < _EVERYDAY else family])
+        frame = rng.choice(kind.frames["A" if rng.random() < _EVERYDAY_FRAME else family])
         new = family == "A" or all(frame not in kind.frames[f] for f in FAMILIES[: FAMILIES.index(family)])
         for name in _PICKED:
             if f"{{{name}}}" in frame and name not in scope.slots:

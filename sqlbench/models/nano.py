@@ -2,9 +2,9 @@
 
 `train_nano` is the whole recipe: a tokenizer made for copying identifiers, made-up and hand-written schemas, a
 curriculum of three levels and a last phase of disturbed wording, Muon for the matrices and AdamW for the rest, a cosine
-schedule over the time given. The checkpoint that ships with the package (`NANO_PATH`) was made by it (without the last
-phase, where its note has no ``late``); its folder holds the recipe, the training log and what was measured. It has
-learnt one phrasing family and is meant to be improved by reinforcement learning.
+schedule over the time given. The checkpoint that ships with the package (`NANO_PATH`) was made by it; its folder holds
+the recipe, the training log and what was measured. It has learnt one phrasing family and is meant to be improved by
+reinforcement learning.
 
 The clock counts processor time, so a busy machine gives the same model later, not a worse one sooner. Examples and
 their order depend on the seed alone; how far training gets depends on the machine.
