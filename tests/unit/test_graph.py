@@ -180,7 +180,7 @@ def test_without_repair_a_rewrite_sees_the_last_query_only(answer):
     assert {t.strategy for t in state["transitions"]} == {None}
 
 
-@pytest.mark.parametrize("again", [BAD, BAD + " ;", BAD.replace(" ", "\n  ")])
+@pytest.mark.parametrize("again", [BAD, BAD + " ;;", BAD.replace(" ", "\n  ")])
 def test_with_repair_it_ends_when_the_same_query_comes_for_the_third_time(answer, again):
     answers = [BAD, NO, GOOD, NO, BAD, NO, again, NO, GOOD, NO]
     state, _ = answer(*answers, repair=FixedRepair("fix_column"), max_turns=9)
