@@ -6,8 +6,12 @@ and greyscale print.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +19,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from pandas.io.formats.style import Styler
 
 from sqlbench.errors import DataError
 from sqlbench.runs import METRICS
@@ -39,6 +45,14 @@ STYLE = {
 }
 WIDTH = 9.9
 """Inches of a figure of several panels."""
+_drawing = threading.RLock()
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """The look of all figures. matplotlib's settings are global: one figure at a time, whatever the thread."""
+    with _drawing, plt.rc_context(STYLE):
+        yield
 
 
 @dataclass(frozen=True)
@@ -140,26 +154,42 @@ def reward_curves(
         columns: panels in a row.
     """
     frames = {label: [read_metrics(folder) for folder in folders] for label, folders in runs.items() if folders}
+    raw = len(frames) <= 4 and any(len(seeds) == 1 for seeds in frames.values())
+    raw = raw and smooth > 1 and any(SERIES[name].each_step for name in names)
+    entries = len(frames) + raw
+    columns = min(columns, len(names))
+    panel = min(WIDTH / columns, WIDTH / 2)
     rows = -(-len(names) // columns)
-    longest = max((len(label) + 24 * (len(seeds) > 1) for label, seeds in frames.items()), default=0) + 8
-    abreast = max(1, min(int(WIDTH * 14) // longest, len(frames)))  # legend entries that fit side by side
-    height = rows * 0.75 * WIDTH / columns + 0.22 * -(-len(frames) // abreast)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained")
+    longest = max((len(label) + 24 * (len(seeds) > 1) for label, seeds in frames.items()), default=0)
+    longest = max(longest, 42 * raw) + 8
+    abreast = max(1, min(int(panel * columns * 14) // longest, entries))  # legend entries that fit side by side
+    size = (panel * columns, rows * 0.75 * panel + 0.22 * -(-entries // abreast))
+    with _style():
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         for axis, name in zip(axes.flat, names, strict=False):
             for number, (label, metrics) in enumerate(frames.items()):
                 window = smooth if SERIES[name].each_step else 1
-                _curve(axis, [series(m, name) for m in metrics], window, number, label, len(frames) <= 4)
+                _curve(axis, [series(m, name) for m in metrics], window, number, label, raw)
             axis.set_title(SERIES[name].title, loc="left")
             axis.set_xlabel("step")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            low, high = axis.dataLim.intervaly
+            if low == high:  # nothing moved: let it look like that, and like the size it has
+                axis.set_ylim(0, 2 * high or 1)
+            elif axis.get_ylim()[0] < 0 <= low:  # none of the quantities can be negative
+                axis.set_ylim(bottom=0)
             if not axis.lines:
                 axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", color="0.5")
                 axis.set(xticks=[], yticks=[])
         for axis in axes.flat[len(names) :]:
             axis.remove()
-        handles, labels = axes.flat[0].get_legend_handles_labels()
+        handles, _ = axes.flat[0].get_legend_handles_labels()
+        if handles and raw:
+            handles.append(
+                Line2D([], [], color="0.6", linewidth=0.8, label=f"thin: each step; thick: mean of {smooth} steps")
+            )
         if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=abreast)
+            figure.legend(handles=handles, loc="outside lower center", ncols=abreast)
         plt.close(figure)
     return figure
 
@@ -204,7 +234,7 @@ def time_split(runs: Mapping[str, Sequence[Path]]) -> Figure:
         if folders
     }
     parts = (("rollout", "rollout", ""), ("update", "update actor", "//"), ("other", "other", ".."))
-    with plt.rc_context(STYLE):
+    with _style():
         figure, axis = plt.subplots(figsize=(7.0, 0.9 + 0.42 * len(shares)), layout="constrained")
         for number, share in enumerate(shares.values()):
             left = 0.0
@@ -238,7 +268,7 @@ def before_after(rows: pd.DataFrame) -> Figure:
         rows: columns ``label``, ``initial``, ``initial_low``, ``initial_high``, ``final``, ``final_low``,
             ``final_high``, in percent (`sqlbench.ablation.accuracy_rows` gives them).
     """
-    with plt.rc_context(STYLE):
+    with _style():
         figure, axis = plt.subplots(figsize=(7.0, 1.1 + 0.55 * len(rows)), layout="constrained")
         for offset, which, colour, hatch in ((-0.19, "initial", "#BBBBBB", ""), (0.19, "final", "#0072B2", "")):
             places = [number + offset for number in range(len(rows))]
@@ -259,11 +289,66 @@ def before_after(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def agent_graph() -> Figure:
+    """The agent's state machine, drawn from the compiled graph; edges that depend on the state are dashed."""
+    from sqlbench.agent.graph import compiled
+
+    places = {"write_query": (0, 1), "execute_query": (1, 1), "check_query": (2, 1), "rewrite_query": (1.5, 0)}
+    places |= {"__start__": (-0.8, 1), "__end__": (2.8, 1)}
+    with _style():
+        figure, axis = plt.subplots(figsize=(7.6, 2.1), layout="constrained")
+        boxes = {
+            name: axis.text(
+                *place,
+                name.strip("_").replace("_query", ""),
+                ha="center",
+                va="center",
+                bbox={"boxstyle": "round,pad=0.5", "facecolor": "#E6F1F8" if "query" in name else "white"},
+            )
+            for name, place in places.items()
+        }
+        for edge in compiled().get_graph().edges:
+            (x, y), (to_x, to_y) = places[edge.source], places[edge.target]
+            bend = -0.12 if abs(to_x - x) <= 1.2 else -0.35 if to_y == y else 0.25  # long ones go around the boxes
+            style = {
+                "arrowstyle": "-|>",
+                "color": "black",
+                "linestyle": "--" if edge.conditional else "-",
+                "connectionstyle": f"arc3,rad={bend}",
+                "patchA": boxes[edge.source].get_bbox_patch(),
+                "patchB": boxes[edge.target].get_bbox_patch(),
+                "shrinkA": 2,
+                "shrinkB": 2,
+            }
+            axis.annotate("", (to_x, to_y), (x, y), arrowprops=style)
+        axis.set(xlim=(-1.1, 3.1), ylim=(-0.4, 1.7))
+        axis.axis("off")
+        plt.close(figure)
+    return figure
+
+
+def styled(table: pd.DataFrame) -> Styler:
+    """An ablation table to look at: accuracies as bars behind their numbers, the best final one in bold."""
+    digest = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]  # tables on one page must not share their style
+    accuracy = [column for column in table if str(column).startswith("Acc")]
+    look = table.style.set_uuid(digest).hide(axis="index").format(precision=1, escape="html")
+    look = look.bar(subset=accuracy, vmin=0, vmax=100, color="#cfe6f5", width=90)
+    return look.highlight_max(subset=accuracy[-1:], props="font-weight: bold; text-decoration: underline")
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG; the same figure always gives the same bytes."""
+    file = io.BytesIO()
+    with _style():
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
 def save_figure(figure: Figure, folder: Path | str, name: str) -> Path:
     """Write ``<name>.png`` and ``<name>.svg``; the same figure always gives the same SVG. Returns the PNG's path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
+    with _style():
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    (folder / f"{name}.png").write_bytes(png(figure))
     return folder / f"{name}.png"

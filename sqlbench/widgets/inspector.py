@@ -1,0 +1,474 @@
+"""The trajectory inspector: find a rollout among thousands and see all of it.
+
+Light fields of every rollout are read once; a rollout is parsed when it is looked at. Results are executed live,
+read-only and inside the usual limits, where the run's database is on this machine, and are the stored first rows of the
+prediction otherwise. Displayed without a kernel, the inspector is static HTML: the beginning of the list, and the
+selected rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import ipywidgets as w
+import pandas as pd
+from markupsafe import Markup
+from pydantic import BaseModel, ValidationError
+
+from sqlbench.agent.trajectory import Trajectory
+from sqlbench.data.tasks import DataSet
+from sqlbench.database.engine import NO_STATEMENT, Database, QueryResult, cached_database
+from sqlbench.errors import DatabaseError, DataError
+from sqlbench.models.nano import NANO_PATH
+from sqlbench.reward import REFERENCE, STRICT, prepare
+from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder
+from sqlbench.widgets import view
+
+ALL = "all"
+LISTED = 25
+"""Rows of a list in a static form."""
+HARDNESS = ("easy", "medium", "hard", "extra")
+CHOICES = ("outcome", "hardness", "database", "run", "step", "part")
+"""Filters with a menu; the last three only where rollouts differ in them."""
+Source = Path | str | Mapping[str, Path | str] | Iterable[Trajectory]
+
+
+class _Answer(BaseModel):
+    text: str
+
+
+class _Call(BaseModel):
+    agent: str
+    completion: _Answer
+
+
+class _Light(BaseModel):
+    """The part of a trajectory that the list needs; the parser skips the rest, which makes it many times faster."""
+
+    task_key: str
+    task_id: str
+    db_id: str
+    question: str
+    gold: str
+    hardness: str = ""
+    split: str = ""
+    transitions: list[_Call] = []
+    pred: str | None = None
+    reward: float | None = None
+    reason: str = ""
+    error: str | None = None
+    step: int | None = None
+    validation: bool = False
+    sample: int = 0
+
+    def row(self, label: str, where: Any) -> dict[str, Any]:
+        """The rollout as a row of `rollout_table`."""
+        answers = [call.completion.text for call in self.transitions]
+        searched = [self.question, self.gold, self.pred, self.task_id, self.db_id, self.reason, self.error, *answers]
+        return {
+            "run": label,
+            "step": self.step,
+            "part": "" if self.step is None else "validation" if self.validation else "training",
+            "sample": self.sample,
+            "outcome": view.outcome(self.reward, self.error),
+            "hardness": self.hardness,
+            "database": self.db_id,
+            "turns": sum(call.agent != "check" for call in self.transitions),
+            "reward": self.reward,
+            "question": self.question,
+            "reason": self.reason,
+            "pred": self.pred or "",
+            "task": self.task_id,
+            "key": self.task_key,
+            "split": self.split,
+            "text": "\n".join(filter(None, searched)).lower(),
+            "where": where,
+        }
+
+
+def rollout_table(source: Source) -> pd.DataFrame:
+    """Light fields of the rollouts of a run folder, of several by label, or of trajectories; one row each, in order.
+
+    Raises:
+        DataError: there are none, or a line is no rollout.
+    """
+    if isinstance(source, str | Path):
+        source = {"": source}
+    if isinstance(source, Mapping):
+        rows = [row for label, folder in source.items() for row in _rows(Path(folder), label)]
+    else:
+        rows = [_Light.model_validate(t, from_attributes=True).row("", t) for t in source]
+    if not rows:
+        raise DataError("there are no rollouts to inspect")
+    return (
+        pd.DataFrame(rows)
+        .astype({"step": "Int64"})
+        .sort_values(["step", "part", "task", "key", "sample"], na_position="first", kind="stable", ignore_index=True)
+    )
+
+
+def _rows(folder: Path, label: str) -> Iterator[dict[str, Any]]:
+    path, offset = folder / TRAJECTORIES, 0
+    if not path.is_file() or not path.stat().st_size:
+        raise DataError(f"no rollouts in {folder}: it has no {TRAJECTORIES}; evaluate or train into it first")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # it is being written
+                return
+            try:
+                yield _Light.model_validate_json(line).row(label, (path, offset, len(line)))
+            except ValidationError as error:
+                raise DataError(f"{path}, line {number}, is no trajectory: {error.errors()[0]['msg']}") from error
+            offset += len(line)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run besides its rollouts."""
+
+    data: Path | None = None
+    tokenizer: Path | None = None
+    strict: bool = True
+    by_std: bool | None = None
+    """Whether GRPO divided advantages by the deviation of the group; None where advantages are not known."""
+
+    @classmethod
+    def of(cls, folder: Path) -> RunFacts:
+        """As the run's config says, where there is one."""
+        if not (folder / CONFIG).is_file():
+            return cls()
+        config = RunFolder(folder).config()
+        if config.get("kind") != "training":
+            return cls(Path(config["data"]), _tokenizer(config["model"]), config["rollout"]["strict"])
+        ours, algorithm = config["config"]["sqlbench"], config["config"]["algorithm"]
+        known = algorithm["adv_estimator"] == "grpo" and not ours["random_reward"]
+        by_std = bool(algorithm["norm_adv_by_std_in_grpo"]) if known else None
+        return cls(Path(ours["data"]), _tokenizer(ours["model"]), True, by_std)
+
+
+def _tokenizer(model: str) -> Path | None:
+    folders = [NANO_PATH] if model == "nano" else [Path(model) / "policy", Path(model)]
+    return next((f / "tokenizer.json" for f in folders if (f / "tokenizer.json").is_file()), None)
+
+
+def advantages(rewards: list[float], by_std: bool) -> list[float]:
+    """GRPO's advantages in one group; a group of one, or without variance, teaches nothing."""
+    if len(rewards) < 2:
+        return [0.0] * len(rewards)
+    scale = stdev(rewards) + 1e-6 if by_std else 1.0
+    return [(reward - mean(rewards)) / scale for reward in rewards]
+
+
+class Inspector(w.VBox):
+    """A list of rollouts with filters, and the selected one in full.
+
+    Args:
+        source: a run folder, several by label, or trajectories; or the part of a `rollout_table` to show.
+        data: data set folder, where it is not the one that the run's config names.
+
+    Raises:
+        DataError: there are no rollouts.
+    """
+
+    def __init__(self, source: Source | pd.DataFrame, data: Path | str | None = None) -> None:
+        self.rollouts = source if isinstance(source, pd.DataFrame) else rollout_table(source)
+        """Light fields of all rollouts; the index numbers them."""
+        self._data = Path(data) if data is not None else None
+        self._runs: dict[Path, RunFacts] = {}
+        self._several = self.rollouts["run"].nunique() > 1
+        same = ["key"] if self._several else ["key", "part", "step"]
+        self._group = self.rollouts.groupby(same, dropna=False).ngroup()
+        self._number: int | None = None
+        self._trajectory: Trajectory | None = None
+        self._quiet = False
+        columns = [c for c in ("run", "step", "part", "sample") if self.rollouts[c].nunique() > 1]
+        columns += ["outcome", "hardness", "database", "turns", "reward", "question"]
+        shown = self.rollouts[columns].astype(object).where(self.rollouts[columns].notna(), "")
+        outcomes = [f"{view.OUTCOMES[o]} {o}" for o in shown["outcome"]]
+        self._shown = shown.assign(outcome=outcomes, reward=[r if r == "" else f"{r:g}" for r in shown["reward"]])
+        lines, heading = _lines(self._shown)
+        self._labels = dict(zip(self.rollouts.index, lines, strict=True))
+        self._controls = self._make_controls()
+        self._defaults = {name: control.value for name, control in self._controls.items()}
+        self._count = w.HTML()
+        self._list = w.Select(rows=12, layout=w.Layout(width="100%", max_width="1250px"))
+        self._list.add_class("sqlbench-list")
+        self._siblings = w.ToggleButtons(style={"button_width": "auto"})
+        self._detail = w.HTML()
+        for control in self._controls.values():
+            control.observe(self._filtered, "value")
+        for chooser in (self._list, self._siblings):
+            chooser.observe(self._chosen, "value")
+        bar = w.HBox(list(self._controls.values()), layout=w.Layout(flex_flow="row wrap"))
+        super().__init__([bar, self._count, w.HTML(heading), self._list, self._siblings, self._detail])
+        self._filtered()
+
+    # -- for Python
+
+    @property
+    def selected(self) -> Trajectory | None:
+        """The rollout that is looked at; None where the filters leave nothing."""
+        return self._trajectory
+
+    @property
+    def matches(self) -> list[int]:
+        """Numbers of the rollouts that pass the filters."""
+        return list(self._list._options_values)
+
+    def filter(self, **values: Any) -> Inspector:
+        """Set filters by the names under which they are shown; ``turns`` and ``reward`` are pairs (lowest, highest).
+
+        What is not named is reset.
+
+        Raises:
+            DataError: no such filter or value.
+        """
+        for name, value in values.items():
+            if name not in self._controls:
+                raise DataError(f"no filter '{name}'; there are: {', '.join(self._controls)}")
+            if name in CHOICES and value not in (known := self._controls[name].options):
+                raise DataError(f"filter {name}={value!r}: choose one of {', '.join(map(str, known))}")
+        self._quiet = True
+        for name, control in self._controls.items():
+            control.value = values.get(name, self._defaults[name])
+        self._quiet = False
+        self._filtered()
+        return self
+
+    def select(self, number: int) -> Inspector:
+        """Look at one rollout, whether or not it passes the filters.
+
+        Raises:
+            DataError: no such number, or the file was rewritten since it was opened.
+        """
+        if number not in self.rollouts.index:
+            raise DataError(
+                f"no rollout {number}; the numbers go from {self.rollouts.index[0]} to {self.rollouts.index[-1]}"
+            )
+        self._show(number)
+        return self
+
+    def results(self) -> tuple[QueryResult | None, QueryResult | None]:
+        """Gold's and the prediction's result for the selected rollout, as the verdict compares them; None: unknown."""
+        rollout = self._trajectory
+        if rollout is None:
+            return None, None
+        database, rules = self._database(rollout.db_id), STRICT if self._run.strict else REFERENCE
+        stored = next((e for e in reversed(rollout.executions) if e.sql == rollout.pred), None)
+        pred = None
+        if stored is not None:  # a query that failed then is not tried again
+            more = (
+                f"the first of {stored.n_rows}, as stored with the rollout"
+                if stored.n_rows > len(stored.rows)
+                else None
+            )
+            pred = QueryResult(
+                stored.status, tuple(stored.columns), list(map(tuple, stored.rows)), stored.error or more
+            )
+        if database is None:
+            return None, pred
+        if rollout.pred is not None and (pred is None or pred.ok):
+            pred = _execute(database, prepare(rollout.pred, rules))
+        return _execute(database, prepare(rollout.gold, rules)), pred
+
+    # -- display
+
+    def html(self) -> Markup:
+        """The static form: filters in words, the beginning of the list, the selected rollout."""
+        shown = self._shown.loc[self.matches[:LISTED]]
+        listing = view.table(
+            ["number", *shown], [[n, *row] for n, row in zip(shown.index, shown.to_numpy(), strict=True)]
+        )
+        more = f"; the first {LISTED} are listed" if len(self.matches) > LISTED else ""
+        head = Markup('<small>{}{}</small><div class="scroll">{}</div>').format(self._summary(), more, listing)
+        return view.page(head, self.rollout_html())
+
+    def __repr__(self) -> str:
+        return f"Inspector: {self._summary()}"
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        return super()._repr_mimebundle_(**options) | {"text/plain": repr(self), "text/html": str(self.html())}
+
+    def _summary(self) -> str:
+        counts = self.rollouts.loc[self.matches, "outcome"].value_counts()
+        parts = ", ".join(f"{counts[o]} {o}" for o in view.OUTCOMES if o in counts)
+        active = [
+            f"{name} {'{} to {}'.format(*c.value) if isinstance(c.value, tuple) else c.value}"
+            for name, c in self._controls.items()
+            if c.value != self._defaults[name]
+        ]
+        filters = f" (filters: {', '.join(active)})" if active else ""
+        return f"{len(self.matches)} of {len(self.rollouts)} rollouts{': ' * bool(parts)}{parts}{filters}"
+
+    # -- the list
+
+    def _make_controls(self) -> dict[str, Any]:
+        def look(width: int) -> dict[str, Any]:
+            return {"layout": w.Layout(width=f"{width}px"), "style": {"description_width": "70px"}}
+
+        ranks = {value: n for n, value in enumerate((*view.OUTCOMES, *HARDNESS))}
+        controls: dict[str, Any] = {}
+        for name in CHOICES:
+            values = [v for v in self.rollouts[name].dropna().unique() if v != ""]
+            if len(values) > 1 or name in CHOICES[:3]:
+                values.sort(key=lambda v: (ranks.get(v, 99), v))
+                controls[name] = w.Dropdown(options=[ALL, *values], description=name, **look(210))
+        turns, rewards = self.rollouts["turns"], self.rollouts["reward"].dropna()
+        low, high = int(turns.min()), int(turns.max())
+        controls["turns"] = w.IntRangeSlider(value=(low, high), min=low, max=high, description="turns", **look(290))
+        best = max(1.0, rewards.max()) if len(rewards) else 1.0
+        controls["reward"] = w.FloatRangeSlider(
+            value=(0.0, best), min=0.0, max=best, step=0.05, description="reward", **look(290)
+        )
+        controls["text"] = w.Text(placeholder="question, SQL, answers, errors", description="text", **look(360))
+        return controls
+
+    def _filtered(self, _: Any = None) -> None:
+        if self._quiet:
+            return
+        keep = pd.Series(True, index=self.rollouts.index)
+        for name, control in self._controls.items():
+            if control.value == self._defaults[name]:
+                continue
+            column = self.rollouts[name]
+            if name == "text":
+                keep &= column.str.contains(control.value.lower(), regex=False)
+            else:
+                passes = column == control.value if name in CHOICES else column.between(*control.value)
+                keep &= passes.fillna(False).astype(bool)
+        numbers = keep.index[keep].tolist()
+        self._quiet = True
+        self._list.options = [(self._labels[n], n) for n in numbers]
+        self._quiet = False
+        self._count.value = Markup("<b>{}</b>").format(self._summary())
+        self._show(self._number if self._number in set(numbers) else next(iter(numbers), None))
+
+    def _chosen(self, change: Any) -> None:
+        if not self._quiet and change["new"] is not None:
+            self._show(change["new"])
+
+    # -- one rollout
+
+    def _show(self, number: int | None) -> None:
+        if number is None or number != self._number:
+            self._number, self._trajectory = number, None
+            self._trajectory = None if number is None else self._load(number)
+            self._detail.value = view.page(self.rollout_html())
+        self._quiet = True
+        self._list.value = number if number in self._list._options_values else None
+        group = self._siblings_of(number)
+        self._siblings.layout.display = "" if len(group) > 1 else "none"
+        self._siblings.options = [(self._name(n), n) for n in group]
+        self._siblings.value = number
+        self._quiet = False
+
+    def _load(self, number: int) -> Trajectory:
+        row = self.rollouts.loc[number]
+        if isinstance(row["where"], Trajectory):
+            return row["where"]
+        path, offset, size = row["where"]
+        with path.open("rb") as file:
+            file.seek(offset)
+            line = file.read(size)
+        try:
+            if _Light.model_validate_json(line).row(row["run"], None)["text"] == row["text"]:
+                return Trajectory.model_validate_json(line)
+        except ValidationError:
+            pass
+        raise DataError(f"{path} was rewritten since it was opened; open it again")
+
+    @property
+    def _run(self) -> RunFacts:
+        """The run of the selected rollout."""
+        where = self.rollouts.at[self._number, "where"]
+        if isinstance(where, Trajectory):
+            return RunFacts()
+        folder = where[0].parent
+        if folder not in self._runs:
+            self._runs[folder] = RunFacts.of(folder)
+        return self._runs[folder]
+
+    def _database(self, name: str) -> Database | None:
+        root = self._data or self._run.data
+        try:
+            return cached_database(DataSet(root).database(name)) if root else None
+        except (DataError, DatabaseError):
+            return None
+
+    def _siblings_of(self, number: int | None) -> list[int]:
+        return [] if number is None else self._group.index[self._group == self._group[number]].tolist()
+
+    def _name(self, number: int) -> str:
+        row = self.rollouts.loc[number]
+        return f"{row['run'] or 'sample ' + str(row['sample'])} {view.OUTCOMES[row['outcome']]}"
+
+    def _advantages(self, number: int) -> dict[int, float]:
+        """Advantages in the group of a training rollout, by number; none for other rollouts."""
+        row, by_std = self.rollouts.loc[number], self._run.by_std
+        if by_std is None or row["part"] != "training":
+            return {}
+        group = self.rollouts.loc[self._siblings_of(number)]
+        rewards = group.loc[(group["run"] == row["run"]) & (group["step"] == row["step"]), "reward"].dropna()
+        return dict(zip(rewards.index, advantages(rewards.tolist(), by_std), strict=True))
+
+    def rollout_html(self) -> Markup:
+        """The selected rollout, for `view.page`."""
+        rollout, number = self._trajectory, self._number
+        if rollout is None or number is None:
+            return Markup("<i>no rollout passes the filters</i>")
+        row, run, advantage = self.rollouts.loc[number], self._run, self._advantages(number)
+        notes = [row["run"], f"step {rollout.step}" * (rollout.step is not None), row["part"]]
+        notes.append(f"sample {rollout.sample}" * (row["part"] == "training"))
+        notes.append("" if rollout.reward is None else f"reward {rollout.reward:g}")
+        notes.append(f"advantage {advantage[number]:+.2f}" if number in advantage else "")
+        gold, pred = self.results()
+        ordered = rollout.reason == "order_differs"
+        parts = [view.head_html(rollout, notes), view.queries_html(rollout)]
+        parts.append(view.results_html(gold, pred, rollout.reward == 1, ordered))
+        rules = STRICT if run.strict else REFERENCE
+        if gold and any(sql and prepare(sql, rules) != sql for sql in (rollout.gold, rollout.pred)):
+            parts.append(Markup("<small>as the verdict compares them: without DISTINCT of the outer SELECT</small>"))
+        parts.append(self._group_html(number, advantage))
+        parts += [Markup("<h4>What happened</h4>"), view.timeline_html(rollout, run.tokenizer)]
+        return Markup("").join(parts)
+
+    def _group_html(self, number: int, advantage: dict[int, float]) -> Markup:
+        """The rollouts of the same task beside each other, each compared with the selected one."""
+        group = self.rollouts.loc[self._siblings_of(number)]
+        if len(group) < 2:
+            return Markup("")
+        cards = []
+        for n, row in group.iterrows():
+            facts = [row["outcome"], row["reason"], f"{row['turns']} turn{'s' * (row['turns'] != 1)}"]
+            facts.append(f"advantage {advantage[n]:+.2f}" if n in advantage else "")
+            _, sql = view.token_diff(view.pretty(group.at[number, "pred"]), view.pretty(row["pred"]))
+            cards.append(
+                Markup('<div class="card{}"><b>{}</b> <small>{}</small><pre>{}</pre></div>').format(
+                    " this" * (n == number), self._name(n), " · ".join(filter(None, facts)), sql
+                )
+            )
+        title = "The same task in all runs" if self._several else "Its group: all rollouts of this task in this step"
+        if advantage and not any(advantage.values()):
+            title += "; all rewards are equal, so nothing is learnt from it"
+        return Markup('<h4>{}</h4><div class="pair">{}</div>').format(title, Markup("").join(cards))
+
+
+def _lines(shown: pd.DataFrame) -> tuple[list[str], Markup]:
+    """Rows of the list as text in columns, and their heading as HTML in the same letters."""
+    texts = shown.astype(str).replace(r"\s+", " ", regex=True)
+    widths = [min(24, max(len(name), texts[name].str.len().max())) for name in texts.columns[:-1]]
+    lines = [
+        "  ".join([*(cell[:n].ljust(n) for cell, n in zip(row, widths, strict=False)), row[-1]]).replace(" ", "\u00a0")
+        for row in [list(texts.columns), *texts.to_numpy().tolist()]
+    ]
+    style = "<style>.sqlbench-list select {font: 12px monospace}</style>"
+    heading = '<pre style="font: bold 12px monospace; margin: 6px 0 -4px 6px; overflow: hidden">{}</pre>'
+    return lines[1:], Markup(style) + Markup(heading).format(lines[0])
+
+
+def _execute(database: Database, sql: str | None) -> QueryResult:
+    return QueryResult("rejected", error=NO_STATEMENT) if sql is None else database.execute(sql)
