@@ -23,14 +23,14 @@ class Cell(Settings):
     seed: int = 1
     random_reward: bool = False
     """Control: rewards drawn by coin, so nothing can be learned from them."""
-    steps: int = 60
+    steps: int = 40
 
     @property
     def name(self) -> str:
         """Folder name; unique among cells that differ."""
         parts = [f"t{self.turns}", f"c{self.context}", self.agents.replace("|", "-")]
         parts += [] if self.model == "nano" else [slug(self.model)]
-        parts += [] if self.steps == 60 else [f"{self.steps}steps"]
+        parts += [] if self.steps == 40 else [f"{self.steps}steps"]
         parts += [] if self.seed == 1 else [f"seed{self.seed}"]
         parts += ["random-reward"] if self.random_reward else []
         return "_".join(parts)
@@ -47,7 +47,7 @@ class Cell(Settings):
         """The cell in words, without its seed."""
         words = [] if self.model == "nano" else [self.model.split("/")[-1]]
         words += [f"{self.turns} turn{'s' * (self.turns > 1)}", f"context {self.context}", self.agents]
-        words += [] if self.steps == 60 else [f"{self.steps} step{'s' * (self.steps > 1)}"]
+        words += [] if self.steps == 40 else [f"{self.steps} step{'s' * (self.steps > 1)}"]
         words += ["random reward"] if self.random_reward else []
         return ", ".join(words)
 
@@ -91,10 +91,7 @@ SMALLEST = (
 
 GRIDS: dict[str, Grid] = {
     "smoke": Grid((Cell(steps=2), Cell(turns=1, steps=1)), limit=8, overrides=SMALLEST),
-    "short": Grid(
-        (Cell(turns=1, steps=15), Cell(steps=15), Cell(agents=AGENTS_CHECK, steps=15)),
-        limit=400,
-    ),
+    "short": Grid((Cell(), Cell(turns=1), Cell(agents=AGENTS_CHECK))),
     "full": Grid(
         (
             *_factorial(LAPTOP_CONTEXTS),

@@ -103,7 +103,7 @@ _LAPTOP: dict[str, Any] = {
                 "use_torch_compile": False,
                 "mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
             },
-            "optim": {"lr": 1e-4},
+            "optim": {"lr": 2e-4},
         },
         "model": {
             "use_remove_padding": False,
@@ -128,9 +128,9 @@ _LAPTOP: dict[str, Any] = {
     "trainer": {
         "device": "cpu",
         "logger": ["console", "file"],
-        "total_training_steps": 60,
+        "total_training_steps": 40,
         "total_epochs": 1000,
-        "test_freq": 20,
+        "test_freq": 10,
         "save_freq": 20,
         "max_actor_ckpt_to_keep": 2,
     },

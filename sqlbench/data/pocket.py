@@ -1,9 +1,9 @@
-"""The embedded data set: generated questions on 23 small databases of our own, byte for byte the same for a seed.
+"""The embedded data set: generated questions on 63 small databases of our own, byte for byte the same for a seed.
 
 Splits cross schemas (seen or unseen in pretraining) with phrasing families (`sqlbench.data.questions`): ``train`` has
-seen schemas and families A, B and C; ``dev_<seen|unseen>_<pretrain|train|never>`` have family A, families B and C, and
-family D. The headline split is unseen schemas with phrasing outside pretraining. No (database, gold) pair of the dev
-splits occurs in pretraining or in ``train``.
+the seen schemas, made-up ones, and families A, B and C; ``dev_<seen|unseen>_<pretrain|train|never>`` have family A,
+families B and C, and family D. The headline split is unseen schemas with phrasing outside pretraining. No (database,
+gold) pair of the dev splits occurs in pretraining or in ``train``.
 
 Every gold query runs and returns rows, and its answer is told apart from the most obvious wrong ones: no ties decide an
 ordering, and leaving out a condition, or half of a compound query, changes the result.
@@ -17,21 +17,27 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
 
 from tqdm.auto import tqdm
 
-from sqlbench.data.domains import Domain, fill, seen_domains, unseen_domains
+from sqlbench.data.domains import Domain, Inventor, fill, seen_domains, unseen_domains
 from sqlbench.data.pretraining import connect, held_out
-from sqlbench.data.questions import FAMILIES, WEIGHTS, Draft, Skip, draw
+from sqlbench.data.questions import EVERYDAY, FAMILIES, WEIGHTS, Draft, Skip, draw
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError
 from sqlbench.sqltree import hardness
 
-TRAIN = {"A": 1200, "B": 1800, "C": 1800}
+TRAIN = {"A": 400, "B": 2200, "C": 2200}
 """Tasks of each phrasing family in the training split."""
+TRAIN_EVERYDAY = 0.6
+"""How often B and C speak like A in the training split; less than in the dev splits, since what the policy knows
+teaches it nothing."""
+MADE_UP = 40
+"""Databases with made-up words for names, which only the training split has besides the seen ones."""
 DEV = 400
 """Tasks of each dev cell."""
 CELLS = {"pretrain": ("A",), "train": ("B", "C"), "never": ("D",)}
@@ -53,11 +59,13 @@ class _Bench:
         except sqlite3.Error:
             return None
 
-    def draw(self, rng: Random, family: str, construct: str, fresh: Callable[[Draft], bool]) -> Draft | None:
+    def draw(
+        self, rng: Random, family: str, construct: str, everyday: float, fresh: Callable[[Draft], bool]
+    ) -> Draft | None:
         """A draft of a construct that is fresh and accepted; None where 40 attempts bring none."""
         for _ in range(40):
             try:
-                draft = draw(self.domain, rng, family, construct)
+                draft = draw(self.domain, rng, family, construct, everyday=everyday)
             except Skip:
                 return None
             if fresh(draft) and self.accepts(draft):
@@ -102,6 +110,7 @@ def _shortcuts(sql: str) -> list[str]:
 def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Random) -> list[Task]:
     """Tasks of one split, evenly over its databases; every question, in dev every gold query, occurs once."""
     dev = split != "train"
+    everyday = EVERYDAY if dev else TRAIN_EVERYDAY
     seen: set[tuple[str, str]] = set()
     tasks: list[Task] = []
 
@@ -116,7 +125,7 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
             db_id = bench.domain.name
 
             construct = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-            draft = bench.draw(rng, family, construct, partial(fresh, db_id))
+            draft = bench.draw(rng, family, construct, everyday, partial(fresh, db_id))
             if draft is None:
                 continue
             seen.add((db_id, draft.sql if dev else draft.question))
@@ -134,6 +143,15 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
                 )
             )
     return tasks
+
+
+def _made_up(seed: int) -> list[Domain]:
+    """Schemas for training only: what is learnt about wording on many of them carries over to unseen ones."""
+    inventor, found = Inventor(), []
+    for i in range(MADE_UP):
+        domain = inventor.domain(Random(f"made up {seed} {i}"), 2)
+        found.append(replace(domain, name=f"made_up_{i:02d}"))
+    return found
 
 
 def _spider_tables(domain: Domain) -> dict:
@@ -158,12 +176,13 @@ def _spider_tables(domain: Domain) -> dict:
     }
 
 
-def write_pocket(root: Path, seed: int = 0, progress: bool = True) -> None:
+def write_pocket(root: Path, seed: int = 1, progress: bool = True) -> None:
     """Write the data set; the folder appears complete or not at all.
 
     Args:
         root: its folder; an earlier pocket data set there is replaced.
-        seed: of rows and questions.
+        seed: of rows and questions. The phrasing families were tuned while looking at scores on seed 0, so results are
+            reported on another.
         progress: show a bar.
 
     Raises:
@@ -192,8 +211,8 @@ def _write(root: Path, seed: int, progress: bool) -> None:
             for d in domains
         ]
 
-    seen, unseen = benches(seen_domains()), benches(unseen_domains())
-    plan = [("train", seen, TRAIN)]
+    seen, unseen, made = benches(seen_domains()), benches(unseen_domains()), benches(_made_up(seed))
+    plan = [("train", seen + made, TRAIN)]
     for schema, group in (("seen", seen), ("unseen", unseen)):
         plan += [
             (f"dev_{schema}_{cell}", group, {f: DEV // len(families) for f in families})
@@ -213,9 +232,9 @@ def _write(root: Path, seed: int, progress: bool) -> None:
     splits[HEADLINE] = [t for t in dev if t.split in ("dev_unseen_train", "dev_unseen_never")]
     for name, tasks in splits.items():
         write_split(root, name, tasks)
-    for bench in (*seen, *unseen):
+    for bench in (*seen, *unseen, *made):
         bench.connection.close()
-    tables = [_spider_tables(b.domain) for b in (*seen, *unseen)]
+    tables = [_spider_tables(b.domain) for b in (*seen, *unseen, *made)]
     (root / "tables.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     note = {
         "name": "pocket",
@@ -223,7 +242,10 @@ def _write(root: Path, seed: int, progress: bool) -> None:
         "seed": seed,
         "headline": HEADLINE,
         "splits": {name: len(tasks) for name, tasks in sorted(splits.items())},
-        "databases": {"seen": [b.domain.name for b in seen], "unseen": [b.domain.name for b in unseen]},
+        "databases": {
+            group: [b.domain.name for b in found]
+            for group, found in (("seen", seen), ("unseen", unseen), ("made_up", made))
+        },
         "phrasing_families": list(FAMILIES),
     }
     (root / "dataset.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")

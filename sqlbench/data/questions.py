@@ -26,8 +26,10 @@ from sqlbench.data.domains import Domain
 
 FAMILIES = ("A", "B", "C", "D")
 Filler = Callable[[Random], str]
-_EVERYDAY_FRAME, _EVERYDAY_WORD = 0.85, 0.75
-"""How often B, C and D use a frame, or a word, of A; every question has a frame or word that no earlier family has."""
+EVERYDAY = 0.7
+"""How often B, C and D use a word of A, unless told otherwise."""
+_EVERYDAY_FRAME = 0.985
+"""How often they use a frame of A: there are too many frames to learn each of them from a few hundred rollouts."""
 _VALUES = frozenset(("{v}", "'{v}'", "{w}", "{k}", "{cond}", "{cond2}", "{not}"))
 _SMALL = frozenset(
     ("the", "of", "is", "are", "with", "that", "have", "has", "having", "any", "for", "For", "whose", "there", "its", "in")
@@ -35,7 +37,7 @@ _SMALL = frozenset(
 _COMPARE = {">": "gt", "<": "lt", ">=": "ge", "<=": "le", "=": "eq"}
 _OPPOSITE = {"max": "DESC", "min": "ASC"}
 
-# The words of each family for an operation; B, C and D also use those of A, as everyday words (`_EVERYDAY_WORD`).
+# The words of each family for an operation; B, C and D also use those of A, always where they have none of their own.
 LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
     "ask": {
         "A": ("What is", "What are", "Show", "Find", "List", "Give me", "Return", "Tell me", "Display", "Give", "Provide"),
@@ -57,15 +59,15 @@ LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "gt": {
         "A": ("greater than", "above", "more than", "over", "larger than", "higher than", "bigger than", "exceeding"),
-        "B": ("surpassing", "topping"),
-        "C": ("beyond", "in excess of"),
+        "B": ("surpassing",),
+        "C": ("beyond",),
         "D": ("surpassing", "beyond", "upwards of"),
     },
     "lt": {
         "A": ("less than", "below", "under", "smaller than", "lower than"),
-        "B": ("beneath", "short of"),
-        "C": ("not reaching", "inferior to"),
-        "D": ("beneath", "not reaching", "downwards of"),
+        "B": ("beneath",),
+        "C": ("not reaching",),
+        "D": ("beneath", "not reaching"),
     },
     "ge": {
         "A": ("at least", "no less than", "not less than"),
@@ -75,27 +77,15 @@ LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "le": {
         "A": ("at most", "no more than", "not more than"),
-        "B": ("a maximum of",),
-        "C": ("not over",),
-        "D": ("a maximum of", "not above"),
     },
     "eq": {
         "A": ("equal to", "of", "exactly"),
-        "B": ("precisely",),
-        "C": ("just",),
-        "D": ("precisely", "right at"),
     },
     "after": {
         "A": ("after", "later than"),
-        "B": ("following",),
-        "C": ("past",),
-        "D": ("following", "subsequent to"),
     },
     "before": {
         "A": ("before", "earlier than"),
-        "B": ("preceding",),
-        "C": ("prior to",),
-        "D": ("preceding", "ahead of"),
     },
     "number": {
         "A": (
@@ -106,9 +96,9 @@ LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
             "where the {c} is {op} {v}",
             "that have a {c} {op} {v}",
         ),
-        "B": ("showing {c} {op} {v}", "for which the {c} is {op} {v}"),
-        "C": ("listed with {c} {op} {v}", "if their {c} is {op} {v}"),
-        "D": ("that show a {c} {op} {v}", "marked by {c} {op} {v}"),
+        "B": ("showing {c} {op} {v}",),
+        "C": ("if their {c} is {op} {v}",),
+        "D": ("that show a {c} {op} {v}",),
     },
     "is": {
         "A": (
@@ -120,57 +110,48 @@ LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
             "where the {c} is {v}",
             "having {c} {v}",
         ),
-        "B": ("showing {c} {v}", "for which the {c} is {v}"),
-        "C": ("under {c} {v}", "if their {c} is {v}"),
-        "D": ("that show a {c} of {v}", "marked by {c} {v}"),
+        "B": ("showing {c} {v}",),
+        "C": ("if their {c} is {v}",),
+        "D": ("that show a {c} of {v}",),
     },
     "is_not": {
         "A": ("whose {c} is not {v}", "with {c} other than {v}", "where the {c} is not {v}", "with a {c} different from {v}"),
-        "B": ("for which the {c} is not {v}", "showing {c} besides {v}"),
-        "C": ("if their {c} is not {v}", "with {c} anything but {v}"),
-        "D": ("marked by {c} besides {v}", "whose {c} is anything but {v}"),
     },
     "avg": {
         "A": ("average", "mean"),
         "B": ("typical",),
         "C": ("averaged",),
-        "D": ("typical", "usual"),
+        "D": ("typical",),
     },
     "max": {
         "A": ("maximum", "highest", "largest", "biggest", "greatest"),
         "B": ("top",),
         "C": ("peak",),
-        "D": ("top", "uppermost"),
+        "D": ("top", "peak"),
     },
     "min": {
         "A": ("minimum", "lowest", "smallest", "least"),
         "B": ("bottom",),
         "C": ("tiniest",),
-        "D": ("bottom", "slightest"),
+        "D": ("bottom", "tiniest"),
     },
     "sum": {
         "A": ("total", "combined", "summed"),
-        "B": ("overall",),
-        "C": ("cumulative",),
-        "D": ("overall", "accumulated"),
     },
     "all": {
         "A": ("of all", "of the", "for all", "of all the", "across all"),
-        "B": ("over all",),
-        "C": ("throughout the",),
-        "D": ("over the whole of the",),
     },
     "each": {
         "A": ("for each", "per", "for every", "grouped by"),
         "B": ("broken down by",),
         "C": ("split by",),
-        "D": ("broken down by", "separately by"),
+        "D": ("broken down by", "split by"),
     },
     "distinct": {
         "A": ("different", "distinct", "unique"),
         "B": ("individual",),
         "C": ("non-repeated",),
-        "D": ("individual", "various"),
+        "D": ("individual", "non-repeated", "various"),
     },
     "ascending": {
         "A": (
@@ -180,9 +161,9 @@ LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
             "ordered by increasing {n}",
             "in increasing order of {n}",
         ),
-        "B": ("sorted upwards by {n}", "ranked by growing {n}"),
-        "C": ("from the bottom to the top {n}", "arranged by rising {n}"),
-        "D": ("arranged by growing {n}", "listed upwards by {n}"),
+        "B": ("ranked by growing {n}",),
+        "C": ("arranged by rising {n}",),
+        "D": ("arranged by growing {n}",),
     },
     "descending": {
         "A": (
@@ -192,27 +173,21 @@ LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
             "ordered by decreasing {n}",
             "in decreasing order of {n}",
         ),
-        "B": ("sorted downwards by {n}", "ranked by shrinking {n}"),
-        "C": ("from the top to the bottom {n}", "arranged by falling {n}"),
-        "D": ("arranged by shrinking {n}", "listed downwards by {n}"),
+        "B": ("ranked by shrinking {n}",),
+        "C": ("arranged by falling {n}",),
+        "D": ("arranged by shrinking {n}",),
     },
     "most": {
         "A": ("the most", "the largest number of", "the highest number of", "the greatest number of"),
-        "B": ("the biggest count of",),
-        "C": ("the top number of",),
-        "D": ("the biggest share of",),
     },
     "fewest": {
         "A": ("the fewest", "the smallest number of", "the lowest number of", "the least number of"),
-        "B": ("the tiniest count of",),
-        "C": ("the bottom number of",),
-        "D": ("the tiniest share of",),
     },
     "lacking": {
         "A": ("that do not have any", "without any", "that have no", "with no", "lacking any"),
         "B": ("devoid of any",),
         "C": ("with zero",),
-        "D": ("devoid of", "missing any"),
+        "D": ("devoid of", "with zero"),
     },
     "count": {
         "A": ("the number of", "the total number of", "the count of"),
@@ -266,9 +241,16 @@ class Scope:
     """What a construct draws from: a domain, a random generator and the words of one family."""
 
     def __init__(
-        self, domain: Domain, rng: Random, family: str, filler: Filler | None = None, late: bool = False
+        self,
+        domain: Domain,
+        rng: Random,
+        family: str,
+        everyday: float = EVERYDAY,
+        filler: Filler | None = None,
+        late: bool = False,
     ) -> None:
-        self.domain, self.rng, self.family, self.filler, self.late = domain, rng, family, filler, late
+        self.domain, self.rng, self.family, self.everyday = domain, rng, family, everyday
+        self.filler, self.late = filler, late
         self.slots: dict[str, str] = {}
         self.own: list[str] = []
         """Wordings drawn so far that no earlier family has."""
@@ -276,10 +258,11 @@ class Scope:
 
     def word(self, operation: str) -> str:
         """One of the family's words for an operation."""
-        family = "A" if self.rng.random() < _EVERYDAY_WORD else self.family
-        words = self.rng.choice(LEXICON[operation][family])
+        family = "A" if self.rng.random() < self.everyday else self.family
+        said = LEXICON[operation]
+        words = self.rng.choice(said.get(family, said["A"]))
         earlier = FAMILIES[: FAMILIES.index(self.family)]
-        if all(words not in LEXICON[operation][f] for f in earlier):
+        if operation != "ask" and all(words not in said.get(f, ()) for f in earlier):
             self.own.append(words)
         if "{" in words:
             return self.disturb(words)
@@ -1043,6 +1026,7 @@ def draw(
     family: str,
     construct: str | None = None,
     level: int = 2,
+    everyday: float = EVERYDAY,
     filler: Filler | None = None,
     late: bool = False,
 ) -> Draft:
@@ -1050,6 +1034,8 @@ def draw(
 
     Args:
         construct: its name; by default one is drawn by weight among those up to the level.
+        everyday: how often families other than A use a word of A; every question of theirs has a frame or a word (an
+            opening is not enough) that no earlier family has.
         filler: makes idle words; where given, the sentence is disturbed by them (for pretraining).
         late: disturb it more: operation words and small words are sometimes replaced by idle ones.
 
@@ -1060,7 +1046,7 @@ def draw(
     weights = [c.weight for c in pool]
     for _ in range(200):
         kind = CONSTRUCTS[construct] if construct else rng.choices(pool, weights)[0]
-        scope = Scope(domain, rng, family, filler, late)
+        scope = Scope(domain, rng, family, everyday, filler, late)
         try:
             sql = kind.build(scope)
         except Skip:

@@ -126,9 +126,9 @@ def test_tables_have_the_columns_of_the_seed_experiment(bench: Bench) -> None:
     assert (row["Transitions"], row["Response Length"]) == ("1.00 → 1.00", "30.0 → 20.0")
     assert row["95% CI (Initial)"] == "30.9 to 49.8"
     time = efficiency.iloc[0]
-    assert (time["# GPUs"], time["# Steps"], time["Time/Step (s)"]) == (0, 60, 4.0)
+    assert (time["# GPUs"], time["# Steps"], time["Time/Step (s)"]) == (0, 40, 4.0)
     assert (time["Rollout Time (%)"], time["Update Actor Time (%)"]) == (50.0, 25.0)
-    assert time["Time (h)"] == pytest.approx((60 * 4 + 12) / 3600, abs=1e-3)
+    assert time["Time (h)"] == pytest.approx((40 * 4 + 12) / 3600, abs=1e-3)
 
 
 def test_tables_are_written_as_csv_and_markdown(bench: Bench) -> None:
@@ -233,7 +233,7 @@ def test_the_headline_is_the_longest_trained_main_cell(bench: Bench) -> None:
     finished(bench, Cell(random_reward=True), "0011", "0000")
     text = headline(load_results(bench.folder))
     assert text.startswith("accuracy on 4 headline tasks: 50.0% (95% CI 15.0 to 85.0) before training, 75.0% (95% CI")
-    assert "after 60 steps" in text
+    assert "after 40 steps" in text
 
 
 def test_sizes_are_counted_from_weights_or_read_off_the_name(tmp_path: Path) -> None:
