@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,22 +95,16 @@ def _notice(name: str, schema: Schema) -> str:
 def schema_examples(database: Database, schema: Schema) -> list[Example]:
     """Up to five questions made from the schema alone, of different kinds and on different tables where possible."""
     deadline = time.monotonic() + _SECONDS
-    tables = [table for table in schema.tables if table.columns]
+    tables = [_questions(table) for table in schema.tables if table.columns]
+    kinds = [[tables[(kind + i) % len(tables)][kind] for i in range(len(tables))] for kind in range(EXAMPLES)]
     found: list[Example] = []
-    for rounds in range(len(tables)):
-        for number, kind in enumerate(_KINDS):
-            for i in range(len(tables)) if rounds == 0 else (rounds,):
-                table = tables[(number + i) % len(tables)]
-                example = kind(table)
-                if example is None or example in found:
-                    continue
-                if time.monotonic() > deadline:
-                    return found
-                if _answers(database, example):
-                    found.append(example)
-                    break
-            if len(found) == EXAMPLES:
-                return found
+    for choices in [*kinds, *([example] for questions in tables for example in questions)]:
+        for example in choices:
+            if example and example not in found and time.monotonic() < deadline and _answers(database, example):
+                found.append(example)
+                break
+        if len(found) == EXAMPLES:
+            break
     return found
 
 
@@ -164,57 +158,29 @@ def _columns(table: Table, *types: str) -> list[Column]:
 _NUMBERS, _TEXT = ("INT", "REAL", "NUM", "DEC", "DOUBLE", "FLOA", "MONEY"), ("CHAR", "TEXT", "CLOB")
 
 
-def _count(table: Table) -> Example | None:
-    return Example(f"How many {plural(_words(table.name))} are there?", f"SELECT count(*) FROM {quote(table.name)}")
-
-
-def _average(table: Table) -> Example | None:
-    return next(
-        (
-            Example(
-                f"What is the average {_words(c.name)} of all {plural(_words(table.name))}?",
-                f"SELECT avg({quote(c.name)}) FROM {quote(table.name)}",
-            )
-            for c in _columns(table, *_NUMBERS)
-        ),
-        None,
-    )
-
-
-def _list(table: Table) -> Example | None:
-    return next(
-        (
-            Example(
-                f"List the {_words(c.name)} of all {plural(_words(table.name))}.",
-                f"SELECT {quote(c.name)} FROM {quote(table.name)}",
-            )
-            for c in _columns(table, *_TEXT)
-        ),
-        None,
-    )
-
-
-def _extreme(table: Table) -> Example | None:
+def _questions(table: Table) -> list[Example | None]:
+    """One question of each kind; None where the table has no columns for it."""
+    one, many, name = _words(table.name), plural(_words(table.name)), quote(table.name)
+    found: list[Example | None] = [Example(f"How many {many} are there?", f"SELECT count(*) FROM {name}")]
     labels, numbers = _columns(table, *_TEXT), _columns(table, *_NUMBERS)
-    if not (labels and numbers):
-        return None
-    label, number = labels[0].name, numbers[0].name
-    return Example(
-        f"What is the {_words(label)} of the {_words(table.name)} with the highest {_words(number)}?",
-        f"SELECT {quote(label)} FROM {quote(table.name)} WHERE {quote(number)} IS NOT NULL "
-        f"ORDER BY {quote(number)} DESC LIMIT 1",
-    )
-
-
-def _per_parent(table: Table) -> Example | None:
-    key = next((k for k in table.foreign_keys if k.ref_column and k.ref_table != table.name), None)
-    if key is None:
-        return None
-    return Example(
-        f"How many {plural(_words(table.name))} are there for each {_words(key.ref_table)}?",
-        f"SELECT p.{quote(key.ref_column)}, count(*) FROM {quote(table.name)} c JOIN {quote(key.ref_table)} p "
-        f"ON c.{quote(key.column)} = p.{quote(key.ref_column)} GROUP BY p.{quote(key.ref_column)}",
-    )
-
-
-_KINDS: tuple[Callable[[Table], Example | None], ...] = (_count, _list, _average, _extreme, _per_parent)
+    parent = next((k for k in table.foreign_keys if k.ref_column and k.ref_table != table.name), None)
+    label, label_words = (quote(labels[0].name), _words(labels[0].name)) if labels else ("", "")
+    number, number_words = (quote(numbers[0].name), _words(numbers[0].name)) if numbers else ("", "")
+    found += [
+        Example(f"List the {label_words} of all {many}.", f"SELECT {label} FROM {name}") if label else None,
+        Example(f"What is the average {number_words} of all {many}?", f"SELECT avg({number}) FROM {name}")
+        if number
+        else None,
+        Example(
+            f"What is the {label_words} of the {one} with the highest {number_words}?",
+            f"SELECT {label} FROM {name} WHERE {number} IS NOT NULL ORDER BY {number} DESC LIMIT 1",
+        )
+        if label and number
+        else None,
+    ]
+    if parent:
+        key, other = quote(parent.ref_column), quote(parent.ref_table)
+        joined = f"{name} c JOIN {other} p ON c.{quote(parent.column)} = p.{key}"
+        sql = f"SELECT p.{key}, count(*) FROM {joined} GROUP BY p.{key}"
+        return [*found, Example(f"How many {many} are there for each {_words(parent.ref_table)}?", sql)]
+    return [*found, None]

@@ -1,0 +1,395 @@
+"""What a chat does, without any widget: ask, judge, evolve, measure. The view and the notebook both run this.
+
+One session belongs to one folder, which holds the state of the repair bandit, the feedback and the generations of the
+prompt. The bandit learns from an answer once: at once where its last query failed, else from the user's verdict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Literal
+
+from markupsafe import Markup
+
+from sqlbench.agent.graph import AgentState
+from sqlbench.agent.prompts import extract_sql, parse_verdict, prompts_for
+from sqlbench.agent.repair import GENERATE, LinUCBRepair, RepairPolicy, Situation, failure_class, shaped
+from sqlbench.agent.trajectory import Execution, Trajectory, Transition
+from sqlbench.config import RolloutConfig
+from sqlbench.connection import LARGE, SMALL, Connection, Example, connect
+from sqlbench.data.tasks import DataSet, Task
+from sqlbench.database.engine import Database, cached_database
+from sqlbench.evolve import Evolution, Feedback
+from sqlbench.models.base import ChatModel
+from sqlbench.rollout import answer, rollout
+from sqlbench.widgets import view
+
+MAX_ATTEMPTS = 5
+LEVELS = ("easy", "medium", "hard")
+PER_LEVEL = 5
+"""Benchmark questions of each level."""
+
+
+@dataclass
+class Attempt:
+    """One query on its way."""
+
+    turn: int
+    strategy: str = GENERATE
+    text: str = ""
+    """The model's answer as far as it has come."""
+    execution: Execution | None = None
+    review: str = ""
+    doing: str = "writing ..."
+
+    def html(self) -> Markup:
+        """The query with its strategy, and what the database and the review said to it."""
+        done, outcome = self.execution, Markup("<small>{}</small>").format(self.doing)
+        if done is not None and done.status == "ok":
+            outcome = Markup("<small>{}</small> ").format(_rows(done.n_rows)) + outcome
+        elif done is not None:
+            outcome = Markup('<b style="color: #b3261e">{}</b> {} ').format(done.status, done.error or "") + outcome
+        if self.review:
+            words = "review: looks right" if parse_verdict(self.review) else "review: not right yet"
+            outcome += view.folded(words, Markup("<pre>{}</pre>").format(self.review))
+        return Markup('<div class="attempt"><b>Attempt {}</b> <code>{}</code><pre>{}</pre>{}</div>').format(
+            self.turn, self.strategy, extract_sql(self.text) or "...", outcome
+        )
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
+
+
+class Transcript:
+    """Watches one answer being made and shows it as HTML, complete at every moment.
+
+    Args:
+        question: what was asked.
+        changed: called after every event.
+    """
+
+    def __init__(self, question: str, changed: Callable[[], None] = lambda: None) -> None:
+        self.question, self.changed = question, changed
+        self.attempts: list[Attempt] = []
+        self.conclusion = ""
+
+    def _attempt(self, turn: int, **news: object) -> None:
+        if turn > len(self.attempts):
+            self.attempts.append(Attempt(turn))
+        for name, value in news.items():
+            setattr(self.attempts[turn - 1], name, value)
+        self.changed()
+
+    def strategy(self, name: str) -> None:
+        """The next query follows this strategy."""
+        self._attempt(len(self.attempts) + 1, strategy=name)
+
+    def text(self, agent: str, turn: int, piece: str) -> None:
+        """A piece of a model's answer."""
+        if agent == "check":
+            self._attempt(turn, doing="reviewing ...")
+        else:
+            self._attempt(turn, text=self.attempts[turn - 1].text + piece if turn <= len(self.attempts) else piece)
+
+    def transition(self, transition: Transition) -> None:
+        """A model call is over."""
+        text = transition.completion.text
+        if transition.agent == "check":
+            self._attempt(transition.turn, review=text.strip(), doing="")
+        else:
+            self._attempt(transition.turn, text=text, doing="running ...")
+
+    def execution(self, execution: Execution, execution_text: str) -> None:
+        """A query was executed."""
+        self._attempt(execution.turn, execution=execution, doing="")
+
+    def conclude(self, text: str) -> None:
+        """How it ended."""
+        self.conclusion = text
+        for attempt in self.attempts:
+            attempt.doing = ""
+        self.changed()
+
+    def html(self) -> Markup:
+        """Every attempt, and at the end the rows of the last one."""
+        last = self.attempts[-1].execution if self.attempts and self.conclusion else None
+        rows = Markup("")
+        if last is not None and last.status == "ok":
+            more = f", the first {len(last.rows)} are shown" if last.n_rows > len(last.rows) else ""
+            cells = [[view.value_text(value) for value in row] for row in last.rows]
+            rows = Markup('<h4>Result: {}{}</h4><div class="scroll">{}</div>').format(
+                _rows(last.n_rows), more, view.table(last.columns, cells)
+            )
+        return Markup('<h4 style="font-size: 15px">{}</h4>{}{}<p><small>{}</small></p>').format(
+            self.question, Markup("").join(attempt.html() for attempt in self.attempts), rows, self.conclusion
+        )
+
+
+@dataclass
+class Exchange:
+    """A question and what came of it."""
+
+    question: str
+    connection: Connection
+    generation: int
+    """Of the prompt that answered."""
+    state: AgentState = field(default_factory=AgentState)
+    verdict: Literal["right", "wrong"] | None = None
+    remark: str = ""
+    choices: list[tuple[Situation, str]] = field(default_factory=list)
+    """The repair strategies that were followed, each with the situation it was chosen in."""
+    learned: bool = False
+
+    @property
+    def history(self) -> list[tuple[str, str]]:
+        """Every query for this question so far, with the text of its result."""
+        return list(self.state.get("history", []))
+
+    def feedback(self) -> Feedback | None:
+        """What prompt evolution reads of it; None where there was no query."""
+        if not self.history:
+            return None
+        sql, result = self.history[-1]
+        return Feedback(
+            question=self.question,
+            db=self.connection.name,
+            sql=sql,
+            execution=result,
+            verdict=self.verdict,
+            remark=self.remark,
+            generation=self.generation,
+        )
+
+
+@dataclass
+class _Watched:
+    """A repair policy whose choices are seen and kept."""
+
+    policy: RepairPolicy
+    transcript: Transcript
+    choices: list[tuple[Situation, str]]
+
+    def choose(self, situation: Situation) -> str:
+        name = self.policy.choose(situation)
+        self.choices.append((situation, name))
+        self.transcript.strategy(name)
+        return name
+
+
+class ChatSession:
+    """The agent with what it has learned so far.
+
+    Args:
+        model: who writes the queries.
+        folder: where everything learned is kept.
+        builtin: databases whose questions have known answers.
+        reflection: the endpoint for prompt evolution, as ``openai:NAME``, or None.
+        every: questions between two evolutions.
+
+    Raises:
+        DataError: what is kept in the folder cannot be read.
+        RunError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        folder: Path | str,
+        builtin: BuiltIn | None = None,
+        reflection: str | None = None,
+        every: int = 4,
+    ) -> None:
+        self.model, self.folder, self.builtin = model, Path(folder), builtin
+        self.config = RolloutConfig(
+            max_turns=MAX_ATTEMPTS, table_info_truncate=SMALL if model.family == "nano" else LARGE
+        )
+        self._databases: dict[str, Database] = {}
+        self._saved = self.folder / "bandit.json"
+        self.bandit, trial = self._bandit(), self._bandit()
+        self.evolution = Evolution(
+            self.folder,
+            prompts_for(model.family),
+            reflection,
+            every,
+            model=model.name,  # one of its own: this one may be answering a question meanwhile
+            database=self._database,
+            tasks=builtin.tasks() if builtin else (),
+            config=self.config,
+            repair=trial,  # for the same reason
+        )
+
+    def _bandit(self) -> LinUCBRepair:
+        return LinUCBRepair.load(self._saved) if self._saved.is_file() else LinUCBRepair()
+
+    def _database(self, name: str) -> Database:
+        if name not in self._databases and self.builtin is not None and name in self.builtin.names:
+            self._databases[name] = cached_database(self.builtin.data.database(name))
+        return self._databases[name]
+
+    async def ask(
+        self,
+        question: str,
+        connection: Connection,
+        transcript: Transcript,
+        earlier: Sequence[tuple[str, str]] = (),
+    ) -> Exchange:
+        """Answer a question; what breaks stands in the exchange's state and in the transcript.
+
+        Args:
+            question: in words.
+            connection: the database.
+            transcript: is told of everything as it happens.
+            earlier: queries that did not answer it, each with the text of its result: another way is tried.
+        """
+        started, evolution = time.perf_counter(), self.evolution
+        self._databases[connection.name] = connection.database
+        exchange = Exchange(question, connection, evolution.generation)
+        policy, database = _Watched(self.bandit, transcript, exchange.choices), connection.database
+        state = await answer(
+            question, database, self.model, evolution.prompts, self.config, policy, transcript, earlier
+        )
+        exchange.state = state
+        executions, seconds = state.get("executions", []), time.perf_counter() - started
+        text = f"{len(executions)} attempt{'s' * (len(executions) != 1)}, {seconds:.1f} s"
+        if "error" in state:
+            text = f"stopped: {' '.join(state['error'].split())}"
+        elif executions[-1].status != "ok":
+            self._learn(exchange, 0.0)
+            text = f"gave up, the last query did not run; {text}"
+        known = {(f.db, f.question, f.sql, f.generation) for f in evolution.store.all()}
+        if (feedback := exchange.feedback()) and (
+            connection.name,
+            question,
+            feedback.sql,
+            exchange.generation,
+        ) not in known:
+            evolution.record(feedback)
+        transcript.conclude(text)
+        return exchange
+
+    def judge(self, exchange: Exchange, right: bool, remark: str = "") -> None:
+        """Take in the user's verdict on an answer: the bandit learns from it, prompt evolution reads it.
+
+        Raises:
+            SqlbenchError: it cannot be kept.
+        """
+        exchange.verdict, exchange.remark = "right" if right else "wrong", remark.strip()
+        self._learn(exchange, float(right))
+        if feedback := exchange.feedback():
+            self.evolution.record(feedback)
+
+    def _learn(self, exchange: Exchange, solved: float) -> None:
+        if exchange.learned or "error" in exchange.state:
+            return
+        exchange.learned = True
+        classes = [failure_class(e) for e in exchange.state["executions"]]
+        if len(exchange.choices) == len(classes):  # the first query, too, followed a choice: it was a retry
+            classes = [exchange.choices[0][0].error_class, *classes]
+        for (situation, strategy), reward in zip(exchange.choices, shaped(classes, solved)[1:], strict=True):
+            self.bandit.learn(situation, strategy, reward)
+        self.bandit.save(self._saved)
+
+    def learned_html(self) -> Markup:
+        """What the bandit has learned: by failure class and strategy, how often and with which mean reward."""
+        rewards: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for lesson in self.bandit.lessons:
+            rewards[lesson.situation.error_class, lesson.strategy].append(lesson.reward)
+        rows = [[*key, len(some), f"{mean(some):+.2f}"] for key, some in sorted(rewards.items())]
+        if not rows:
+            return Markup("<small>no repair so far: every answer needed one query, or none was judged</small>")
+        return view.table(["last query", "repair strategy", "tried", "mean reward"], rows)
+
+    async def benchmark(
+        self, connection: Connection, tasks: Sequence[Task], scored: Callable[[list[Trajectory]], None]
+    ) -> None:
+        """Answer questions with known answers, some at a time; the bandit chooses but does not learn.
+
+        Args:
+            scored: called with all rollouts so far whenever one is over.
+        """
+        arguments = connection.database, self.model, self.evolution.prompts, self.config, self.bandit
+        gate, done = asyncio.Semaphore(8), []
+
+        async def score(task: Task) -> None:
+            async with gate:
+                done.append(await rollout(task, *arguments))
+            scored(done)
+
+        await asyncio.gather(*map(score, tasks))
+
+
+def benchmark_html(rollouts: Sequence[Trajectory], of: int) -> Markup:
+    """Accuracy by level and overall, and every question with its verdict."""
+    counted = [t for t in rollouts if t.reward is not None]
+    failed = len(rollouts) - len(counted)
+    levels = []
+    for name in (*LEVELS, "overall"):
+        some = [t.reward or 0.0 for t in counted if name in (t.hardness, "overall")]
+        if some:
+            levels.append([name, f"{sum(some):g} of {len(some)}", f"{100 * mean(some):.0f}%"])
+    order = sorted(rollouts, key=lambda t: (LEVELS.index(t.hardness), t.question))
+    rows = [[t.hardness, _verdict(t), t.turns, t.question, t.pred or ""] for t in order]
+    note = f"{len(rollouts)} of {of} questions" + (f"; {failed} failed and are not counted" if failed else "")
+    return Markup('<small>{}</small>{}<br><div style="overflow-x: auto">{}</div>').format(
+        note,
+        view.table(["level", "right", "accuracy"], levels),
+        view.table(["level", "verdict", "attempts", "question", "last query"], rows),
+    )
+
+
+def _verdict(rollout: Trajectory) -> str:
+    result = view.outcome(rollout.reward, rollout.error)
+    return f"{view.OUTCOMES[result]} {rollout.error or result}"
+
+
+class BuiltIn:
+    """The databases of a data set, whose questions have known answers.
+
+    Raises:
+        DataError: there is no data set, or it is damaged.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.data = DataSet(root)
+        splits = self.data.splits()
+        self._tasks: dict[str, dict[str, Task]] = defaultdict(dict)
+        for split in [s for s in splits if s != "train"] or splits:
+            for task in self.data.load(split):
+                if task.scorable and task.hardness in LEVELS:
+                    self._tasks[task.db_id][task.key] = task
+        self.names = sorted(self._tasks)
+
+    def tasks(self) -> list[Task]:
+        """All questions."""
+        return [task for some in self._tasks.values() for task in some.values()]
+
+    def connect(self, name: str) -> Connection:
+        """Open a database; its examples are questions of the data set, of several levels.
+
+        Raises:
+            DatabaseError: its file is missing or damaged.
+        """
+        pools = {
+            level: sorted(
+                (t for t in self._tasks[name].values() if t.hardness == level), key=lambda t: (t.phrasing, t.key)
+            )
+            for level in LEVELS
+        }
+        chosen = [
+            pools[level][i : i + 1]
+            for i, level in ((0, "easy"), (0, "medium"), (1, "easy"), (1, "medium"), (0, "hard"))
+        ]
+        examples = tuple(Example(t.question, t.gold) for some in chosen for t in some)
+        return replace(connect(self.data.database(name)), examples=examples)
+
+    def benchmark(self, name: str) -> list[Task]:
+        """The benchmark of a database: always the same questions of each level."""
+        tasks = [self._tasks[name][key] for key in sorted(self._tasks[name])]
+        return [t for level in LEVELS for t in [t for t in tasks if t.hardness == level][:PER_LEVEL]]
