@@ -226,6 +226,20 @@ def notebooks(
     typer.echo(done.text())
 
 
+@app.command("env")
+def env(
+    data: Data = POCKET,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    split: Annotated[str, typer.Option(help="Whose tasks are served.")] = "train",
+    model: Annotated[str, typer.Option(help="nano, a checkpoint or run folder, or openai:NAME.")] = "nano",
+) -> None:
+    """Serve the task as an OpenEnv environment."""
+    from sqlbench.environment import serve
+
+    serve(data, port, host, split, model)
+
+
 @app.command("graph")
 def graph() -> None:
     """Print the agent's state machine as mermaid text."""

@@ -39,3 +39,7 @@ class RunError(SqlbenchError, RuntimeError):
 
 class NotebookError(SqlbenchError, RuntimeError):
     """A notebook run was refused (unknown parameter, wrong type) or a cell failed."""
+
+
+class ServerError(SqlbenchError, RuntimeError):
+    """A server cannot be started, or cannot do what a request asks of it."""

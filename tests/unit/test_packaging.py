@@ -96,8 +96,8 @@ def imported(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "groups"),
     [
-        ("sqlbench", {"core", "local", "train", "agent", "notebooks"}),
-        ("tests", {"core", "local", "train", "agent", "notebooks", "test"}),
+        ("sqlbench", {"core", "local", "train", "agent", "environment", "notebooks"}),
+        ("tests", {"core", "local", "train", "agent", "environment", "notebooks", "test"}),
     ],
 )
 def test_what_is_imported_is_declared(repo, folder, groups):
