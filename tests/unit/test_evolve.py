@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -90,9 +91,10 @@ class Endpoint(ThreadingHTTPServer):
 @pytest.fixture
 def world(pocket: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """An endpoint, 90 questions on one database (the user's, held out, and unseen), and ways to evolve and measure."""
-    db = pocket.load("train")[0].db_id
-    every = {t.question: t for t in pocket.load("train") if t.db_id == db}
-    tasks = list(every.values())[:90]
+    every = {t.question: t for t in pocket.load("dev")}.values()
+    ((db, _),) = Counter(t.db_id for t in every).most_common(1)
+    tasks = [t for t in every if t.db_id == db][:90]
+    assert len(tasks) == 90
     endpoint = Endpoint(tasks)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{endpoint.server_address[1]}/v1")
@@ -291,7 +293,7 @@ def test_a_killed_cycle_goes_on_where_it_was(world, tmp_path, pocket):
         from sqlbench.database.engine import cached_database
         from sqlbench.evolve import Evolution
         folder, data, db, questions = sys.argv[1:]
-        tasks = [t for t in DataSet(data).load("train") if t.db_id == db and t.question in questions.splitlines()]
+        tasks = [t for t in DataSet(data).load("dev") if t.db_id == db and t.question in questions.splitlines()]
         Evolution(folder, prompts_for("chat"), "openai:m", tasks=tasks, config=RolloutConfig(max_turns=1),
                   database=lambda name: cached_database(DataSet(data).database(name))).evolve()
         """
