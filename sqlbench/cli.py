@@ -240,6 +240,28 @@ def env(
     serve(data, port, host, split, model)
 
 
+@app.command("chat")
+def chat(
+    data: Data = POCKET,
+    model: Annotated[str, typer.Option(help="nano, a checkpoint or run folder, or openai:NAME.")] = "nano",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8866,
+    run: Run = "chat",
+    results: Results = RESULTS,
+    reflection: Annotated[
+        str | None, typer.Option(help="Endpoint for prompt evolution, openai:NAME; --model's own by default.")
+    ] = None,
+) -> None:
+    """Serve the chat as a web page, on this machine alone."""
+    from sqlbench.data.tasks import DataSet
+    from sqlbench.runs import run_path
+    from sqlbench.widgets.page import serve_chat
+
+    if data == POCKET and not data.exists():
+        data_pocket()
+    DataSet(data)
+    serve_chat(data, model, run_path(results, "laptop", run), port, reflection)
+
+
 @app.command("graph")
 def graph() -> None:
     """Print the agent's state machine as mermaid text."""

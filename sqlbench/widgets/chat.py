@@ -36,7 +36,7 @@ _ALERT = "color: #b3261e"
 _STYLE = Markup("""<style>
 .sqlbench .attempt {border-left: 3px solid #0072b2; padding: 0 0 2px 8px; margin: 6px 0}
 .sqlbench .attempt code {background: var(--jp-layout-color2, #eee); padding: 0 4px}
-.sqlbench th, .sqlbench td {overflow-wrap: break-word}
+.sqlbench th, .sqlbench td, .sqlbench pre {overflow-wrap: break-word; word-break: normal}
 .sqlbench ins, .sqlbench del {display: block; white-space: pre-wrap; font: 12px/1.45 monospace}
 .sqlbench-card {border: 1px solid #ccc; border-radius: 6px; padding: 2px 12px 8px; margin: 0 0 10px}
 .sqlbench-examples button {width: auto; height: auto; white-space: normal; text-align: left; line-height: 1.3;
@@ -73,6 +73,11 @@ class Card(w.VBox):
         super().__init__([self._body])
         self.add_class("sqlbench-card")
         self._render()
+
+    @property
+    def sql(self) -> str:
+        """The last query; empty where there is none."""
+        return self.exchange.history[-1][0] if self.exchange and self.exchange.history else ""
 
     def html(self) -> Markup:
         """Transcript and verdict."""
@@ -251,6 +256,10 @@ class ChatView(w.VBox):
 
     # -- databases
 
+    def choose(self, name: str) -> None:
+        """Turn to another database of the list."""
+        self._databases.value = name
+
     def connect(self, target: str) -> None:
         """Connect a database of the user's own."""
         self._say("connecting ...")
@@ -282,7 +291,8 @@ class ChatView(w.VBox):
         self._scores.value = ""
         tabs = [*self._tabs.children[:2], *([self._bench] if builtin else [])]
         if len(tabs) != len(self._tabs.children):
-            self._tabs.children, self._tabs.selected_index = tabs, 0
+            self._tabs.selected_index = 0  # first: a page that loses its open tab opens another by itself
+            self._tabs.children = tabs
             self._tabs.titles = ("Chat", "ER diagram", "Benchmark")[: len(tabs)]
         self._show_prompt()
         self._offer(opened.examples)

@@ -31,7 +31,8 @@ def serve_chat(data: Path, model: str, folder: Path, port: int, reflection: str 
         with socket.create_server((HOST, port)) as free:
             port = free.getsockname()[1]
     except OSError as error:
-        raise ServerError(f"cannot listen on port {port}: {error.strerror}; choose another with --port") from error
+        reason = os.strerror(error.errno or 0)
+        raise ServerError(f"cannot listen on port {port}: {reason}; choose another with --port") from error
     options = {"data": str(data), "model": model, "folder": str(folder), "reflection": reflection}
     code = f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench.widgets.chat import ChatView\nChatView(**{options!r})"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])

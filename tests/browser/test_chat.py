@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -112,7 +111,7 @@ def serve(pocket: DataSet, repo: Path, tmp_path: Path) -> Iterator:
 
     yield start
     for server in servers:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         try:
             assert server.wait(60) == 0
         finally:
@@ -233,7 +232,7 @@ def test_ask_watch_judge_retry_connect_measure_and_evolve(
     page.get_by_role("tab", name="ER diagram").click()
     diagram = page.locator("svg[aria-label*='bank of mine']")
     diagram.wait_for(timeout=WAIT)
-    assert {"customer", "transfer", "full_name"} <= set(diagram.locator("text").all_inner_texts())
+    assert {"customer", "transfer", "full_name"} <= set(diagram.locator("text").all_text_contents())
     assert diagram.bounding_box()["height"] > 100
     picture(page, "chat_diagram")
     page.get_by_role("tab", name="Chat").click()
