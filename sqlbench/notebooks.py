@@ -35,7 +35,14 @@ from sqlbench.training.metrics import read_rows
 
 Value = str | int | float | bool | None | list | dict
 
-ORDER = ("01_data_prep", "02_baseline_eval", "03_grpo_training", "04_reward_curves", "05_ablations")
+ORDER = (
+    "01_data_prep",
+    "02_baseline_eval",
+    "03_grpo_training",
+    "04_reward_curves",
+    "05_ablations",
+    "06_self_improving_agent",
+)
 
 _QWEN = "Qwen/Qwen2.5-Coder-3B-Instruct"
 PRESETS: dict[str, dict[str, dict[str, Value]]] = {
@@ -46,11 +53,14 @@ PRESETS: dict[str, dict[str, dict[str, Value]]] = {
         "02_baseline_eval": {"model": f"openai:{_QWEN}", "splits": ["dev_500"]},
         "03_grpo_training": {"model": _QWEN, "splits": ["dev_500"], "steps": 436},
         "05_ablations": {"grid": "seed"},
+        "06_self_improving_agent": {"model": f"openai:{_QWEN}"},
+        "07_trajectory_inspector": {"model": f"openai:{_QWEN}", "split": "dev_500"},
     },
     "smoke": {
         "02_baseline_eval": {"limit": 8},
         "03_grpo_training": {"steps": 2, "limit": 8, "smallest": True},
         "05_ablations": {"grid": "smoke"},
+        "06_self_improving_agent": {"questions": 3},
     },
 }
 """Parameters of each profile, by notebook, where they are not the notebook's own. ``smoke`` is the laptop profile on as
