@@ -68,7 +68,7 @@ check: $(INSTALLED)
 
 test: check
 	@$(BIN)/python -m pytest --durations=10 tests/unit
-	@$(BIN)/python -m pytest --durations=5 tests/training tests/notebooks
+	@$(BIN)/python -m pytest --durations=5 tests/training tests/notebooks tests/browser
 
 lab: $(INSTALLED)
 	@$(BIN)/jupyter lab notebooks
