@@ -52,10 +52,10 @@ def _html(*parts: Markup) -> str:
 class Card(w.VBox):
     """One question: its transcript, and what the user thinks of the answer."""
 
-    def __init__(self, chat: ChatView, question: str) -> None:
+    def __init__(self, chat: ChatView, question: str, database: str) -> None:
         self._chat = chat
         self._body = w.HTML(layout=_WIDE)
-        self.transcript = Transcript(question, self._render)
+        self.transcript = Transcript(question, database, self._render)
         self.exchange: Exchange | None = None
         self._right = w.Button(description="Correct", icon="check", layout=w.Layout(width="110px"))
         self._wrong = w.Button(description="Wrong", icon="times", layout=w.Layout(width="110px"))
@@ -323,7 +323,7 @@ class ChatView(w.VBox):
             self._in_background(self._evolve())
         self._question.value = ""
         self._tabs.selected_index = 0
-        card = Card(self, question)
+        card = Card(self, question, connection.name)
         self._cards.children = (card, *self._cards.children[: SHOWN_CARDS - 1])
         self._task = self._in_background(self._answer(card, connection, again.history if again else ()))
         self._enable()

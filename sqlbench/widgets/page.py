@@ -49,4 +49,5 @@ def serve_chat(data: Path, model: str, folder: Path, port: int, reflection: str 
             "log_level": "ERROR",
             "tornado_settings": {"headers": {"Content-Security-Policy": POLICY}},
         }
-        Voila.launch_instance([str(page)], config=Config({"Voila": settings}))
+        sockets = {"transport": "ipc"}  # between server and kernels: files of this user instead of open ports
+        Voila.launch_instance([str(page)], config=Config({"Voila": settings, "KernelManager": sockets}))

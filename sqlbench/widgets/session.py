@@ -72,11 +72,12 @@ class Transcript:
 
     Args:
         question: what was asked.
+        database: its name.
         changed: called after every event.
     """
 
-    def __init__(self, question: str, changed: Callable[[], None] = lambda: None) -> None:
-        self.question, self.changed = question, changed
+    def __init__(self, question: str, database: str, changed: Callable[[], None] = lambda: None) -> None:
+        self.question, self.database, self.changed = question, database, changed
         self.attempts: list[Attempt] = []
         self.conclusion = ""
 
@@ -127,8 +128,9 @@ class Transcript:
             rows = Markup('<h4>Result: {}{}</h4><div class="scroll">{}</div>').format(
                 _rows(last.n_rows), more, view.table(last.columns, cells)
             )
-        return Markup('<h4 style="font-size: 15px">{}</h4>{}{}<p><small>{}</small></p>').format(
-            self.question, Markup("").join(attempt.html() for attempt in self.attempts), rows, self.conclusion
+        attempts = Markup("").join(attempt.html() for attempt in self.attempts)
+        return Markup('<h4 style="font-size: 15px">{} <small>{}</small></h4>{}{}<p><small>{}</small></p>').format(
+            self.question, self.database, attempts, rows, self.conclusion
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from sqlbench.agent.prompts import STRATEGIES
@@ -219,6 +220,31 @@ def test_a_table_of_500_columns_is_announced_and_asked(tmp_path: Path) -> None:
     drive(tmp_path, steps, lambda system, user: RIGHT if "You review" in system else "SELECT * FROM wide")
 
 
+def test_postgresql_is_asked_in_its_dialect_and_may_go_away(tmp_path: Path, postgres: str) -> None:
+    with psycopg.connect(postgres, autocommit=True) as admin:
+        admin.execute("CREATE DATABASE mortal")
+        target = postgres.replace("/postgres?", "/mortal?")
+        with psycopg.connect(target) as raw:
+            raw.execute("CREATE TABLE customer (customer_id int PRIMARY KEY, full_name text)")
+            raw.execute("INSERT INTO customer VALUES (1, 'Ada')")
+
+        async def steps(view: ChatView) -> None:
+            view.connect(target)
+            await view.wait()
+            assert "connected to mortal: PostgreSQL, 1 table" in view._message.value
+            card = await ask(view, "Who?")
+            assert "2 attempts" in card.transcript.conclusion and "Ada" in card.html()
+            assert "column &#34;nme&#34; does not exist" in card.html()
+            assert view.session is not None and isinstance(view.session.model, Scripted)
+            assert all("PostgreSQL" in prompt[0].content for prompt in view.session.model.prompts)
+            admin.execute("DROP DATABASE mortal WITH (FORCE)")
+            for _ in range(2):
+                conclusion = (await ask(view, "Who?")).transcript.conclusion
+                assert conclusion.startswith("stopped: database: DatabaseError: ") and "\n" not in conclusion
+
+        drive(tmp_path, steps)
+
+
 def test_one_question_at_a_time_and_it_can_be_stopped(tmp_path: Path, shop: Path) -> None:
     async def steps(view: ChatView) -> None:
         view.connect(str(shop))
@@ -270,7 +296,9 @@ def test_databases_of_a_data_set_have_a_benchmark_and_own_ones_do_not(
         assert view.session is not None and not view.session.bandit.lessons  # measuring is not learning
         view.connect(str(shop))
         await view.wait()
-        assert view._tabs.titles == ("Chat", "ER diagram") and view._databases.value == "shop (2)"  # the data set has a shop
+        assert (
+            view._tabs.titles == ("Chat", "ER diagram") and view._databases.value == "shop (2)"
+        )  # the data set has a shop
         view._databases.value = "concert"
         await view.wait()
         assert view._tabs.titles == ("Chat", "ER diagram", "Benchmark")
