@@ -61,13 +61,15 @@ class Comparison(w.VBox):
         self.inspector = Inspector(frame, data)
         self._run = w.Dropdown(options=self.others, description="run", layout=w.Layout(width="260px"))
         self._change = w.Dropdown(options=["gained and lost", "gained", "lost"], description="show")
-        self._list = w.Select(rows=8, layout=w.Layout(width="100%", max_width="1250px"))
+        self._count = w.HTML()
+        self._list = w.Select(layout=w.Layout(width="100%", max_width="1250px"))
         self._list.add_class("sqlbench-list")
         for control in (self._run, self._change):
             control.observe(self._filtered, "value")
         self._list.observe(self._opened, "value")
         head = w.HTML(view.page(self._tables_html()))
-        super().__init__([head, w.HBox([self._run, self._change]), self._list, self.inspector])
+        super().__init__([head, w.HBox([self._run, self._change, self._count]), self._list, self.inspector])
+        self.add_class("sqlbench-comparison")
         self._filtered()
 
     # -- for Python
@@ -138,7 +140,9 @@ class Comparison(w.VBox):
             )
             for r in rows
         ]
+        self._list.rows = min(8, max(3, len(rows)))
         self._list.index = 0 if rows else None
+        self._count.value = f"{len(rows)} flipped; a click opens one below" if rows else "no task flipped"
 
     def _opened(self, change: Any) -> None:
         if change["new"] is not None:

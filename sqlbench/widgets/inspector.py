@@ -195,7 +195,7 @@ class Inspector(w.VBox):
         self._controls = self._make_controls()
         self._defaults = {name: control.value for name, control in self._controls.items()}
         self._count = w.HTML()
-        self._list = w.Select(rows=12, layout=w.Layout(width="100%", max_width="1250px"))
+        self._list = w.Select(layout=w.Layout(width="100%", max_width="1250px"))
         self._list.add_class("sqlbench-list")
         self._siblings = w.ToggleButtons(style={"button_width": "auto"})
         self._detail = w.HTML()
@@ -205,6 +205,7 @@ class Inspector(w.VBox):
             chooser.observe(self._chosen, "value")
         bar = w.HBox(list(self._controls.values()), layout=w.Layout(flex_flow="row wrap"))
         super().__init__([bar, self._count, w.HTML(heading), self._list, self._siblings, self._detail])
+        self.add_class("sqlbench-inspector")
         self._filtered()
 
     # -- for Python
@@ -343,6 +344,7 @@ class Inspector(w.VBox):
         numbers = keep.index[keep].tolist()
         self._quiet = True
         self._list.options = [(self._labels[n], n) for n in numbers]
+        self._list.rows = min(12, max(3, len(numbers)))
         self._quiet = False
         self._count.value = Markup("<b>{}</b>").format(self._summary())
         self._show(self._number if self._number in set(numbers) else next(iter(numbers), None))
@@ -454,7 +456,8 @@ class Inspector(w.VBox):
         title = "The same task in all runs" if self._several else "Its group: all rollouts of this task in this step"
         if advantage and not any(advantage.values()):
             title += "; all rewards are equal, so nothing is learnt from it"
-        return Markup('<h4>{}</h4><div class="pair">{}</div>').format(title, Markup("").join(cards))
+        note = Markup("<small><ins>not in the selected one</ins></small>")
+        return Markup('<h4>{}</h4><div class="cards">{}</div>{}').format(title, Markup("").join(cards), note)
 
 
 def _lines(shown: pd.DataFrame) -> tuple[list[str], Markup]:
@@ -466,7 +469,7 @@ def _lines(shown: pd.DataFrame) -> tuple[list[str], Markup]:
         for row in [list(texts.columns), *texts.to_numpy().tolist()]
     ]
     style = "<style>.sqlbench-list select {font: 12px monospace}</style>"
-    heading = '<pre style="font: bold 12px monospace; margin: 6px 0 -4px 6px; overflow: hidden">{}</pre>'
+    heading = '<pre style="font: bold 12px monospace; margin: 6px 0 -4px 4px; overflow: hidden">{}</pre>'
     return lines[1:], Markup(style) + Markup(heading).format(lines[0])
 
 

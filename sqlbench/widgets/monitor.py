@@ -125,9 +125,10 @@ class Monitor(w.VBox):
         metrics = self._metrics()
         if metrics.empty:
             return Markup("<i>no step is on record yet</i>")
-        figures = [reward_curves({self.folder.name: [self.folder]}, WATCHED)]
+        run = {"/".join(self.folder.parts[-2:]): [self.folder]}
+        figures = [reward_curves(run, WATCHED)]
         if len(series(metrics, "step_s")):
-            figures.append(time_split({self.folder.name: [self.folder]}))
+            figures.append(time_split(run))
         images = Markup("").join(
             Markup('<img style="width: {:.0f}px; max-width: 100%" alt="{}" src="data:image/png;base64,{}"><br>').format(
                 96 * figure.get_figwidth(), alt, base64.b64encode(png(figure)).decode()

@@ -53,7 +53,7 @@ OUTCOMES = {"right": "✓", "wrong": "✗", "failed": "!", "not scored": "?"}
 STYLE = Markup("""<style>
 .sqlbench {font-size: 13px; line-height: 1.45; color: var(--jp-content-font-color1, inherit); max-width: 1250px}
 .sqlbench pre {margin: 2px 0; padding: 5px 8px; font: 12px/1.45 monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; background: var(--jp-layout-color2, #f4f4f4); color: inherit; border: 0}
+  overflow-wrap: anywhere; word-break: normal; background: var(--jp-layout-color2, #f4f4f4); color: inherit; border: 0}
 .sqlbench table {border-collapse: collapse; font-size: 12px; margin: 2px 0; table-layout: auto}
 .sqlbench th, .sqlbench td {padding: 2px 8px; border: 1px solid #bbb; text-align: left; white-space: pre-wrap;
   overflow-wrap: anywhere; max-width: 420px; vertical-align: top}
@@ -70,7 +70,8 @@ STYLE = Markup("""<style>
 .sqlbench mark {background: #ffd9a8; font-weight: bold}
 .sqlbench del {background: #cfe6f5; text-decoration: underline dashed #0072b2}
 .sqlbench ins {background: #ffd9a8; text-decoration: none; font-weight: bold}
-.sqlbench .card {border: 1px solid #bbb; border-radius: 4px; padding: 5px 9px; flex: 1 1 230px; max-width: 420px}
+.sqlbench .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: 8px}
+.sqlbench .card {border: 1px solid #bbb; border-radius: 4px; padding: 5px 9px; min-width: 0}
 .sqlbench .card.this {border: 2px solid #0072b2}
 .sqlbench .verdict {border: 1px solid; border-radius: 3px; padding: 1px 7px; font-weight: bold}
 @media print {.sqlbench .scroll {max-height: none}}
@@ -219,8 +220,8 @@ def _result(result: QueryResult, marks: Cells, order: list[int]) -> Markup:
         return Markup("<i>not at hand: the database of this run is not on this machine</i>")
     if not result.rows and not result.ok:
         return Markup("<i>{}</i><pre>{}</pre>").format(result.status, result.error or "")
-    count = len(result.rows)
-    note = f"{count} row{'s' * (count != 1)}" + (f", {len({r for r, _ in marks})} of them differ" if marks else "")
+    count, odd = len(result.rows), len({row for row, _ in marks})
+    note = f"{count} row{'s' * (count != 1)}" + f", {odd} differ{'s' * (odd == 1)}" * (odd > 0)
     note += f"; {result.error}" if result.error else ""
     if count > SHOWN_ROWS:
         note += f"; {SHOWN_ROWS} are shown" + (", those that differ first" if marks else "")

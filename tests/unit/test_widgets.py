@@ -310,7 +310,7 @@ def test_advantages_are_verls() -> None:
 def test_a_group_stands_side_by_side_with_its_advantages(tmp_path: Path) -> None:
     inspector = Inspector(training(tmp_path / "run")).filter(step=1)
     html = inspector.rollout_html()
-    assert html.count('class="card') == 4 and html.count('class="card this"') == 1
+    assert html.count('class="card"') == 3 and html.count('class="card this"') == 1
     assert html.count("advantage +1.50") == 2 and html.count("advantage -0.50") == 3
     inspector._siblings.value = inspector.matches[2]
     assert inspector.selected.sample == 2
@@ -378,7 +378,7 @@ def test_shown_rows_are_counted_and_those_that_differ_come_first() -> None:
     gold = view.QueryResult("ok", ("x",), [(n,) for n in range(500)])
     pred = view.QueryResult("ok", ("x",), [(n,) for n in range(499)] + [(-1,)])
     html = view.results_html(gold, pred, right=False, ordered=False)
-    assert "500 rows, 1 of them differ; 100 are shown, those that differ first" in html
+    assert "500 rows, 1 differs; 100 are shown, those that differ first" in html
     assert html.count("<mark>") == 2 and html.index("<mark>499</mark>") < html.index("<td") + 200
 
 
@@ -429,7 +429,7 @@ def test_a_flipped_task_opens_in_the_inspector(run: Path, better: Path) -> None:
         comparison._list.value = number
         selected = comparison.inspector.selected
         assert selected.question == question and selected.reward == 1
-        assert comparison.inspector.rollout_html().count('class="card') == 2
+        assert comparison.inspector.rollout_html().count('class="card') == 3  # and their grid
     comparison._change.value = "lost"
     assert comparison.flips.empty and comparison._list.options == ()
 

@@ -1,0 +1,113 @@
+"""Notebook 07 in JupyterLab itself: run, filter, select, see the difference; and its static form without any server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from sqlbench.agent.trajectory import Completion
+from sqlbench.data.tasks import DataSet
+from sqlbench.evaluation import evaluate
+from sqlbench.widgets.inspector import Inspector
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+NOTEBOOK = "07_trajectory_inspector.ipynb"
+TASKS = 9
+
+
+class Third:
+    """Answers a third of the questions right at once, a third after a repair, a third with a column too much."""
+
+    name, family = "third", "nano"
+
+    def __init__(self, data: DataSet) -> None:
+        self.tasks = {t.question: (n % 3, t.gold) for n, t in enumerate(data.load("headline"))}
+
+    async def complete(self, messages, on_text=None) -> Completion:
+        agent, content = messages[0].content.split()[0], messages[1].content
+        kind, gold = self.tasks[content.split("\n")[0]]
+        if agent == "check":
+            return Completion(text=f"THE QUERY IS {'IN' * ('no_such_column' in content)}CORRECT")
+        if kind and agent == "write":
+            return Completion(text="SELECT no_such_column")
+        return Completion(text=gold if kind < 2 else f"SELECT *, 1 AS surplus FROM ({gold})")
+
+
+@pytest.fixture(scope="session")
+def runs(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results folder with the two evaluations that the notebook looks at."""
+    results = tmp_path_factory.mktemp("results")
+    for turns in (1, 3):
+        name = f"demo/cells/before_t{turns}_c2048"
+        evaluate(pocket.root, "headline", Third(pocket), name, results=results, max_turns=turns, limit=TASKS)
+    return results
+
+
+def wait_for_text(page, text: str) -> None:
+    page.get_by_text(text).first.wait_for()
+
+
+def test_the_inspector_filters_selects_and_shows_a_difference(lab, page, pocket, runs, picture) -> None:
+    parameters = {"data": str(pocket.root), "results": str(runs), "limit": TASKS}
+    notebook = parameterize_notebook(load_notebook_node(str(lab.folder / NOTEBOOK)), parameters)
+    nbformat.write(notebook, lab.folder / NOTEBOOK)
+    lab.open(page, NOTEBOOK)
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.locator(".jp-OutputArea-output", has_text="no training run in this folder yet").wait_for()
+    assert page.locator(".jp-mod-error, [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+
+    inspector = page.locator(".sqlbench-inspector").first
+    inspector.get_by_label("outcome").select_option("wrong")
+    wait_for_text(inspector, f"{TASKS // 3} of {TASKS} rollouts: {TASKS // 3} wrong")
+    rows = inspector.locator(".sqlbench-list option")
+    assert rows.count() == TASKS // 3
+    number = 1
+    question = rows.nth(number).inner_text().replace("\u00a0", " ").split("  ")[-1].strip()
+    inspector.locator(".sqlbench-list select").select_option(index=number)
+    inspector.locator("h4", has_text=question).wait_for()
+    inspector.locator("ins", has_text="surplus").first.wait_for()
+    assert inspector.locator("mark").first.is_visible()
+    prompt = inspector.locator("summary", has_text="prompt").first
+    prompt.click()
+    assert inspector.locator("details[open] pre", has_text=question).first.is_visible()
+    prompt.click()
+    page.set_viewport_size({"width": 1500, "height": 2400})
+    picture(inspector, "inspector")
+
+    inspector.get_by_label("text").fill("no such text anywhere")
+    wait_for_text(inspector, f"0 of {TASKS} rollouts")
+    inspector.get_by_label("text").fill("")
+    inspector.locator("h4", has_text=rows.first.inner_text().replace("\u00a0", " ").split("  ")[-1].strip()).wait_for()
+    cell = page.locator(".jp-CodeCell", has_text="chosen = inspector.selected")
+    shown = inspector.locator("h4").first.inner_text()
+    cell.locator(".cm-content").click()
+    page.keyboard.press("Control+Enter")
+    cell.locator(".jp-OutputArea-output", has_text=shown).first.wait_for()
+
+    comparison = page.locator(".sqlbench-comparison")
+    flip = comparison.locator(".sqlbench-list").first
+    assert flip.locator("option").count() == TASKS // 3
+    flip.locator("select").select_option(index=1)
+    question = flip.locator("option").nth(1).inner_text().replace("\u00a0", " ").split("  ")[-1].strip()
+    comparison.locator("h4", has_text=question[-30:]).wait_for()
+    assert comparison.locator(".card").count() == 2
+    picture(comparison, "comparison")
+
+
+def test_the_static_form_is_complete_without_a_kernel(page, runs, tmp_path: Path, picture) -> None:
+    inspector = Inspector(runs / "laptop/demo/cells/before_t3_c2048").filter(outcome="wrong")
+    file = tmp_path / "static.html"
+    file.write_text(f"<!doctype html><meta charset='utf-8'>{inspector.html()!s}", encoding="utf-8")
+    page.goto(file.as_uri())
+    assert page.locator("ins", has_text="surplus").first.is_visible()
+    assert page.locator("mark").first.is_visible()
+    assert page.get_by_text(inspector.selected.question).count() >= 2  # in the list and as the title
+    page.locator("summary", has_text="prompt").first.click()
+    assert page.locator("details[open] pre").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    picture(page, "static")
