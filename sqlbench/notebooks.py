@@ -36,12 +36,14 @@ from sqlbench.training.metrics import read_rows
 Value = str | int | float | bool | None | list | dict
 
 ORDER = (
+    "00_overview",
     "01_data_prep",
     "02_baseline_eval",
     "03_grpo_training",
     "04_reward_curves",
     "05_ablations",
     "06_self_improving_agent",
+    "07_trajectory_inspector",
 )
 
 _QWEN = "Qwen/Qwen2.5-Coder-3B-Instruct"
@@ -61,6 +63,7 @@ PRESETS: dict[str, dict[str, dict[str, Value]]] = {
         "03_grpo_training": {"steps": 2, "limit": 8, "smallest": True},
         "05_ablations": {"grid": "smoke"},
         "06_self_improving_agent": {"questions": 3},
+        "07_trajectory_inspector": {"limit": 8},
     },
 }
 """Parameters of each profile, by notebook, where they are not the notebook's own. ``smoke`` is the laptop profile on as
