@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import sys
@@ -25,7 +26,7 @@ from random import Random
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, WebSocketDisconnect
 from fastapi.responses import JSONResponse
 from openenv.core.client_types import StepResult
 from openenv.core.env_client import EnvClient
@@ -463,4 +464,8 @@ def serve(data: str | Path, port: int, host: str = "127.0.0.1", split: str = "tr
         made = create(Episodes(data, split, model))
         print(f"serving {data} on http://{host}:{listener.getsockname()[1]}; Ctrl-C stops", file=sys.stderr, flush=True)
         config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+        # OpenEnv closes sockets once more that the client closed; that is no error.
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda r: not (r.exc_info and r.exc_info[0] is WebSocketDisconnect)
+        )
         uvicorn.Server(config).run(sockets=[listener])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import re
 import signal
 import socket
@@ -119,7 +120,8 @@ class Server:
 @pytest.fixture(scope="module")
 def server(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder, model = tmp_path_factory.mktemp("server"), Model()
-    environment = {"OPENAI_BASE_URL": f"http://127.0.0.1:{model.server_address[1]}/v1", "NO_PROXY": "*", "PATH": "/bin"}
+    address = f"http://127.0.0.1:{model.server_address[1]}/v1"
+    environment = os.environ | {"OPENAI_BASE_URL": address, "NO_PROXY": "*"}
     command = [*SQLBENCH, "env", "--data", str(pocket.root), "--port", "0", "--split", SPLIT, "--model", "openai:m"]
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=err, cwd=folder)
@@ -133,11 +135,11 @@ def server(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
+            assert process.wait(60) == 130, "Ctrl-C must end the server"
+        finally:
             process.kill()
-        model.shutdown()
-        model.server_close()
+            model.shutdown()
+            model.server_close()
 
 
 def test_openenv_accepts_the_server(server):
@@ -262,6 +264,21 @@ def test_a_websocket_session_keeps_its_episode_and_survives_mistakes(server):
         assert [a.sql for a in state.attempts] == [first.observation.sql, task.gold] and state.success
         with pytest.raises(RuntimeError, match="is done"):
             client.step(SqlAction(strategy="fix_column"))
+
+
+def test_a_client_that_is_gone_leaves_no_traceback(server):
+    code = """if True:
+        import os, sys
+        from sqlbench.environment import SqlEnvClient
+        client = SqlEnvClient(base_url=sys.argv[1]).sync()
+        client.connect()
+        print(client.reset().observation.episode_id, flush=True)
+        os._exit(1)
+        """
+    shown = subprocess.run([sys.executable, "-c", code, server.url], capture_output=True, text=True)
+    assert server.call(f"/state?episode_id={shown.stdout.strip()}")[0] == 200
+    time.sleep(1)
+    assert "Traceback" not in server.out.with_name("err").read_text()
 
 
 def test_two_websocket_sessions_and_ten_http_episodes_at_once_do_not_mix(server):
