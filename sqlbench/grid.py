@@ -91,7 +91,7 @@ SMALLEST = (
 
 GRIDS: dict[str, Grid] = {
     "smoke": Grid((Cell(steps=2), Cell(turns=1, steps=1)), limit=8, overrides=SMALLEST),
-    "short": Grid((Cell(), Cell(turns=1), Cell(agents=AGENTS_CHECK))),
+    "short": Grid((Cell(), Cell(turns=1), Cell(agents=AGENTS_CHECK, steps=10))),
     "full": Grid(
         (
             *_factorial(LAPTOP_CONTEXTS),
