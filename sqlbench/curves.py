@@ -39,7 +39,6 @@ STYLE = {
     "axes.titlesize": 10,
     "legend.frameon": False,
     "figure.dpi": 110,
-    "savefig.dpi": 160,
     "svg.hashsalt": "sqlbench",
     "svg.fonttype": "none",
 }
@@ -336,11 +335,11 @@ def styled(table: pd.DataFrame) -> Styler:
     return look.highlight_max(subset=accuracy[-1:], props="font-weight: bold; text-decoration: underline")
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = 160) -> bytes:
     """A figure as PNG; the same figure always gives the same bytes."""
     file = io.BytesIO()
     with _style():
-        figure.savefig(file, format="png", metadata={"Software": None})
+        figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
     return file.getvalue()
 
 

@@ -161,7 +161,7 @@ class Comparison(w.VBox):
         flips = self.flips
         more = f"; the first {LISTED} are listed" if len(flips) > LISTED else ""
         listing = Markup("<h4>Flipped tasks</h4><small>{} from {} to {}{}</small>{}").format(
-            len(flips), self.first, self._run.value, more, _html(flips.head(LISTED))
+            len(flips), self.first, self._run.value, more, _html(flips.head(LISTED)) if len(flips) else ""
         )
         return view.page(self._tables_html(), listing, self.inspector.rollout_html())
 

@@ -143,15 +143,15 @@ class RunFacts:
             return cls()
         config = RunFolder(folder).config()
         if config.get("kind") != "training":
-            return cls(Path(config["data"]), _tokenizer(config["model"]), config["rollout"]["strict"])
+            return cls(Path(config["data"]), _tokenizer(folder, config["model"]), config["rollout"]["strict"])
         ours, algorithm = config["config"]["sqlbench"], config["config"]["algorithm"]
         known = algorithm["adv_estimator"] == "grpo" and not ours["random_reward"]
         by_std = bool(algorithm["norm_adv_by_std_in_grpo"]) if known else None
-        return cls(Path(ours["data"]), _tokenizer(ours["model"]), True, by_std)
+        return cls(Path(ours["data"]), _tokenizer(folder, ours["model"]), True, by_std)
 
 
-def _tokenizer(model: str) -> Path | None:
-    folders = [NANO_PATH] if model == "nano" else [Path(model) / "policy", Path(model)]
+def _tokenizer(run: Path, model: str) -> Path | None:
+    folders = [NANO_PATH] if model == "nano" else [run / "policy", Path(model) / "policy", Path(model)]
     return next((f / "tokenizer.json" for f in folders if (f / "tokenizer.json").is_file()), None)
 
 

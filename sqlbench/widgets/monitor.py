@@ -131,7 +131,7 @@ class Monitor(w.VBox):
             figures.append(time_split(run))
         images = Markup("").join(
             Markup('<img style="width: {:.0f}px; max-width: 100%" alt="{}" src="data:image/png;base64,{}"><br>').format(
-                96 * figure.get_figwidth(), alt, base64.b64encode(png(figure)).decode()
+                96 * figure.get_figwidth(), alt, base64.b64encode(png(figure, dpi=100)).decode()
             )
             for figure, alt in zip(figures, ("training curves", "time split"), strict=False)
         )

@@ -51,30 +51,30 @@ OUTCOMES = {"right": "✓", "wrong": "✗", "failed": "!", "not scored": "?"}
 
 # Okabe-Ito blue is gold, vermillion is the prediction; dark text on the light marks in every theme.
 STYLE = Markup("""<style>
-.sqlbench {font-size: 13px; line-height: 1.45; color: var(--jp-content-font-color1, inherit); max-width: 1250px}
-.sqlbench pre {margin: 2px 0; padding: 5px 8px; font: 12px/1.45 monospace; white-space: pre-wrap;
+div.sqlbench {font-size: 13px; line-height: 1.45; color: var(--jp-content-font-color1, inherit); max-width: 1250px}
+div.sqlbench pre {margin: 2px 0; padding: 5px 8px; font: 12px/1.45 monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; word-break: normal; background: var(--jp-layout-color2, #f4f4f4); color: inherit; border: 0}
-.sqlbench table {border-collapse: collapse; font-size: 12px; margin: 2px 0; table-layout: auto}
-.sqlbench th, .sqlbench td {padding: 2px 8px; border: 1px solid #bbb; text-align: left; white-space: pre-wrap;
+div.sqlbench table {border-collapse: collapse; font-size: 12px; margin: 2px 0; table-layout: auto}
+div.sqlbench th, div.sqlbench td {padding: 2px 8px; border: 1px solid #bbb; text-align: left; white-space: pre-wrap;
   overflow-wrap: anywhere; max-width: 420px; vertical-align: top}
-.sqlbench td.number {text-align: right; font-variant-numeric: tabular-nums}
-.sqlbench .scroll {max-height: 340px; overflow: auto}
-.sqlbench .pair {display: flex; flex-wrap: wrap; gap: 16px}
-.sqlbench .pair > div {flex: 1 1 320px; min-width: 0}
-.sqlbench h4 {margin: 12px 0 3px; font-size: 13px}
-.sqlbench ol {margin: 0; padding-left: 22px}
-.sqlbench li {margin-bottom: 7px}
-.sqlbench summary {cursor: pointer; color: var(--jp-content-font-color2, #555)}
-.sqlbench small, .sqlbench i {color: var(--jp-content-font-color2, #555)}
-.sqlbench mark, .sqlbench del, .sqlbench ins {color: #111; padding: 0 2px; border-radius: 2px}
-.sqlbench mark {background: #ffd9a8; font-weight: bold}
-.sqlbench del {background: #cfe6f5; text-decoration: underline dashed #0072b2}
-.sqlbench ins {background: #ffd9a8; text-decoration: none; font-weight: bold}
-.sqlbench .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: 8px}
-.sqlbench .card {border: 1px solid #bbb; border-radius: 4px; padding: 5px 9px; min-width: 0}
-.sqlbench .card.this {border: 2px solid #0072b2}
-.sqlbench .verdict {border: 1px solid; border-radius: 3px; padding: 1px 7px; font-weight: bold}
-@media print {.sqlbench .scroll {max-height: none}}
+div.sqlbench td.number {text-align: right; font-variant-numeric: tabular-nums}
+div.sqlbench .scroll {max-height: 340px; overflow: auto}
+div.sqlbench .pair {display: flex; flex-wrap: wrap; gap: 16px}
+div.sqlbench .pair > div {flex: 1 1 320px; min-width: 0}
+div.sqlbench h4 {margin: 12px 0 3px; font-size: 13px; font-weight: bold}
+div.sqlbench ol {margin: 0; padding-left: 22px}
+div.sqlbench li {margin-bottom: 7px}
+div.sqlbench summary {cursor: pointer; color: var(--jp-content-font-color2, #555)}
+div.sqlbench small, div.sqlbench i {color: var(--jp-content-font-color2, #555)}
+div.sqlbench mark, div.sqlbench del, div.sqlbench ins {color: #111; padding: 0 2px; border-radius: 2px}
+div.sqlbench mark {background: #ffd9a8; font-weight: bold}
+div.sqlbench del {background: #cfe6f5; text-decoration: underline dashed #0072b2}
+div.sqlbench ins {background: #ffd9a8; text-decoration: none; font-weight: bold}
+div.sqlbench .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: 8px}
+div.sqlbench .card {border: 1px solid #bbb; border-radius: 4px; padding: 5px 9px; min-width: 0}
+div.sqlbench .card.this {border: 2px solid #0072b2}
+div.sqlbench .verdict {border: 1px solid; border-radius: 3px; padding: 1px 7px; font-weight: bold}
+@media print {div.sqlbench .scroll {max-height: none}}
 </style>""")
 
 
