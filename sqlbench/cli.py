@@ -44,7 +44,7 @@ RESULTS = Path("results")
 @data_app.command("pocket")
 def data_pocket(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = POCKET,
-    seed: Seed = 0,
+    seed: Seed = 1,
 ) -> None:
     """Write the embedded data set: generated databases, questions, splits, gold audit."""
     from sqlbench.data.audit import audit_dataset

@@ -374,7 +374,11 @@ def _finish(partial: Path, output: Path, name: str, provenance: dict) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-        shown.update(kind for output in cell.get("outputs", []) for kind in output.get("data", {}))
+        for left in cell.get("outputs", []):
+            data = left.get("data", {})
+            if "text/html" in data:  # the static form: a view without its kernel shows nothing
+                data.pop("application/vnd.jupyter.widget-view+json", None)
+            shown.update(data)
     if not any("widget-view" in kind for kind in shown):
         notebook.metadata.pop("widgets", None)
     nbformat.write(notebook, partial)

@@ -119,7 +119,11 @@ class SqlTrainer(PPOTrainerSync):
         useless = {uid for uid in sessions if len(rewards[uid]) == 1 or len(sessions[uid]) == 1}
         metrics["sqlbench/groups"] = len(record.groups)
         metrics["sqlbench/zero_variance_groups"] = 1 - (len(sessions) - len(useless)) / max(1, len(record.groups))
-        keep = [i for i, key in enumerate(batch.keys) if key.rsplit("_", 2)[0] not in useless] or [0]
+        groups = [key.rsplit("_", 2)[0] for key in batch.keys]
+        keep = [i for i, uid in enumerate(groups) if uid not in useless]
+        if not keep:  # verl needs rows: a whole group has advantage 0, a row alone would have its reward
+            largest = max(sessions, key=lambda uid: len(sessions[uid]))
+            keep = [i for i, uid in enumerate(groups) if uid == largest]
         if self.settings.drop_useless_groups and len(keep) < len(batch.keys):
             kept = set(keep)
             tq.kv_clear(
