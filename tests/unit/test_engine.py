@@ -74,6 +74,7 @@ def test_a_replaced_file_is_read_anew(path):
     sqlite3.connect(other).executescript("CREATE TABLE t (id INTEGER); INSERT INTO t VALUES (1);")
     before = database.identity()
     os.replace(other, path)
+    time.sleep(2 * engine.LOOK_SECONDS)
     assert database.execute("SELECT count(*) FROM t").rows == [(1,)]
     assert database.identity() != before
 

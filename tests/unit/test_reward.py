@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from sqlbench import reward
-from sqlbench.database.engine import Limits, open_database
+from sqlbench.database.engine import LOOK_SECONDS, Limits, open_database
 from sqlbench.reward import REFERENCE, STRICT, ascore, clear_gold_cache, score
 
 ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
@@ -156,6 +156,7 @@ def test_gold_is_run_once_until_the_database_changes(database, monkeypatch):
     connection.execute("DELETE FROM player WHERE id = 1")
     connection.commit()
     connection.close()
+    time.sleep(2 * LOOK_SECONDS)
     assert score(gold, pred, database).match == 0
     assert runs.count(gold) == 2
 
