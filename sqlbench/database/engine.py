@@ -36,6 +36,8 @@ CHUNK_BYTES = 32 << 20
 """Largest amount of row data that is fetched between two looks at the size of the result."""
 SQL_BYTES = 100_000
 """Longest statement that is looked at."""
+IDLE_CONNECTIONS = 2
+"""Kept open for each database: one takes about 150 kB of the heap that all databases of the process share."""
 LOOK_SECONDS = 0.01
 """How soon a replaced file is noticed: looking at it for every statement would cost a sixth of a small one."""
 
@@ -358,7 +360,10 @@ class Database:
             connection.close()
             raise
         _watchdog.forget(connection)
-        self._idle.append(connection)
+        if len(self._idle) < IDLE_CONNECTIONS:
+            self._idle.append(connection)
+        else:
+            connection.close()
         return result
 
     async def aexecute(self, sql: str, limits: Limits | None = None) -> QueryResult:

@@ -124,7 +124,9 @@ def server(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     environment = os.environ | {"OPENAI_BASE_URL": address, "NO_PROXY": "*"}
     command = [*SQLBENCH, "env", "--data", str(pocket.root), "--port", "0", "--split", SPLIT, "--model", "openai:m"]
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=err, cwd=folder)
+        # A background job of a shell has Ctrl-C ignored, and hands that down.
+        restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=err, cwd=folder, preexec_fn=restore)
     try:
         deadline = time.monotonic() + 200
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", (folder / "err").read_text())):

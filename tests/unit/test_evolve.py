@@ -385,6 +385,7 @@ def test_without_failures_there_is_nothing_to_try(world):
 )
 def test_without_an_endpoint_one_line_says_so_and_the_rest_works(world, monkeypatch, reflection, address, message):
     monkeypatch.setenv("OPENAI_BASE_URL", address)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     evolution = world.evolution(reflection=reflection)
     assert message in evolution.unavailable and "\n" not in evolution.unavailable
     world.asked(evolution, 1)
