@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -34,6 +35,13 @@ def shared() -> Path:
     if not (folder / "INDEX.md").is_file():
         pytest.skip(f"no real data: {folder} is absent (see data/README.md)")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heap() -> Iterator[None]:
+    """Free SQLite connections that tests left open: only the collector does, and the heap limit is the process's."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

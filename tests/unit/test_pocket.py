@@ -9,6 +9,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -84,6 +85,8 @@ def test_gold_runs_and_returns_rows_and_no_single_null_or_zero(pocket: DataSet, 
         assert rows, t
         assert t.returns_rows
         assert len(rows) > 1 or any(cell not in (None, 0) for cell in rows[0]), t
+    for connection in connections.values():
+        connection.close()
 
 
 def test_a_limit_never_cuts_through_a_tie(pocket: DataSet, tasks: list[Task]) -> None:
@@ -93,7 +96,8 @@ def test_a_limit_never_cuts_through_a_tie(pocket: DataSet, tasks: list[Task]) ->
         body, k = t.gold.rsplit(" LIMIT ", 1)
         column = body.split(" ORDER BY ")[1].split()[0]
         query = f"SELECT {column} FROM {body.split(' FROM ')[1]} LIMIT {int(k) + 1}"
-        keys = sqlite3.connect(pocket.database(t.db_id)).execute(query).fetchall()
+        with closing(sqlite3.connect(pocket.database(t.db_id))) as connection:
+            keys = connection.execute(query).fetchall()
         assert len(set(keys)) == len(keys), t
 
 
