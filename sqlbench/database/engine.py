@@ -188,7 +188,10 @@ class _SqliteConnection:
             # (it has a -wal or -journal) has to be read the ordinary way.
             busy = os.path.exists(path + "-wal") or os.path.exists(path + "-journal")
             uri = Path(path).absolute().as_uri() + ("?mode=ro" if busy else "?mode=ro&immutable=1")
-        self.raw = raw = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1.0)
+        # A kept statement takes about 10 kB of the heap that all connections share, so few are kept.
+        self.raw = raw = sqlite3.connect(
+            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1.0, cached_statements=16
+        )
         for pragma in (
             f"hard_heap_limit={HEAP_BYTES}",
             "temp_store=memory",
