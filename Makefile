@@ -1,5 +1,5 @@
-# make install | demo | test | check | lab | reproduce | bench | clean
-# Variables: PYTHON (interpreter to use), TORCH_INDEX (a further index, for another build of torch), VENV, RUN (name of the run to write), SPIDER and PAIRS (for bench).
+# make install | demo | test | soak | check | lab | reproduce | bench | clean
+# Variables: PYTHON (interpreter to use), TORCH_INDEX (a further index, for another build of torch), VENV, RUN (name of the run to write), SPIDER and PAIRS (for bench), SOAK_TRIALS and SOAK_OUT (for soak).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
@@ -33,7 +33,7 @@ $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check $(1)
    /^ERROR/ { print }' || { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
 endef
 
-.PHONY: help install demo test check lab reproduce bench clean clean-venv
+.PHONY: help install demo test soak check lab reproduce bench clean clean-venv
 help:
 	@sed -n 's/^# make /targets: /p' Makefile; sed -n 's/^#\( Variables\)/\1/p' Makefile
 
@@ -69,6 +69,13 @@ check: $(INSTALLED)
 test: check
 	@$(BIN)/python -m pytest --durations=10 tests/unit
 	@$(BIN)/python -m pytest --durations=5 tests/training tests/notebooks tests/browser
+
+# Kills, full disks, faults and load, for an hour or so; the table at the end is what docs/reliability.md quotes.
+soak: export SOAK_TRIALS ?= 20
+soak: export SOAK_OUT ?= build/soak.jsonl
+soak: $(INSTALLED)
+	@rm -f $(SOAK_OUT)
+	@$(BIN)/python -m pytest --timeout=7200 --durations=0 tests/soak
 
 lab: $(INSTALLED)
 	@$(BIN)/jupyter lab notebooks
