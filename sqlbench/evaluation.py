@@ -1,9 +1,9 @@
 """Run a split through the agent and summarise what came out.
 
 Rollouts are written as they finish; a run that was interrupted goes on where it stopped, by the content of its tasks
-and not by row number, and runs its failed rollouts again. Failed rollouts and tasks that cannot be scored are counted
-and left out of the accuracy. Where every rollout fails in the same words (a dead endpoint), the evaluation stops
-instead of failing a thousand times.
+and not by row number. Failed rollouts and tasks that cannot be scored are counted and left out of the accuracy; an
+evaluation that is repeated runs its failed rollouts again, a finished one too. Where every rollout fails (a dead
+endpoint), the evaluation stops instead of failing a thousand times. Memory does not grow with the number of rollouts.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import asyncio
 import json
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from sqlbench.agent.prompts import Prompts, prompts_for
-from sqlbench.agent.trajectory import Record, Trajectory, Transition
+from sqlbench.agent.trajectory import Record, Trajectory
 from sqlbench.config import EvalConfig, RolloutConfig
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import cached_database
@@ -34,7 +34,7 @@ from sqlbench.sqltree import component_match, error_class
 from sqlbench.statistics import wilson
 
 STOP_AFTER = 8
-"""So many rollouts failing one after another in the same words end an evaluation."""
+"""So many rollouts failing one after another in the same words end an evaluation, three times as many in any words."""
 
 
 class Score(Record):
@@ -132,7 +132,8 @@ def evaluate(
 ) -> Summary:
     """Run one split of a data set and leave the run folder ``<results>/<profile>/<run>``.
 
-    Works in scripts and notebooks alike. Interrupting loses nothing: call it again with the same arguments.
+    Works in scripts and notebooks alike. Interrupting loses nothing: call it again with the same arguments. The same
+    call on a finished run with failed rollouts runs these again.
 
     Args:
         data: data set folder.
@@ -212,44 +213,70 @@ def summarise(
     seconds: float = 0.0,
 ) -> Summary:
     """The summary of some rollouts; `tasks` adds the phrasing families and the count of unscorable tasks."""
-    rollouts = list(trajectories)
     phrasing = {task.key: task.phrasing for task in tasks}
-    good = [t for t in rollouts if not t.failed]
-    scored = [t for t in good if t.reward is not None]
-    calls: dict[str, list[Transition]] = defaultdict(list)
-    for transition in (x for t in good for x in t.transitions):
-        calls["all"].append(transition)
-        calls[transition.agent].append(transition)
+    rows: list[_Row] = []
+    calls: dict[str, list[_Call]] = defaultdict(list)
     parts: dict[str, list[float]] = defaultdict(list)
-    for t in scored:
-        for name, value in component_match(t.gold, t.pred or "").items():
-            parts[name].append(value)
+    failures, reasons, query_errors = Counter[str](), Counter[str](), Counter[str]()
+    for t in trajectories:
+        if t.failed:
+            failures[_failure_class(t.error or "")] += 1
+            continue
+        rows.append(
+            _Row(t.reward, t.hardness, t.db_id, phrasing.get(t.task_key, ""), t.turns, len(t.transitions), t.seconds)
+        )
+        reasons[t.reason] += 1
+        for x in t.transitions:
+            done = x.completion
+            call = _Call(done.prompt_tokens, done.response_tokens, done.finish_reason == "length")
+            calls["all"].append(call)
+            calls[x.agent].append(call)
+        for e in t.executions:
+            if e.status != "ok":
+                query_errors[error_class(e.error or e.status) if e.status == "error" else e.status] += 1
+        if t.reward is not None:
+            for name, value in component_match(t.gold, t.pred or "").items():
+                parts[name].append(value)
+    scored, failed = [row for row in rows if row.reward is not None], failures.total()
     return Summary(
         model=model,
         data=data,
         split=split,
-        rollouts=len(rollouts),
+        rollouts=len(rows) + failed,
         score=_score(scored),
-        by_hardness=_scores(scored, lambda t: t.hardness, ("easy", "medium", "hard", "extra")),
-        by_database=_scores(scored, lambda t: t.db_id),
-        by_phrasing=_scores(scored, lambda t: phrasing.get(t.task_key, "")),
-        failed=len(rollouts) - len(good),
-        failures=_tally(_failure_class(t.error or "") for t in rollouts if t.failed),
-        unscorable=len(good) - len(scored) + sum(not task.scorable for task in tasks),
-        turns=_mean([t.turns for t in good]),
-        transitions=_mean([len(t.transitions) for t in good]),
-        rollout_seconds=_mean([t.seconds for t in good]),
+        by_hardness=_scores(scored, lambda row: row.hardness, ("easy", "medium", "hard", "extra")),
+        by_database=_scores(scored, lambda row: row.db_id),
+        by_phrasing=_scores(scored, lambda row: row.phrasing),
+        failed=failed,
+        failures=_tally(failures),
+        unscorable=len(rows) - len(scored) + sum(not task.scorable for task in tasks),
+        turns=_mean([row.turns for row in rows]),
+        transitions=_mean([row.transitions for row in rows]),
+        rollout_seconds=_mean([row.seconds for row in rows]),
         tokens={"all": _tokens([])} | {agent: _tokens(some) for agent, some in calls.items()},
-        reasons=_tally(t.reason for t in good),
-        query_errors=_tally(
-            error_class(e.error or e.status) if e.status == "error" else e.status
-            for t in good
-            for e in t.executions
-            if e.status != "ok"
-        ),
+        reasons=_tally(reasons),
+        query_errors=_tally(query_errors),
         components={name: sum(values) / len(values) for name, values in sorted(parts.items())},
         seconds=seconds,
     )
+
+
+class _Row(NamedTuple):
+    """What a summary needs of a rollout."""
+
+    reward: float | None
+    hardness: str
+    db_id: str
+    phrasing: str
+    turns: int
+    transitions: int
+    seconds: float
+
+
+class _Call(NamedTuple):
+    prompt: int | None
+    response: int | None
+    cut: bool
 
 
 def run_sync(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -288,7 +315,7 @@ async def _run(
     total: int,
 ) -> None:
     queue = iter(tasks)
-    recent: list[str] = []
+    recent: deque[str] = deque(maxlen=3 * STOP_AFTER)
     scored: list[float] = []
 
     async def worker() -> None:
@@ -305,9 +332,13 @@ async def _run(
                 scored.append(record.reward)
                 bar.set_postfix(EX=f"{sum(scored) / len(scored):.1%}", refresh=False)
             bar.update()
-            last = set(recent[-STOP_AFTER:])
-            if len(recent) >= STOP_AFTER and len(last) == 1 and record.failed:
-                raise ModelError(f"stopped: {STOP_AFTER} rollouts in a row failed with: {record.error}")
+            alike = len(recent) >= STOP_AFTER and len(set(list(recent)[-STOP_AFTER:])) == 1
+            if record.failed and (alike or (len(recent) == recent.maxlen and all(recent))):
+                count = STOP_AFTER if alike else recent.maxlen
+                raise ModelError(
+                    f"stopped: {count} rollouts in a row failed with: {record.error} (what is done is kept; the same "
+                    "command goes on from there)"
+                )
 
     with tqdm(total=total, initial=total - len(tasks), desc="rollouts", unit="rollout", mininterval=0.5) as bar:
         try:
@@ -320,11 +351,13 @@ async def _run(
 
 def _not_yet_run(tasks: list[Task], folder: RunFolder) -> list[Task]:
     """The tasks without a good rollout in the folder; failed rollouts are taken out of it."""
-    done = list(folder.trajectories())
-    good = [t for t in done if not t.failed]
-    if len(good) < len(done):
-        folder.rewrite(TRAJECTORIES, good)
-    have = Counter(t.task_key for t in good)
+    have: Counter[str] = Counter()
+    failed = 0
+    for t in folder.trajectories():
+        failed += t.failed
+        have[t.task_key] += not t.failed
+    if failed:
+        folder.rewrite(TRAJECTORIES, (t for t in folder.trajectories() if not t.failed))
     left = []
     for task in tasks:
         if have[task.key]:
@@ -357,7 +390,7 @@ def _relative(path: str | Path) -> str:
     return os.path.relpath(full) if full.is_relative_to(Path.cwd()) else str(full)
 
 
-def _score(scored: Sequence[Trajectory]) -> Score:
+def _score(scored: Sequence[_Row]) -> Score:
     n, correct = len(scored), sum(t.reward == 1 for t in scored)
     if not n:
         return Score(n=0, correct=0, ex=None, low=None, high=None)
@@ -365,10 +398,8 @@ def _score(scored: Sequence[Trajectory]) -> Score:
     return Score(n=n, correct=correct, ex=correct / n, low=low, high=high)
 
 
-def _scores(
-    scored: Sequence[Trajectory], group: Callable[[Trajectory], str], order: Sequence[str] = ()
-) -> dict[str, Score]:
-    groups: dict[str, list[Trajectory]] = defaultdict(list)
+def _scores(scored: Sequence[_Row], group: Callable[[_Row], str], order: Sequence[str] = ()) -> dict[str, Score]:
+    groups: dict[str, list[_Row]] = defaultdict(list)
     for t in scored:
         if name := group(t):
             groups[name].append(t)
@@ -376,12 +407,12 @@ def _scores(
     return {name: _score(groups[name]) for name in names}
 
 
-def _tokens(transitions: Sequence[Transition]) -> Tokens:
+def _tokens(calls: Sequence[_Call]) -> Tokens:
     return Tokens(
-        calls=len(transitions),
-        prompt=_mean([t.completion.prompt_tokens for t in transitions]),
-        response=_mean([t.completion.response_tokens for t in transitions]),
-        cut=sum(t.completion.finish_reason == "length" for t in transitions),
+        calls=len(calls),
+        prompt=_mean([call.prompt for call in calls]),
+        response=_mean([call.response for call in calls]),
+        cut=sum(call.cut for call in calls),
     )
 
 
@@ -389,8 +420,8 @@ def _failure_class(error: str) -> str:
     return ": ".join(error.split(": ", 2)[:2])
 
 
-def _tally(names: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(names).items(), key=lambda pair: (-pair[1], pair[0])))
+def _tally(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _mean(values: Sequence[float | int | None]) -> float | None:

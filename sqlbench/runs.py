@@ -65,8 +65,8 @@ class RunFolder:
         Use the result as a context manager, or call `close`.
 
         Raises:
-            RunError: it cannot be written, another process writes it, it is finished (and `overwrite` is not set), or
-                it was started with another config.
+            RunError: it cannot be written, another process writes it, it is finished without any failed rollout (and
+                `overwrite` is not set), or it was started with another config.
         """
         wanted = json.loads(_dump(config))
         try:
@@ -90,13 +90,14 @@ class RunFolder:
         if overwrite:
             for name in (CONFIG, TRAJECTORIES, METRICS, SUMMARY):
                 (self.root / name).unlink(missing_ok=True)
-        elif self.finished:
+        elif self.finished and not self.summary().get("failed"):
             raise RunError(f"the run {self.root} is finished; choose another name, or ask to overwrite it")
         elif (self.root / CONFIG).is_file() and (difference := differences(self.config(), wanted)):
             raise RunError(
                 f"the run {self.root} was started with other settings ({'; '.join(difference[:5])}); "
                 "choose another name, or ask to overwrite it"
             )
+        (self.root / SUMMARY).unlink(missing_ok=True)
         self._write(CONFIG, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
         for name in (TRAJECTORIES, METRICS):
             _drop_torn_line(self.root / name)
