@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -32,12 +32,12 @@ from sqlbench.evaluation import evaluate
 from sqlbench.grid import GRIDS, Cell, Grid, slug
 from sqlbench.profiles import PROFILES
 from sqlbench.runs import RunFolder, differences
-from sqlbench.tables import CELL, CellResult, difference, measure, model_size, write_tables
+from sqlbench.tables import CELL, CellResult, difference, measure, model_size, write_seed_tables, write_tables
 
 
 def ablate(
     profile: str = "laptop",
-    grid: str = "short",
+    grid: str | None = None,
     *,
     data: Path | str | None = None,
     run: str | None = None,
@@ -45,40 +45,53 @@ def ablate(
     only: str | None = None,
     dry_run: bool = False,
     parallel: int = 1,
+    track: str | None = None,
 ) -> pd.DataFrame:
     """Run or resume the cells of a grid, write both tables, and return the state of every cell.
 
     Args:
         profile: training profile.
-        grid: one of `GRIDS`.
+        grid: one of `GRIDS`; when None, ``seed`` with the profile ``gpu`` and ``short`` otherwise.
         data: data set folder; the profile's own when None.
         run: run folder below ``<results>/<profile>/``; the grid's name when None.
         results: where run folders are.
-        only: name of one cell to run.
-        dry_run: only say what there is to do.
+        only: name of one cell to run, as a dry run lists them.
+        dry_run: only say what there is to do; for one cell, print its resolved configuration and what it needs.
         parallel: cells trained at the same time, each in its own process with its output in its ``cell.log``.
+        track: where else to send metrics, see `sqlbench.training.launch.train`.
 
     Raises:
         RunError: unknown profile, grid or cell; or a cell failed, after the others were run.
     """
+    grid = grid or ("seed" if profile == "gpu" else "short")
     if grid not in GRIDS:
         raise RunError(f"unknown grid '{grid}'; choose one of {', '.join(GRIDS)}")
-    cells = [cell for cell in GRIDS[grid].cells if only in (None, cell.name)]
+    rows = {name: cell for name, cell in GRIDS[grid].rows.items() if only in (None, name, cell.name)}
+    cells = list(rows.values())
     if not cells:
-        raise RunError(f"grid '{grid}' has no cell '{only}'; it has: {', '.join(c.name for c in GRIDS[grid].cells)}")
+        raise RunError(f"grid '{grid}' has no cell '{only}'; it has: {', '.join(GRIDS[grid].rows)}")
     if profile not in PROFILES:
         raise RunError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
     bench = Bench(profile, run or grid, str(data or PROFILES[profile].data), str(results))
+    chosen = GRIDS[grid]
+    if track:
+        from sqlbench.training.launch import tracking
+
+        chosen = replace(chosen, overrides=(*chosen.overrides, *tracking(track)))
+    if only and dry_run:
+        train_cell(cells[0], bench, chosen, dry_run=True)
     if not dry_run:
-        failed = _run_cells(cells, GRIDS[grid], bench, parallel)
+        failed = _run_cells(cells, chosen, bench, parallel)
         if any(bench.state(cell) == "finished" for cell in cells):
             write_tables(bench.folder)
+            if grid == "seed":
+                write_seed_tables(bench.folder)
         for name, error in failed.items():
             raise RunError(
                 f"{len(failed)} of {len(cells)} cells failed, first {name}: {error}; the others are done, and the same "
                 "call goes on from here"
             ) from error
-    return pd.DataFrame([{"cell": c.name, "state": bench.state(c), "folder": str(bench.cell(c))} for c in cells])
+    return pd.DataFrame([{"cell": n, "state": bench.state(c), "folder": str(bench.cell(c))} for n, c in rows.items()])
 
 
 @dataclass(frozen=True)
@@ -208,6 +221,7 @@ def train_cell(cell: Cell, bench: Bench, grid: Grid, *, dry_run: bool = False) -
         "sqlbench.execution_truncate": cell.context,
         "sqlbench.trained_agents": f"'{cell.agents}'",
         "sqlbench.seed": cell.seed,
+        "sqlbench.credit": cell.credit,
         "trainer.total_training_steps": cell.steps,
     }
     return train(

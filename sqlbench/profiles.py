@@ -25,6 +25,8 @@ class Profile:
     environment: dict[str, str]
     """Environment of the training processes; a variable that is set already wins."""
     device: str = "cpu"
+    published_tasks: int | None = None
+    """Training tasks of the default data set as it was published: for plans made where it is not at hand."""
 
 
 SQLBENCH = {
@@ -34,6 +36,7 @@ SQLBENCH = {
     "execution_truncate": 2048,
     "seed": 1,
     "random_reward": False,
+    "credit": "rollout",
     "max_failed_share": 0.2,
     "drop_useless_groups": True,
     "seed_sampling": True,
@@ -42,6 +45,8 @@ SQLBENCH = {
 """Settings of ours that both profiles start from.
 
 trained_agents: regular expression over sub-agent names; ``write`` finds ``rewrite`` too.
+credit: what a transition is rewarded for: ``rollout``, the match of the rollout's last query, or ``transition``, what it
+did itself (`sqlbench.training.credit`).
 max_failed_share: of the rollouts of a step; the run stops above it.
 drop_useless_groups: leave groups whose rewards are all equal out of the update (their advantage is 0).
 seed_sampling: give every model call its own seed, so that a run repeats; vLLM is slower with it.
@@ -200,5 +205,6 @@ PROFILES = {
         config=merged(_COMMON, {"sqlbench": SQLBENCH}, _GPU),
         environment={},
         device="cuda",
+        published_tasks=7000,  # train_spider.json of Spider 1.0 (Yu et al., EMNLP 2018)
     ),
 }

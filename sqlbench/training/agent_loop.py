@@ -34,6 +34,7 @@ from sqlbench.database.engine import cached_database
 from sqlbench.errors import ModelError
 from sqlbench.models.local import BatchedEngine, Generation, GenerationRequest, encode_chat
 from sqlbench.rollout import rollout
+from sqlbench.training.credit import group_and_key, transition_rewards
 from sqlbench.training.local_server import server_name
 
 
@@ -75,14 +76,17 @@ class SqlAgentLoop(AgentLoopBase):
             file.write(record.model_dump_json() + "\n")
         if record.failed or record.reward is None:
             return []
-        reward = record.reward
+        rewards = [record.reward] * len(record.transitions)
         if settings.random_reward and not validation:
-            reward = float(stable_number(seed, "reward") % 2)
-        return self._outputs(record, reward, model.extra, settings.trained_agents)
+            rewards = [float(stable_number(seed, "reward") % 2)] * len(record.transitions)
+        elif settings.credit == "transition" and not validation:
+            rewards = await transition_rewards(record, database)
+        return self._outputs(record, rewards, model.extra, settings.trained_agents)
 
-    def _outputs(self, record: Trajectory, reward: float, extra: dict[str, Any], trained: str) -> list[AgentLoopOutput]:
-        chosen = trained_transitions(record, trained)
-        outputs = [
+    def _outputs(
+        self, record: Trajectory, rewards: list[float], extra: dict[str, Any], trained: str
+    ) -> list[AgentLoopOutput]:
+        return [
             AgentLoopOutput(
                 prompt_ids=t.completion.prompt_ids or [],
                 response_ids=t.completion.response_ids or [],
@@ -90,13 +94,18 @@ class SqlAgentLoop(AgentLoopBase):
                 response_logprobs=t.completion.logprobs,
                 num_turns=record.turns,
                 metrics={"generate_sequences": t.completion.seconds, "num_preempted": -1},
-                extra_fields={**extra, "turn_scores": [], "tool_rewards": [], "reward_extra_info": {"ex": reward}},
+                reward_score=reward,
+                extra_fields={
+                    **extra,
+                    "turn_scores": [],
+                    "tool_rewards": [],
+                    "reward_extra_info": {"ex": reward},
+                    "agent": t.agent,
+                },
             )
-            for t in chosen
+            for t, reward in zip(record.transitions, rewards, strict=True)
+            if re.search(trained, t.agent)
         ]
-        if outputs:
-            outputs[-1].reward_score = reward
-        return outputs
 
 
 def trained_transitions(record: Trajectory, trained: str) -> list[Transition]:
@@ -216,19 +225,20 @@ class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         if len(group) < (rollout.val_kwargs.n if validate else rollout.n):
             return
         del self._groups[row["uid"]]
+        credit = "rollout" if validate else self.config.sqlbench.credit
         keys, fields, tags = [], [], []
         for session, outputs in sorted(group, key=lambda pair: pair[0]):
             for index, transition in enumerate(outputs):
-                keys.append(f"{row['uid']}_{session}_{index}")
-                fields.append(self._fields(transition, outputs[-1], row))
+                uid, key = group_and_key(row["uid"], session, index, transition.extra_fields["agent"], credit)
+                keys.append(key)
+                fields.append(self._fields(transition, row | {"uid": uid}))
                 tags.append(self._tag(transition, row))
         if keys:
             table = list_of_dict_to_tensordict(fields)
             await tq.async_kv_batch_put(keys=keys, fields=table, tags=tags, partition_id="val" if validate else "train")
 
     @staticmethod
-    def _fields(output: AgentLoopOutput, last: AgentLoopOutput, row: dict[str, Any]) -> dict[str, Any]:
-        output.reward_score = last.reward_score
+    def _fields(output: AgentLoopOutput, row: dict[str, Any]) -> dict[str, Any]:
         fields = output.as_dict()
         fields |= {name: row[name] for name in ("uid", "data_source", "reward_model")}
         fields["input_ids"] = torch.cat([fields["prompts"], fields["responses"]])

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.errors import SqlbenchError, TrainingError
+from sqlbench.estimate import GPU_BYTES, estimate
 from sqlbench.models.local import check_checkpoint, checkpoint_family
 from sqlbench.profiles import PROFILES, Profile, merged
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, read_trajectories
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 AGENTS = ("write", "rewrite", "check")
 RAY_FOLDER = "sqlbench-ray-"
 """Prefix of Ray's temporary folders; the number of the launching process follows."""
+TRACKERS = ("wandb", "mlflow", "tensorboard")
+"""Backends of verl that can be chosen beside its console and file; each needs the package of its name."""
 STOP_SECONDS = 15
 """How long a stopped training may take to end before it is killed."""
 
@@ -56,6 +59,7 @@ def train(
     random_reward: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    track: str | None = None,
 ) -> Path:
     """Train, or go on training, and return the run folder ``<results>/<profile>/<run>``.
 
@@ -69,6 +73,8 @@ def train(
         random_reward: control: rewards are coin flips, so nothing can be learned.
         overwrite: start again where the run exists.
         dry_run: print the resolved configuration and what it needs; run nothing.
+        track: one of `TRACKERS`, to send metrics there too, with what its own environment variables say; without them
+            tensorboard and mlflow write into the run folder. Keys belong into the environment and are never written.
 
     Raises:
         TrainingError: the run cannot be composed or started, or had to be stopped; the message names the reason.
@@ -77,6 +83,8 @@ def train(
     chosen = PROFILES.get(profile)
     if chosen is None:
         raise TrainingError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
+    if track:
+        overrides = [*tracking(track), *overrides]
     folder = (Path(results) / profile / run).absolute()
     config = compose(
         chosen,
@@ -92,6 +100,7 @@ def train(
 
         print(OmegaConf.to_yaml(config, resolve=True))
         print("\n".join(f"# needs {line}" for line in needs(chosen, config)))
+        print("\n".join(f"# {line}" for line in _plan(chosen, config)))
         return folder
     train_tasks, validation = _preflight(chosen, config)
     return _Run(chosen, config, folder, list(overrides), train_tasks, validation).run(overwrite)
@@ -178,7 +187,7 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
     lines.append(f"{steps or 'unknown number of'} steps of {batch} tasks x {n} rollouts")
     return lines
 
-
+XXX
 def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
     """Copy the newest checkpoint of a run to ``<run>/policy`` as a complete Hugging Face folder, and return it.
 
@@ -281,6 +290,8 @@ def _preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[T
             f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
             f"the sub-agents are {', '.join(AGENTS)}"
         )
+    if settings.credit not in ("rollout", "transition"):
+        raise TrainingError(f"sqlbench.credit={settings.credit} is neither 'rollout' nor 'transition'")
     if profile.device == "cuda":
         missing = [line for line in needs(profile, config) if "NOT" in line]
         if missing:

@@ -117,13 +117,14 @@ class SqlTrainer(PPOTrainerSync):
             rewards[uid].add(float(score.sum()))
             sessions[uid].add(session)
         useless = {uid for uid in sessions if len(rewards[uid]) == 1 or len(sessions[uid]) == 1}
-        metrics["sqlbench/groups"] = len(record.groups)
-        metrics["sqlbench/zero_variance_groups"] = 1 - (len(sessions) - len(useless)) / max(1, len(record.groups))
-        groups = [key.rsplit("_", 2)[0] for key in batch.keys]
-        keep = [i for i, uid in enumerate(groups) if uid not in useless]
+        groups = max(1, len(record.groups), len(sessions))  # tasks, or with credit=transition their sub-agents
+        metrics["sqlbench/groups"] = groups
+        metrics["sqlbench/zero_variance_groups"] = 1 - (len(sessions) - len(useless)) / groups
+        rows = [key.rsplit("_", 2)[0] for key in batch.keys]
+        keep = [i for i, uid in enumerate(rows) if uid not in useless]
         if not keep:  # verl needs rows: a whole group has advantage 0, a row alone would have its reward
             largest = max(sessions, key=lambda uid: len(sessions[uid]))
-            keep = [i for i, uid in enumerate(groups) if uid == largest]
+            keep = [i for i, uid in enumerate(rows) if uid == largest]
         if self.settings.drop_useless_groups and len(keep) < len(batch.keys):
             kept = set(keep)
             tq.kv_clear(
