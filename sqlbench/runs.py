@@ -1,16 +1,19 @@
 """A run is a folder: one process writes it at a time, whole lines only, and it can always be continued.
 
 ``config.json`` (what was asked, complete), ``trajectories.jsonl`` (one rollout a line), ``metrics.jsonl`` (one step a
-line), ``summary.json`` (there when the run is finished). A line is written in one piece and flushed, not synced: after
-a crash of the machine the end of a file may be missing; a torn last line is dropped wherever it is read. The lock is
-the operating system's, so it ends with its process; it does not hold across machines that share a network drive.
+line), ``summary.json`` (there when the run is finished). Lines are flushed, not synced: after a crash of the machine
+the end of a file may be missing. A line that a kill or a full disk has torn is dropped wherever it is read, and by
+whoever appends next. The locks are the operating system's, so they end with their process; they do not hold across
+machines that share a network drive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +24,9 @@ from sqlbench.agent.trajectory import Trajectory
 from sqlbench.errors import DataError, RunError
 
 CONFIG, TRAJECTORIES, METRICS, SUMMARY = "config.json", "trajectories.jsonl", "metrics.jsonl", "summary.json"
+PARTS = (SUMMARY, "checkpoints", "policy", "logs", TRAJECTORIES, METRICS, CONFIG)
+"""All that a run leaves in its folder, in the order in which it is discarded: a kill in between leaves a run that is
+not finished, never the checkpoints of another."""
 
 
 class RunFolder:
@@ -88,8 +94,7 @@ class RunFolder:
 
     def _claim(self, wanted: dict[str, Any], overwrite: bool) -> None:
         if overwrite:
-            for name in (CONFIG, TRAJECTORIES, METRICS, SUMMARY):
-                (self.root / name).unlink(missing_ok=True)
+            self._discard()
         elif self.finished and not self.summary().get("failed"):
             raise RunError(f"the run {self.root} is finished; choose another name, or ask to overwrite it")
         elif (self.root / CONFIG).is_file() and (difference := differences(self.config(), wanted)):
@@ -97,10 +102,25 @@ class RunFolder:
                 f"the run {self.root} was started with other settings ({'; '.join(difference[:5])}); "
                 "choose another name, or ask to overwrite it"
             )
-        (self.root / SUMMARY).unlink(missing_ok=True)
-        self._write(CONFIG, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
-        for name in (TRAJECTORIES, METRICS):
-            _drop_torn_line(self.root / name)
+        try:
+            (self.root / SUMMARY).unlink(missing_ok=True)
+            for name in (TRAJECTORIES, METRICS):
+                if (self.root / name).is_file():
+                    with open(self.root / name, "r+b") as file:
+                        _drop_torn_line(file)
+        except OSError as error:
+            raise _cannot_write(self.root, error) from error
+        self._write(CONFIG, [json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"])
+
+    def _discard(self) -> None:
+        try:
+            for path in (self.root / name for name in PARTS):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_write(self.root, error) from error
 
     def close(self) -> None:
         """Give the lock back."""
@@ -116,27 +136,47 @@ class RunFolder:
 
     def append(self, name: str, record: BaseModel | dict[str, Any]) -> None:
         """Append one line to ``trajectories.jsonl`` or ``metrics.jsonl``."""
-        try:
-            with open(self.root / name, "ab") as file:
-                file.write(_dump(record).encode() + b"\n")
-        except OSError as error:
-            raise RunError(f"cannot write {self.root / name}: {error.strerror}") from error
+        append_line(self.root / name, record)
 
-    def rewrite(self, name: str, records: Iterable[BaseModel]) -> None:
+    def rewrite(self, name: str, records: Iterable[BaseModel | dict[str, Any]]) -> None:
         """Replace a file of lines in one step."""
-        self._write(name, "".join(_dump(record) + "\n" for record in records))
+        self._write(name, (_dump(record) + "\n" for record in records))
 
     def finish(self, summary: BaseModel | dict[str, Any]) -> None:
         """Write the summary: from now on the run is finished."""
-        self._write(SUMMARY, json.dumps(json.loads(_dump(summary)), indent=2, ensure_ascii=False) + "\n")
+        self._write(SUMMARY, [json.dumps(json.loads(_dump(summary)), indent=2, ensure_ascii=False) + "\n"])
 
-    def _write(self, name: str, text: str) -> None:
+    def _write(self, name: str, parts: Iterable[str]) -> None:
         temporary = self.root / f".{name}.new"
         try:
-            temporary.write_text(text, encoding="utf-8")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(parts)
             os.replace(temporary, self.root / name)
         except OSError as error:
-            raise RunError(f"cannot write {self.root / name}: {error.strerror}") from error
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise _cannot_write(self.root / name, error) from error
+
+
+def append_line(path: Path, record: BaseModel | dict[str, Any]) -> None:
+    """Append one line to a file that several processes may append to; a torn line before it is dropped.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _drop_torn_line(file)
+            file.write(_dump(record).encode() + b"\n")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"cannot write {path}: {error.strerror}; see to it and give the same command again: what is written is kept"
+    )
 
 
 def run_path(results: str | Path, profile: str, run: str) -> Path:
@@ -209,9 +249,12 @@ def _dump(record: BaseModel | dict[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {path}: {error}; choose another run name, or ask to overwrite it") from error
+    return found
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -224,19 +267,15 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _drop_torn_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    with open(path, "r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
+def _drop_torn_line(file: IO[bytes]) -> None:
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536) if end < size else end - 1
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
