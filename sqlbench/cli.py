@@ -36,6 +36,7 @@ Run = Annotated[str, typer.Option(help="Name of the run: results/<profile>/<run>
 Results = Annotated[Path, typer.Option(help="Folder of all results.")]
 Profile = Annotated[str, typer.Option(help="laptop or gpu.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
+Track = Annotated[str | None, typer.Option(help="Send metrics to wandb, mlflow or tensorboard too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what the run folder holds.")]
 POCKET = Path("data/pocket")
 RESULTS = Path("results")
@@ -150,6 +151,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Short for sqlbench.seed=N.")] = None,
     random_reward: Annotated[bool, typer.Option("--random-reward", help="Control: coin flips as rewards.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what it needs.")] = False,
+    track: Track = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train with GRPO through verl; goes on at the last checkpoint."""
@@ -166,6 +168,7 @@ def train(
         random_reward=random_reward,
         overwrite=overwrite,
         dry_run=dry_run,
+        track=track,
     )
     if not dry_run:
         typer.echo(f"wrote {folder}")
@@ -189,19 +192,34 @@ def score(
 
 @app.command("ablate")
 def ablate(
-    grid: Annotated[str, typer.Option(help="short, full, seed or smoke.")] = "short",
+    grid: Annotated[
+        str | None, typer.Option(help="short (default), full or smoke; seed (default of the profile gpu).")
+    ] = None,
     profile: Profile = "laptop",
     data: Annotated[Path | None, typer.Option(help="Data set folder; the profile's own by default.")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the run; the grid's name by default.")] = None,
     results: Results = RESULTS,
     only: Annotated[str | None, typer.Option(help="One cell by name.")] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Cells trained at the same time.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what there is to do; with --only, the cell's config and needs.")
+    ] = False,
+    track: Track = None,
 ) -> None:
     """Run or resume a grid of trainings and write the accuracy and efficiency tables."""
     from sqlbench.ablation import ablate as run_grid
 
-    cells = run_grid(profile, grid, data=data, run=run, results=results, only=only, dry_run=dry_run, parallel=parallel)
+    cells = run_grid(
+        profile,
+        grid,
+        data=data,
+        run=run,
+        results=results,
+        only=only,
+        dry_run=dry_run,
+        parallel=parallel,
+        track=track,
+    )
     typer.echo(cells.to_string(index=False))
 
 
@@ -273,24 +291,11 @@ def graph() -> None:
 @app.command("checks")
 def checks() -> None:
     """Print what can run on this machine."""
-    import shutil
-    from importlib.metadata import PackageNotFoundError, version
+    from sqlbench.checks import capabilities, versions
 
-    typer.echo(f"{'python':<17} {sys.version.split()[0]}, {os.cpu_count()} processors")
-    uses = {
-        "torch": "local models", "verl": "training", "ray": "training", "vllm": "training on a GPU",
-        "langchain-openai": "endpoints", "psycopg": "PostgreSQL", "papermill": "notebooks",
-        "openenv-core": "environment", "gepa": "prompt evolution",
-    }  # fmt: skip
-    for name, use in uses.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            found = "not installed"
-        typer.echo(f"{name:<17} {found} ({use})")
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    typer.echo(f"{'browser':<17} {browser or 'none'} (browser tests)")
-    typer.echo(f"{'GPU':<17} {'found' if Path('/dev/nvidiactl').exists() else 'none'}")
+    typer.echo(", ".join(f"{name} {version}" for name, version in versions().items()))
+    for what, runs, missing in capabilities().itertuples(index=False):
+        typer.echo(f"{what:<35}{runs:<5}{missing}".rstrip())
 
 
 def main(arguments: list[str] | None = None) -> None:

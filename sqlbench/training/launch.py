@@ -100,7 +100,6 @@ def train(
 
         print(OmegaConf.to_yaml(config, resolve=True))
         print("\n".join(f"# needs {line}" for line in needs(chosen, config)))
-        print("\n".join(f"# {line}" for line in _plan(chosen, config)))
         return folder
     train_tasks, validation = _preflight(chosen, config)
     return _Run(chosen, config, folder, list(overrides), train_tasks, validation).run(overwrite)
@@ -170,24 +169,53 @@ def compose(
 def needs(profile: Profile, config: DictConfig) -> list[str]:
     """What this configuration needs, with whether it is there; for people."""
     batch, model = config.data.train_batch_size, config.actor_rollout_ref.model.path
-    lines = []
+    lines, cluster = [], config.ray_kwargs.ray_init.get("address")
     if profile.device == "cuda":
-        count = config.trainer.n_gpus_per_node * config.trainer.nnodes
-        lines.append(f"{count} GPU(s) with CUDA: {'found' if _gpu_present() else 'NOT found on this machine'}")
-        lines.append(f"vllm: {'installed' if importlib.util.find_spec('vllm') else 'NOT installed (environment.yml)'}")
+        count = f"{config.trainer.nnodes * config.trainer.n_gpus_per_node} GPU(s) with CUDA"
+        if cluster == "local":
+            lines.append(f"{count}: {'found' if _gpu_bytes() else 'NOT found on this machine'}")
+            vllm = importlib.util.find_spec("vllm")
+            lines.append(f"vllm: {'installed' if vllm else 'NOT installed (environment.yml)'}")
+        else:
+            lines.append(f"{count} and vllm on the {config.trainer.nnodes} node(s) of the Ray cluster at {cluster}")
     lines.append(f"model {model}: {'a folder' if Path(model).is_dir() else 'downloaded from the Hugging Face hub'}")
-    steps = config.trainer.total_training_steps
+    tasks, source = profile.published_tasks, "as published"
     try:
-        tasks = sum(t.scorable for t in DataSet(config.sqlbench.data).load("train"))
-        lines.append(f"data {config.sqlbench.data}: {tasks} training tasks, {tasks // batch} steps an epoch")
-        steps = steps or tasks // batch * config.trainer.total_epochs
+        tasks, source = sum(t.scorable for t in DataSet(config.sqlbench.data).load("train")), "that can be scored"
+        lines.append(f"data {config.sqlbench.data}: found")
     except SqlbenchError as error:
         lines.append(f"data: {error}")
-    n = config.actor_rollout_ref.rollout.n
-    lines.append(f"{steps or 'unknown number of'} steps of {batch} tasks x {n} rollouts")
+    work = f"steps of {batch} tasks x {config.actor_rollout_ref.rollout.n} rollouts"
+    if not tasks:
+        return [*lines, f"unknown number of {work}"]
+    epoch, steps = _steps(config, tasks)
+    lines.append(f"{steps} {work}: {steps / max(epoch, 1):.4g} epochs of {epoch} steps ({tasks:,} tasks {source})")
+    if profile.device == "cuda":
+        plan = estimate(config, steps, _gpu_bytes() or GPU_BYTES)
+        lines += plan.lines() if plan else [f"memory and disk: unknown for {model}; give the folder of the model"]
     return lines
 
-XXX
+
+def tracking(backend: str) -> list[str]:
+    """The override that sends metrics to one of `TRACKERS` too.
+
+    Raises:
+        TrainingError: there is no such backend, or its package is not installed.
+    """
+    if backend not in TRACKERS:
+        raise TrainingError(f"cannot track with '{backend}'; choose one of {', '.join(TRACKERS)}")
+    if importlib.util.find_spec(backend) is None:
+        raise TrainingError(f"cannot track with {backend}: it is not installed; run 'pip install {backend}'")
+    return [f"trainer.logger=[console,file,{backend}]"]
+
+
+def _steps(config: DictConfig, tasks: int) -> tuple[int, int]:
+    """Steps of an epoch and of the whole run, as verl counts them."""
+    limit = config.data.train_max_samples
+    epoch = (min(tasks, limit) if limit > 0 else tasks) // config.data.train_batch_size
+    return epoch, config.trainer.total_training_steps or epoch * config.trainer.total_epochs
+
+
 def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
     """Copy the newest checkpoint of a run to ``<run>/policy`` as a complete Hugging Face folder, and return it.
 
@@ -268,10 +296,11 @@ def _portable(value: Any) -> Any:
     return value.replace(f"{Path.cwd()}/", "") if isinstance(value, str) else value
 
 
-def _gpu_present() -> bool:
+def _gpu_bytes() -> int:
+    """Memory of this machine's first GPU; 0 where there is none."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 
 
 def _preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Task]]:
@@ -302,6 +331,12 @@ def _preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[T
         raise TrainingError(
             f"{dataset.root} has {len(tasks)} training tasks, a batch takes {config.data.train_batch_size}"
         )
+    epoch, steps = _steps(config, len(tasks))
+    if steps > epoch * config.trainer.total_epochs:  # verl would end early, after hours
+        raise TrainingError(
+            f"{steps} steps do not fit into trainer.total_epochs={config.trainer.total_epochs} of {epoch} steps; "
+            f"ask for {-(-steps // epoch)} epochs or fewer steps"
+        )
     headline = json.loads((dataset.root / "dataset.json").read_text()).get("headline", "dev")
     for task in {t.db_id: t for t in tasks}.values():
         dataset.database(task.db_id)
@@ -322,9 +357,7 @@ class _Run:
     ) -> None:
         self.profile, self.config, self.folder, self.overrides = profile, config, folder, overrides
         self.tasks, self.validation = tasks, validation
-        self.total = config.trainer.total_training_steps or (
-            len(tasks) // config.data.train_batch_size * config.trainer.total_epochs
-        )
+        _, self.total = _steps(config, len(tasks))
 
     def run(self, overwrite: bool) -> Path:
         from omegaconf import OmegaConf
@@ -341,7 +374,7 @@ class _Run:
         folder = RunFolder(self.folder)
         with folder.open(record, overwrite=overwrite):
             if overwrite:
-                for name in ("checkpoints", "policy", "logs"):
+                for name in ("checkpoints", "policy", "logs", "tensorboard", "wandb"):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
             started = time.time()
             done = self._rewind()
@@ -410,7 +443,7 @@ class _Run:
         _clear_abandoned()
         ray_folder = Path(tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-"))
         metrics_file = ray_folder / "metrics.jsonl"
-        environment = _environment(self.profile, metrics_file)
+        environment = _environment(self.profile, metrics_file, self.folder)
         if self.config.ray_kwargs.ray_init.get("address") == "local":
             # Ray's own default for a new cluster, but with a token of this run instead of one in the home directory.
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -477,12 +510,15 @@ def describe(step: int, data: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def _environment(profile: Profile, metrics_file: Path) -> dict[str, str]:
+def _environment(profile: Profile, metrics_file: Path, folder: Path) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "VERL_FILE_LOGGER_PATH")}
     if not environment.get("CUDA_VISIBLE_DEVICES", "unset"):
         del environment["CUDA_VISIBLE_DEVICES"]  # Ray refuses an empty one
     defaults = {
         **profile.environment,
+        "TENSORBOARD_DIR": str(folder / "tensorboard"),
+        "WANDB_DIR": str(folder),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         "HYDRA_FULL_ERROR": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
