@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 from dotenv import dotenv_values, find_dotenv
+
+from sqlbench import __version__
+
+_REPORTED = ("torch", "transformers", "verl", "ray", "vllm", "langgraph", "gepa", "papermill", "pandas", "matplotlib")
 
 
 def capabilities(data: Path | str = "data") -> pd.DataFrame:
@@ -21,25 +27,34 @@ def capabilities(data: Path | str = "data") -> pd.DataFrame:
     """
     gpu = "" if Path("/dev/nvidiactl").exists() else "a GPU with CUDA"
     settings = {**dotenv_values(find_dotenv(usecwd=True)), **os.environ}
-    endpoint = "" if settings.get("OPENAI_BASE_URL") or settings.get("OPENAI_API_KEY") else "OPENAI_BASE_URL in .env"
+    named = settings.get("OPENAI_BASE_URL") or settings.get("OPENAI_API_KEY")
+    endpoint = "" if named else "an endpoint: OPENAI_BASE_URL or OPENAI_API_KEY in .env"
     spider = "" if (Path(data) / "spider/dataset.json").is_file() else "sqlbench data spider --download"
     browser = "" if find_browser() else "Chromium on the PATH"
     needs = {
-        "evaluate the shipped policy": [*_missing("torch", "transformers", "tokenizers")],
-        "train it with GRPO on this CPU": [*_missing("torch", "verl", "ray")],
-        "train a large model (profile gpu)": [gpu, *_missing("vllm", "verl", "ray")],
-        "use a model behind an endpoint": [*_missing("langchain_openai"), endpoint],
+        "evaluate the shipped policy": [_missing("local", "torch", "transformers", "tokenizers")],
+        "train it with GRPO on this CPU": [_missing("train", "torch", "verl", "ray")],
+        "train a large model (profile gpu)": [gpu, _missing("gpu", "vllm", "verl", "ray")],
+        "use a model behind an endpoint": [endpoint],
         "work on Spider": [spider],
-        "work on a PostgreSQL database": [*_missing("psycopg")],
-        "evolve prompts": [*_missing("gepa")],
-        "serve the OpenEnv environment": [*_missing("openenv")],
-        "run the notebooks headless": [*_missing("papermill", "ipykernel")],
-        "test in a real browser": [*_missing("playwright"), browser],
+        "work on a PostgreSQL database": [],
+        "learn repair strategies in use": [_missing("agent", "mabwiser")],
+        "evolve prompts": [_missing("agent", "gepa"), endpoint],
+        "serve the OpenEnv environment": [_missing("environment", "openenv")],
+        "run the notebooks headless": [_missing("notebooks", "papermill", "ipykernel")],
+        "test in a real browser": [_missing("test", "playwright"), browser],
     }
-    missing = {what: ", ".join(filter(None, some)) for what, some in needs.items()}
+    missing = {what: "; ".join(filter(None, some)) for what, some in needs.items()}
     return pd.DataFrame(
         {"to": what, "runs here": "no" if lacks else "yes", "missing": lacks} for what, lacks in missing.items()
     )
+
+
+def versions() -> dict[str, str]:
+    """Versions of sqlbench, Python and the libraries that results depend on, as far as they are installed."""
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    known = {"sqlbench": __version__, "python": platform.python_version()}
+    return known | {name: installed[name] for name in _REPORTED if name in installed}
 
 
 def find_browser() -> str | None:
@@ -47,5 +62,6 @@ def find_browser() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def _missing(*modules: str) -> list[str]:
-    return [f"the package {name}" for name in modules if find_spec(name) is None]
+def _missing(extra: str, *modules: str) -> str:
+    absent = [name for name in modules if find_spec(name) is None]
+    return f"{', '.join(absent)}: pip install 'sqlbench[{extra}]'" if absent else ""

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -23,12 +22,11 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import nbformat
 
-from sqlbench import __version__
+from sqlbench.checks import versions
 from sqlbench.errors import DataError, NotebookError
 from sqlbench.runs import METRICS, TRAJECTORIES
 from sqlbench.training.metrics import read_rows
@@ -68,8 +66,6 @@ PRESETS: dict[str, dict[str, dict[str, Value]]] = {
 }
 """Parameters of each profile, by notebook, where they are not the notebook's own. ``smoke`` is the laptop profile on as
 little as still exercises every notebook from end to end."""
-
-_VERSIONS = ("torch", "transformers", "verl", "ray", "langgraph", "papermill", "pandas", "matplotlib")
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------
@@ -350,8 +346,7 @@ def run_notebook(
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "git_commit": _git_commit(path.parent),
-        "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
     }
     _finish(partial, output, path.name, provenance)
     report.line(f"done in {seconds:.0f} s")
@@ -396,11 +391,6 @@ def _read(path: Path) -> nbformat.NotebookNode:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return {"sqlbench": __version__} | {name: installed[name] for name in _VERSIONS if name in installed}
 
 
 def _git_commit(folder: Path) -> str | None:

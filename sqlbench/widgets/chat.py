@@ -36,7 +36,7 @@ _ALERT = "color: #b3261e"
 _STYLE = Markup("""<style>
 .sqlbench .attempt {border-left: 3px solid #0072b2; padding: 0 0 2px 8px; margin: 6px 0}
 .sqlbench .attempt code {background: var(--jp-layout-color2, #eee); padding: 0 4px}
-.sqlbench th, .sqlbench td, .sqlbench pre {overflow-wrap: break-word; word-break: normal}
+.sqlbench pre {overflow-wrap: break-word}
 .sqlbench ins, .sqlbench del {display: block; white-space: pre-wrap; font: 12px/1.45 monospace}
 .sqlbench-card {border: 1px solid #ccc; border-radius: 6px; padding: 2px 12px 8px; margin: 0 0 10px}
 .sqlbench-examples button {width: auto; height: auto; white-space: normal; text-align: left; line-height: 1.3;

@@ -77,7 +77,7 @@ class Monitor(w.VBox):
         metrics, total = self._metrics(), self.total_steps()
         step = int(metrics.index.max()) if len(metrics) else 0
         if RunFolder(self.folder).finished:
-            return f"finished after {step} steps"
+            return f"finished after {step} step{'s' * (step != 1)}"
         if not self.folder.is_dir():
             return "not started yet, waiting for it"
         words = [f"step {step} of {total or 'an unknown number'}"]

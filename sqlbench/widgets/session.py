@@ -303,7 +303,10 @@ class ChatSession:
         rewards: dict[tuple[str, str], list[float]] = defaultdict(list)
         for lesson in self.bandit.lessons:
             rewards[lesson.situation.error_class, lesson.strategy].append(lesson.reward)
-        rows = [[*key, len(some), f"{mean(some):+.2f}"] for key, some in sorted(rewards.items())]
+        rows = [
+            ["none (it ran)" if kind == "none" else kind, *key, len(some), f"{mean(some):+.2f}"]
+            for (kind, *key), some in sorted(rewards.items())
+        ]
         if not rows:
             return Markup("<small>no repair so far: every answer needed one query, or none was judged</small>")
         return view.table(["last query", "repair strategy", "tried", "mean reward"], rows)

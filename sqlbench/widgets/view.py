@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import accumulate, pairwise, zip_longest
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ div.sqlbench {font-size: 13px; line-height: 1.45; color: var(--jp-content-font-c
 div.sqlbench pre {margin: 2px 0; padding: 5px 8px; font: 12px/1.45 monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; word-break: normal; background: var(--jp-layout-color2, #f4f4f4); color: inherit; border: 0}
 div.sqlbench table {border-collapse: collapse; font-size: 12px; margin: 2px 0; table-layout: auto}
-div.sqlbench th, div.sqlbench td {padding: 2px 8px; border: 1px solid #bbb; text-align: left; white-space: pre-wrap;
-  overflow-wrap: anywhere; max-width: 420px; vertical-align: top}
-div.sqlbench td.number {text-align: right; font-variant-numeric: tabular-nums}
+div.sqlbench th, div.sqlbench td {padding: 2px 8px; border: 1px solid #bbb; text-align: left !important;
+  white-space: pre-wrap; overflow-wrap: break-word; word-break: normal; max-width: 420px; vertical-align: top}
+div.sqlbench td.number {text-align: right !important; font-variant-numeric: tabular-nums}
 div.sqlbench .scroll {max-height: 340px; overflow: auto}
 div.sqlbench .pair {display: flex; flex-wrap: wrap; gap: 16px}
 div.sqlbench .pair > div {flex: 1 1 320px; min-width: 0}
@@ -66,7 +67,7 @@ div.sqlbench ol {margin: 0; padding-left: 22px}
 div.sqlbench li {margin-bottom: 7px}
 div.sqlbench summary {cursor: pointer; color: var(--jp-content-font-color2, #555)}
 div.sqlbench small, div.sqlbench i {color: var(--jp-content-font-color2, #555)}
-div.sqlbench mark, div.sqlbench del, div.sqlbench ins {color: #111; padding: 0 2px; border-radius: 2px}
+div.sqlbench mark, div.sqlbench del, div.sqlbench ins {color: #111; border-radius: 2px}
 div.sqlbench mark {background: #ffd9a8; font-weight: bold}
 div.sqlbench del {background: #cfe6f5; text-decoration: underline dashed #0072b2}
 div.sqlbench ins {background: #ffd9a8; text-decoration: none; font-weight: bold}
@@ -267,9 +268,14 @@ def _pieces(completion: Completion, tokenizer: Path | None) -> list[str]:
     """The text of each sampled token; nothing where the tokenizer at hand is not the one that they came from."""
     if tokenizer is None:
         return []
-    stream, known = DecodeStream(skip_special_tokens=False), _tokenizer(tokenizer)
-    pieces = [stream.step(known, number) or "" for number in completion.response_ids or []]
-    return pieces if completion.text.strip() in "".join(pieces) else []
+    known, ids = _tokenizer(tokenizer), completion.response_ids or []
+    stream, text = DecodeStream(skip_special_tokens=False), known.decode(ids, skip_special_tokens=False)
+    pieces = [stream.step(known, number) or "" for number in ids]
+    if "".join(pieces) != text:  # a token takes away a space of the one before: seen only in the text up to it
+        begun = (known.decode(ids[:n], skip_special_tokens=False) for n in range(len(ids)))
+        ends = [*accumulate((len(commonprefix([text, some])) for some in begun), max), len(text)]  # noqa: RUF071
+        pieces = [text[start:end] for start, end in pairwise(ends)]
+    return pieces if completion.text.strip() in text else []
 
 
 @lru_cache(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 import time
 from html.parser import HTMLParser
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from tokenizers import Tokenizer
 
+from sqlbench import __version__
 from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
 from sqlbench.checks import capabilities
+from sqlbench.cli import main
 from sqlbench.curves import agent_graph, styled
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, ModelError
@@ -382,9 +385,9 @@ def test_shown_rows_are_counted_and_those_that_differ_come_first() -> None:
     assert html.count("<mark>") == 2 and html.index("<mark>499</mark>") < html.index("<td") + 200
 
 
-def test_tokens_are_shaded_by_their_probability() -> None:
+@pytest.mark.parametrize("text", ["SELECT count(*) FROM t", "SELECT a FROM t WHERE b LIKE '%Köln%'"])
+def test_tokens_are_shaded_by_their_probability(text: str) -> None:
     tokenizer = NANO_PATH / "tokenizer.json"
-    text = "SELECT count(*) FROM t"
     ids = Tokenizer.from_file(str(tokenizer)).encode(text, add_special_tokens=False).ids
     logprobs = [-0.001, math.log(0.3), *[-0.2] * (len(ids) - 2)]
     completion = Completion(text=text, response_ids=ids, logprobs=logprobs)
@@ -532,8 +535,21 @@ def test_what_cannot_run_says_what_is_missing(tmp_path: Path, monkeypatch: pytes
     assert ((found["runs here"] == "yes") == (found["missing"] == "")).all()
     assert found.loc["work on Spider", "missing"] == "sqlbench data spider --download"
     assert found.loc["evaluate the shipped policy", "runs here"] == "yes"
+    asking = ["use a model behind an endpoint", "evolve prompts"]
+    assert found.loc[asking, "missing"].str.contains("OPENAI_BASE_URL or OPENAI_API_KEY in .env").all()
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
-    assert capabilities(tmp_path).set_index("to").loc["use a model behind an endpoint", "runs here"] == "yes"
+    assert (capabilities(tmp_path).set_index("to").loc[asking, "runs here"] == "yes").all()
+
+
+def test_the_command_prints_versions_and_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["checks"])
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert f"sqlbench {__version__}, python 3." in first and "torch " in first
+    assert len(rows) == len(capabilities(tmp_path)) and all(re.match(r"\S.*? {2,}(yes$|no {3}\S)", row) for row in rows)
 
 
 def test_views_are_markup_only_after_escaping() -> None:
