@@ -113,7 +113,7 @@ def schema_text(schema: Schema, style: str = "compact", max_chars: int = 2048) -
         return _fit([_compact_line(table) for table in schema.tables], max_chars)
     if style != "ddl":
         raise ValueError(f"unknown schema style {style!r}; use 'compact' or 'ddl'")
-    blocks = [_create_table(table) for table in schema.tables]
+    blocks = [_create_table(table, schema.dialect) for table in schema.tables]
     text = "\n".join(blocks)
     if len(text) <= max_chars:
         return text
@@ -131,7 +131,7 @@ def _compact_line(table: Table) -> str:
     columns = [
         f"{c.name} > {references[c.name.lower()]}" if c.name.lower() in references else c.name for c in table.columns
     ]
-    return f" {table.name}: {', '.join(columns)}"
+    return f" {table.name}: {', '.join(columns)}".replace("\n", " ")
 
 
 def _fit(lines: list[str], max_chars: int, whole: bool = False) -> str:
@@ -143,22 +143,37 @@ def _fit(lines: list[str], max_chars: int, whole: bool = False) -> str:
     return text[:end] if end > 0 else "" if whole else text[: max(max_chars, 0)]
 
 
-def _create_table(table: Table) -> str:
+def _create_table(table: Table, dialect: str) -> str:
+    def name(text: str) -> str:
+        plain = re.fullmatch(r"[A-Za-z_]\w*", text) and text.lower() not in _RESERVED
+        folded = dialect == "postgresql" and text != text.lower()  # it would be read in lower case
+        return text if plain and not folded else quote(text)
+
     primary = [c.name for c in table.columns if c.primary_key]
     parts = []
     for c in table.columns:
         inline = " PRIMARY KEY" if primary == [c.name] else ""
-        parts.append(f"  {_name(c.name)} {c.type}".rstrip() + inline + ("" if c.nullable or inline else " NOT NULL"))
+        parts.append(f"  {name(c.name)} {c.type}".rstrip() + inline + ("" if c.nullable or inline else " NOT NULL"))
     if len(primary) > 1:
-        parts.append(f"  PRIMARY KEY ({', '.join(map(_name, primary))})")
+        parts.append(f"  PRIMARY KEY ({', '.join(map(name, primary))})")
     for key in table.foreign_keys:
-        target = f" ({_name(key.ref_column)})" if key.ref_column else ""
-        parts.append(f"  FOREIGN KEY ({_name(key.column)}) REFERENCES {_name(key.ref_table)}{target}")
-    return f"CREATE TABLE {_name(table.name)} (\n" + ",\n".join(parts) + "\n);"
+        target = f" ({name(key.ref_column)})" if key.ref_column else ""
+        parts.append(f"  FOREIGN KEY ({name(key.column)}) REFERENCES {name(key.ref_table)}{target}")
+    return f"CREATE TABLE {name(table.name)} (\n" + ",\n".join(parts) + "\n);"
 
 
-def _name(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z_]\w*", name) else quote(name)
+# Words that one of the two dialects does not take as the name of a table or column without quotes.
+_WORDS = """
+    add all alter analyse analyze and any array as asc asymmetric authorization autoincrement between binary both
+    case cast check collate collation column commit concurrently constraint create cross current_catalog
+    current_date current_role current_schema current_time current_timestamp current_user default deferrable delete
+    desc distinct do drop else end escape except exists false fetch for foreign freeze from full grant group having
+    if ilike in index initially inner insert intersect into is isnull join lateral leading left like limit localtime
+    localtimestamp natural not nothing notnull null offset on only or order outer overlaps placing primary raise
+    references returning right select session_user set similar some symmetric system_user table tablesample then to
+    trailing transaction true union unique update user using values variadic verbose when where window with
+"""
+_RESERVED = frozenset(_WORDS.split())
 
 
 def mermaid_er(schema: Schema) -> str:
@@ -169,7 +184,7 @@ def mermaid_er(schema: Schema) -> str:
         keys = {key.column for key in table.foreign_keys}
         for c in table.columns:
             mark = ", ".join(["PK"] * c.primary_key + ["FK"] * (c.name in keys))
-            lines.append(f"        {_plain(c.type) or 'ANY'} {_plain(c.name)} {mark}".rstrip())
+            lines.append(f"        {_plain(c.type or 'ANY')} {_plain(c.name)} {mark}".rstrip())
         lines.append("    }")
     for table in schema.tables:
         for key in table.foreign_keys:
@@ -180,7 +195,7 @@ def mermaid_er(schema: Schema) -> str:
 def _plain(name: str) -> str:
     """A name that mermaid reads as one word."""
     word = re.sub(r"\W+", "_", name).strip("_")
-    return f"_{word}" if word[:1].isdigit() else word
+    return word if word[:1].isalpha() else f"_{word}"
 
 
 def sample_rows(database: Database, table: str, n: int = 3) -> list[tuple]:

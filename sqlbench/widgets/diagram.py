@@ -6,8 +6,9 @@ and the first other columns are drawn, and how many more there are; of a very la
 
 from __future__ import annotations
 
+import html
+import re
 from dataclasses import dataclass
-from html import escape
 
 from sqlbench.database.schema import Column, Schema, Table
 
@@ -57,7 +58,7 @@ def er_svg(schema: Schema) -> str:
     body = "".join([*map(_edges, boxes.values(), [boxes] * len(boxes)), *map(_draw, boxes.values()), note])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="Entity-relationship diagram of '
-        f'{escape(schema.name, quote=True)}" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
+        f'{_escape(schema.name)}" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
         f'style="background:#fff" font-family="ui-monospace, DejaVu Sans Mono, monospace" font-size="11">{body}</svg>'
     )
 
@@ -121,7 +122,7 @@ def _edges(box: _Box, boxes: dict[str, _Box]) -> str:
         title = f"{key.column} refers to {key.ref_table}.{key.ref_column}"
         parts.append(
             f'<path d="M{x:g} {y:g} C{x + bend:g} {y:g} {to_x + to_bend:g} {to_y:g} {to_x:g} {to_y:g}" fill="none" '
-            f'stroke="#6e7781" stroke-width="1.3"><title>{escape(title)}</title></path>'
+            f'stroke="#6e7781" stroke-width="1.3"><title>{_escape(title)}</title></path>'
             f'<circle cx="{to_x:g}" cy="{to_y:g}" r="3" fill="#6e7781"/>'
         )
     return "".join(parts)
@@ -149,10 +150,15 @@ def _draw(box: _Box) -> str:
     return "".join(parts)
 
 
+def _escape(text: str) -> str:
+    """Text as XML can hold it."""
+    return html.escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", text))
+
+
 def _short(name: str) -> str:
     return name if len(name) <= _MAX_CHARS else name[: _MAX_CHARS - 1] + "…"
 
 
 def _label(name: str) -> str:
-    title = f"<title>{escape(name)}</title>" if len(name) > _MAX_CHARS else ""
-    return escape(_short(name)) + title
+    title = f"<title>{_escape(name)}</title>" if len(name) > _MAX_CHARS else ""
+    return _escape(_short(name)) + title
