@@ -32,12 +32,22 @@ from sqlbench.evaluation import evaluate
 from sqlbench.grid import GRIDS, Cell, Grid, slug
 from sqlbench.profiles import PROFILES
 from sqlbench.runs import RunFolder, differences
-from sqlbench.tables import CELL, CellResult, difference, measure, model_size, write_seed_tables, write_tables
+from sqlbench.tables import (
+    CELL,
+    CellResult,
+    difference,
+    measure,
+    model_size,
+    seed_comparison,
+    write_seed_tables,
+    write_tables,
+)
 
 
 def ablate(
     profile: str = "laptop",
     grid: str | None = None,
+    overrides: Iterable[str] = (),
     *,
     data: Path | str | None = None,
     run: str | None = None,
@@ -52,11 +62,13 @@ def ablate(
     Args:
         profile: training profile.
         grid: one of `GRIDS`; when None, ``seed`` with the profile ``gpu`` and ``short`` otherwise.
+        overrides: ``key=value`` for every training, as in `sqlbench.training.launch.train`.
         data: data set folder; the profile's own when None.
         run: run folder below ``<results>/<profile>/``; the grid's name when None.
         results: where run folders are.
         only: name of one cell to run, as a dry run lists them.
-        dry_run: only say what there is to do; for one cell, print its resolved configuration and what it needs.
+        dry_run: only say what there is to do; for one cell, print its resolved configuration and what it needs; for
+            grid ``seed``, print what there is beside the published figures.
         parallel: cells trained at the same time, each in its own process with its output in its ``cell.log``.
         track: where else to send metrics, see `sqlbench.training.launch.train`.
 
@@ -73,14 +85,16 @@ def ablate(
     if profile not in PROFILES:
         raise RunError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
     bench = Bench(profile, run or grid, str(data or PROFILES[profile].data), str(results))
-    chosen = GRIDS[grid]
+    chosen = replace(GRIDS[grid], overrides=(*GRIDS[grid].overrides, *overrides))
     if track:
         from sqlbench.training.launch import tracking
 
         chosen = replace(chosen, overrides=(*chosen.overrides, *tracking(track)))
-    if only and dry_run:
+    if dry_run and only:
         train_cell(cells[0], bench, chosen, dry_run=True)
-    if not dry_run:
+    elif dry_run and grid == "seed":
+        print(*(table.to_string(index=False) for table in seed_comparison(bench.folder)), sep="\n\n", end="\n\n")
+    elif not dry_run:
         failed = _run_cells(cells, chosen, bench, parallel)
         if any(bench.state(cell) == "finished" for cell in cells):
             write_tables(bench.folder)

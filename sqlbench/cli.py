@@ -192,6 +192,7 @@ def score(
 
 @app.command("ablate")
 def ablate(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value for verl, for every training.")] = None,
     grid: Annotated[
         str | None, typer.Option(help="short (default), full or smoke; seed (default of the profile gpu).")
     ] = None,
@@ -212,6 +213,7 @@ def ablate(
     cells = run_grid(
         profile,
         grid,
+        overrides or (),
         data=data,
         run=run,
         results=results,

@@ -262,12 +262,13 @@ published, although ``llama-3b`` contradicts itself: 436 steps of 181.3 s are 22
 SEED_TASKS = 500
 
 
-def seed_comparison(results: Sequence[CellResult]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Accuracy and efficiency of each row of grid ``seed``: a line as published, and one of ours below it.
+def seed_comparison(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Accuracy and efficiency of each row of grid ``seed``: a line as published, and one of ours, from a run, below it.
 
-    A cell that was not run stays empty. Both sides were measured on 500 tasks, but not on the same ones: the seed
-    experiment drew its own from Spider's test split, grid ``seed`` uses ``dev_500``.
+    A cell that was not run, or the whole run, stays empty. Both sides were measured on 500 tasks, but not on the same
+    ones: the seed experiment drew its own from Spider's test split, grid ``seed`` uses ``dev_500``.
     """
+    results = load_results(folder) if any(Path(folder).glob(f"cells/*/{CELL}")) else []
     published = pd.read_csv(SEED_FIGURES, index_col="row").astype(object)
     keys = list(published.columns[:5])
     tables = []
@@ -284,9 +285,8 @@ def seed_comparison(results: Sequence[CellResult]) -> tuple[pd.DataFrame, pd.Dat
 
 
 def write_seed_tables(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`seed_comparison` of a run's finished cells, none of which need be there, written to its ``tables/`` folder."""
-    results = load_results(folder) if any(Path(folder).glob(f"cells/*/{CELL}")) else []
-    accuracy, efficiency = seed_comparison(results)
+    """`seed_comparison` of a run, written to its ``tables/`` folder."""
+    accuracy, efficiency = seed_comparison(folder)
     tables = Path(folder) / "tables"
     return write_table(accuracy, tables, "seed_accuracy"), write_table(efficiency, tables, "seed_efficiency")
 
