@@ -33,8 +33,8 @@ from sqlbench.errors import SqlbenchError, TrainingError
 from sqlbench.estimate import GPU_BYTES, estimate
 from sqlbench.models.local import check_checkpoint, checkpoint_family
 from sqlbench.profiles import PROFILES, Profile, merged
-from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, read_trajectories
-from sqlbench.training.metrics import StepRecord, read_rows, write_rows
+from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, read_trajectories
+from sqlbench.training.metrics import StepRecord, read_rows
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -44,8 +44,8 @@ RAY_FOLDER = "sqlbench-ray-"
 """Prefix of Ray's temporary folders; the number of the launching process follows."""
 TRACKERS = ("wandb", "mlflow", "tensorboard")
 """Backends of verl that can be chosen beside its console and file; each needs the package of its name."""
-STOP_SECONDS = 15
-"""How long a stopped training may take to end before it is killed."""
+STOP_SECONDS = 3
+"""How long a stopped training may take to end before it is killed; nothing is lost by it."""
 
 
 def train(
@@ -229,12 +229,12 @@ def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
         TrainingError: the run has no checkpoint yet, or the policy it started from is gone.
     """
     run = Path(run)
-    saved = sorted((run / "checkpoints").glob("global_step_*/actor/huggingface/config.json"), key=_step_of)
-    if not saved:
+    saved = run / f"checkpoints/global_step_{checkpointed(run)}/actor/huggingface"
+    if not saved.is_dir():
         raise TrainingError(f"{run} has no checkpoint; train it to its first one (trainer.save_freq) first")
     target, building = run / "policy", run / ".policy.new"
     shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(saved[-1].parent, building)
+    shutil.copytree(saved, building)
     record = RunFolder(run).config()
     start = Path(start or record["config"]["sqlbench"]["model"])
     if record["model_files"] and not start.is_dir():
@@ -248,6 +248,23 @@ def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     building.rename(target)
     return target
+
+
+def checkpointed(run: str | Path) -> int:
+    """Step of a run's newest whole checkpoint, 0 where there is none; verl's note of it is mended where a kill tore it.
+
+    verl writes the note last and not in one piece: where it is there without a number, the newest checkpoint is whole.
+    """
+    folder = Path(run) / "checkpoints"
+    note = folder / "latest_checkpointed_iteration.txt"
+    if not note.is_file():
+        return 0
+    if not (text := note.read_text()).isdigit():
+        text = str(max(map(_step_of, folder.glob("global_step_*/data.pt")), default=0))
+        new = note.with_suffix(".new")
+        new.write_text(text)
+        new.replace(note)
+    return int(text)
 
 
 def latest_checkpoint(run: str | Path) -> Path:
@@ -373,46 +390,95 @@ class _Run:
         }
         folder = RunFolder(self.folder)
         with folder.open(record, overwrite=overwrite):
-            if overwrite:
-                for name in ("checkpoints", "policy", "logs", "tensorboard", "wandb"):
-                    shutil.rmtree(self.folder / name, ignore_errors=True)
-            started = time.time()
-            done = self._rewind()
-            self._write_data()
-            self._follow(self._prepare_attempt(done), done)
-            rows = read_rows(self.folder / METRICS)
-            if max(rows, default=0) < self.total:
-                raise TrainingError(f"verl ended at step {max(rows, default=0)} of {self.total}; see {self._log()}")
-            export_policy(self.folder, self.config.sqlbench.model)
-            validated = [row["sqlbench/val_ex"] for row in rows.values() if "sqlbench/val_ex" in row]
-            folder.finish(
-                {
-                    "steps": self.total,
-                    "seconds": round(time.time() - started, 1),
-                    "resumed_at": done,
-                    "val_ex_first": validated[0] if validated else None,
-                    "val_ex_last": validated[-1] if validated else None,
-                    "failed_rollouts": int(sum(row.get("sqlbench/failed_rollouts", 0) for row in rows.values())),
-                    "policy": "policy",
-                }
-            )
+            try:
+                self._train(folder)
+            except OSError as error:
+                raise TrainingError(
+                    f"training stopped: {error.strerror}: {error.filename or self.folder}; see to it and give the same "
+                    "command again: it goes on at the last checkpoint"
+                ) from error
         return self.folder
+
+    def _train(self, folder: RunFolder) -> None:
+        started = time.time()
+        self._end_earlier()
+        done, validate = self._rewind()
+        self._write_data()
+        if done < self.total or validate:
+            self._follow(self._prepare_attempt(validate), done)
+        rows = read_rows(self.folder / METRICS)
+        if max(rows, default=0) < self.total:
+            raise TrainingError(f"verl ended at step {max(rows, default=0)} of {self.total}; see {self._log()}")
+        self._write_rows(rows)
+        export_policy(self.folder, self.config.sqlbench.model)
+        validated = [row["sqlbench/val_ex"] for row in rows.values() if "sqlbench/val_ex" in row]
+        folder.finish(
+            {
+                "steps": self.total,
+                "seconds": round(time.time() - started, 1),
+                "resumed_at": done,
+                "val_ex_first": validated[0] if validated else None,
+                "val_ex_last": validated[-1] if validated else None,
+                "failed_rollouts": int(sum(row.get("sqlbench/failed_rollouts", 0) for row in rows.values())),
+                "policy": "policy",
+            }
+        )
 
     def _log(self) -> Path:
         return self.folder / "logs/train.log"
 
-    def _rewind(self) -> int:
-        """Step of the last checkpoint; what was logged after it is dropped."""
-        note = self.folder / "checkpoints/latest_checkpointed_iteration.txt"
-        done = int(note.read_text()) if note.is_file() else 0
+    def _attempt(self) -> Path:
+        """Where verl writes its metrics, from the beginning at each attempt."""
+        return self.folder / "logs/attempt.jsonl"
+
+    def _end_earlier(self) -> None:
+        """End what a killed attempt left running; the run's lock says that nobody waits for it any more."""
+        left = []
+        for process in psutil.process_iter(["cmdline"]):
+            if str(self._config_file()) in (process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.Error):
+                    left += [process, *process.children(recursive=True)]
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=10)
+
+    def _rewind(self) -> tuple[int, bool]:
+        """Step of the last checkpoint, and whether to validate it first; what was logged after it is dropped.
+
+        verl saves a step before it validates and logs it. After a kill in between, its row is made from the rollouts on
+        record, and its validation is run again.
+        """
+        done = checkpointed(self.folder)
+        every, keep = self.config.trainer.test_freq, self.config.trainer.max_actor_ckpt_to_keep
+        known = read_rows(self.folder / METRICS)
+        for step, row in read_rows(self._attempt()).items():  # not all of it may have been taken over
+            known.setdefault(step, {}).update(row)
+        rows = {step: row for step, row in known.items() if done and step <= done}
         kept = [t for t in read_trajectories(self.folder) if done and (t.step or 0) <= done]
-        rows = {step: row for step, row in read_rows(self.folder / METRICS).items() if done and step <= done}
-        if done:  # verl saves before it logs: a kill in between loses the row, but not what is on record
+        validate = not done and self.config.trainer.val_before_train
+        if done:
             here = StepRecord([t for t in kept if t.step == done and not t.validation])
             rows.setdefault(done, here.metrics("sqlbench/"))
+            due = every > 0 and (done % every == 0 or done >= self.total)
+            if due and "sqlbench/val_ex" not in rows[done]:
+                validate, kept = True, [t for t in kept if t.step != done or not t.validation]
         RunFolder(self.folder).rewrite(TRAJECTORIES, kept)
-        write_rows(self.folder / METRICS, rows)
-        return done
+        self._write_rows(rows)
+        self._attempt().unlink(missing_ok=True)
+        # verl forgets the checkpoints of earlier attempts, and of one that a kill cut short it knows nothing.
+        saved = sorted((self.folder / "checkpoints").glob("global_step_*"), key=_step_of)
+        whole = [path for path in saved if _step_of(path) <= done]
+        for path in saved[len(whole) :] + (whole[:-keep] if keep else []):
+            shutil.rmtree(path)
+        return done, validate
+
+    def _write_rows(self, rows: dict[int, dict[str, float]]) -> None:
+        lines: list[dict[str, Any]] = [{"step": step, "data": rows[step]} for step in sorted(rows)]
+        RunFolder(self.folder).rewrite(METRICS, lines)
+
+    def _config_file(self) -> Path:
+        return self.folder / "data/verl.yaml"
 
     def _write_data(self) -> None:
         from sqlbench.training.tasks import write_rows as write_tasks
@@ -425,25 +491,23 @@ class _Run:
         )
         (self.folder / "data/router.yaml").write_text("router_class: sqlbench.training.local_server.Router\n")
 
-    def _prepare_attempt(self, done: int) -> Path:
+    def _prepare_attempt(self, validate: bool) -> Path:
         """Write the configuration of this attempt: a resumed one has been validated at its first step already."""
         from omegaconf import OmegaConf, open_dict
 
         config = self.config.copy()
         with open_dict(config):
-            if done:
-                config.trainer.val_before_train = False
-        path = self.folder / "data/verl.yaml"
-        OmegaConf.save(config, path)
-        return path
+            config.trainer.val_before_train = validate
+        OmegaConf.save(config, self._config_file())
+        return self._config_file()
 
     def _follow(self, config_file: Path, done: int) -> None:
         """Run verl, showing its progress; returns when it ended well."""
         self._log().parent.mkdir(exist_ok=True)
         _clear_abandoned()
         ray_folder = Path(tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-"))
-        metrics_file = ray_folder / "metrics.jsonl"
-        environment = _environment(self.profile, metrics_file, self.folder)
+        environment = _environment(self.profile, self._attempt(), self.folder)
+        environment["TMPDIR"] = str(ray_folder)  # verl leaves a file there for every checkpoint
         if self.config.ray_kwargs.ray_init.get("address") == "local":
             # Ray's own default for a new cluster, but with a token of this run instead of one in the home directory.
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -463,7 +527,7 @@ class _Run:
             position = 0
             while True:
                 ended = process.poll() is not None
-                position = self._take(metrics_file, position, bar)
+                position = self._take(position, bar)
                 if ended:
                     break
                 bar.update(0)
@@ -475,18 +539,17 @@ class _Run:
         if process.returncode != 0:
             raise TrainingError(f"training stopped: {_reason(self._log(), process.returncode)} (see {self._log()})")
 
-    def _take(self, source: Path, position: int, bar: Any) -> int:
-        """Move new metric lines to the run folder and onto the screen."""
-        if not source.is_file():
+    def _take(self, position: int, bar: Any) -> int:
+        """Put new metric lines into the run folder's metrics and onto the screen."""
+        if not self._attempt().is_file():
             return position
-        with source.open("rb") as file:
+        with self._attempt().open("rb") as file:
             file.seek(position)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
-        with (self.folder / METRICS).open("ab") as file:
-            file.write(whole)
         for line in whole.splitlines():
             record = json.loads(line)
+            append_line(self.folder / METRICS, record)
             if position == 0:  # the rate is that of training, not of the start
                 bar.start_t, bar.initial = time.time(), record["step"]
             bar.set_description("training", refresh=False)
@@ -566,8 +629,16 @@ def _clear_abandoned() -> None:
     """Clear the folders of trainings whose launching process is gone."""
     for folder in Path(tempfile.gettempdir()).glob(f"{RAY_FOLDER}*"):
         owner = folder.name.removeprefix(RAY_FOLDER).split("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+        if owner.isdigit() and not _was_running(int(owner), folder.stat().st_mtime):
             _clear(folder)
+
+
+def _was_running(number: int, moment: float) -> bool:
+    """Whether the process of this number is the one that had it at a moment in the past."""
+    try:
+        return psutil.Process(number).create_time() <= moment
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _reason(log: Path, status: int) -> str:

@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -67,7 +68,10 @@ def main(config_file: str, parent: int, folder: str) -> None:
         server.close()
         _die_with(os.getppid(), signal.SIGTERM)
         _leave(lambda: _drive(config))
-    sys.exit(_serve(server, driver))
+    status = _serve(server, driver)
+    if os.getppid() != parent:  # nobody is left to do it
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(status)
 
 
 def _drive(config: Any) -> None:
