@@ -122,9 +122,18 @@ class SqlTrainer(PPOTrainerSync):
         metrics["sqlbench/zero_variance_groups"] = 1 - (len(sessions) - len(useless)) / groups
         rows = [key.rsplit("_", 2)[0] for key in batch.keys]
         keep = [i for i, uid in enumerate(rows) if uid not in useless]
-        if not keep:  # verl needs rows: a whole group has advantage 0, a row alone would have its reward
+        if not keep:  # verl needs rows; with one reward for all of them their advantage is 0
             largest = max(sessions, key=lambda uid: len(sessions[uid]))
             keep = [i for i, uid in enumerate(rows) if uid == largest]
+            if len(sessions[largest]) == 1:  # a rollout alone would have its reward as advantage
+                nothing = [torch.zeros_like(scores["rm_scores"][i]) for i in keep]
+                tq.kv_batch_put(
+                    keys=[batch.keys[i] for i in keep],
+                    partition_id=batch.partition_id,
+                    fields=TensorDict(
+                        {"rm_scores": torch.nested.as_nested_tensor(nothing, layout=torch.jagged)}, len(keep)
+                    ),
+                )
         if self.settings.drop_useless_groups and len(keep) < len(batch.keys):
             kept = set(keep)
             tq.kv_clear(
