@@ -353,6 +353,8 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
         self, action: SqlAction, timeout_s: float | None = None, episode_id: str | None = None, **unknown: Any
     ) -> SqlObservation:
         """Play one attempt of this session's episode, or of the one named."""
+        if not isinstance(episode_id, str | None):  # OpenEnv passes on what came, whatever its type
+            raise RequestError(422, f"episode_id is a text, not {json.dumps(episode_id)[:60]}")
         episode = self._episode if episode_id is None else self._episodes.find(episode_id)
         if episode is None:
             raise RequestError(409, "no episode: call reset first; over HTTP send the episode_id that it returned")
@@ -360,7 +362,7 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
             async with asyncio.timeout(timeout_s):
                 return await self._episodes.attempt(episode, action)
         except TimeoutError as error:
-            raise RequestError(504, f"no attempt within {timeout_s:g} s; it does not count") from error
+            raise RequestError(408, f"no attempt within {timeout_s:g} s; it does not count") from error
 
     def reset(self, seed: int | None = None, episode_id: str | None = None, **options: Any) -> SqlObservation:
         """`reset_async` for callers without an event loop."""
@@ -435,7 +437,33 @@ def create(episodes: Episodes) -> FastAPI:
     async def refuse(request: Request, error: RequestError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, error.status)
 
+    _complete(made.openapi())
     return made
+
+
+def _complete(document: dict[str, Any]) -> None:
+    """Add to the OpenAPI document what OpenEnv cannot know: the action, our own fields, and what is refused."""
+    schemas, words = document["components"]["schemas"], {"type": "string"}
+    schemas["SqlAction"] = SqlAction.model_json_schema()
+    step, reset = schemas["StepRequest"], schemas["ResetRequest"]
+    step["properties"] |= {"action": {"$ref": "#/components/schemas/SqlAction"}, "episode_id": words}
+    step["examples"] = [{"action": {"strategy": GENERATE, "sql": "SELECT 1"}, "episode_id": "episode-001"}]
+    reset["properties"]["task_id"] = {"anyOf": [words, {"type": "null"}]}
+    reset["additionalProperties"] = False
+    schemas["Refusal"] = {"type": "object", "required": ["detail"], "properties": {"detail": {}}}
+    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Refusal"}}}
+    why = {
+        400: "No JSON",
+        404: "No such task or episode",
+        408: "Not within timeout_s; the attempt does not count",
+        409: "Not now: the episode is running, done, or was never begun",
+        422: "Not a request of this server",
+        502: "The model failed; the attempt does not count",
+        503: "The database failed; the attempt does not count",
+    }
+    for path, method in (("/reset", "post"), ("/step", "post"), ("/state", "get")):
+        refused = {str(status): {"description": text, "content": refusal} for status, text in why.items()}
+        document["paths"][path][method]["responses"] |= refused
 
 
 def __getattr__(name: str) -> FastAPI:

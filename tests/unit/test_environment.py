@@ -214,6 +214,7 @@ def test_what_writes_is_refused_and_counts_as_an_attempt(server):
     [
         ("/reset", {"task_id": "none such"}, 404, "no task 'none such' in split 'dev_seen_pretrain'"),
         ("/reset", {"tsak_id": "x"}, 422, "reset takes seed, episode_id and task_id, not tsak_id"),
+        ("/step", {"action": {"strategy": "generate"}, "episode_id": ["@"]}, 422, "episode_id is a text"),
         ("/step", {"action": {"strategy": "generate"}}, 409, "call reset first; over HTTP send the episode_id"),
         ("/step", {"action": {"strategy": "generate"}, "episode_id": "x"}, 404, "no episode 'x'"),
         ("/step", {"action": {"strategy": "guess"}, "episode_id": "@"}, 422, "unknown strategy 'guess'; choose one of"),
@@ -371,7 +372,7 @@ def test_a_step_past_its_time_does_not_use_up_an_attempt(play):
     slow = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
     with pytest.raises(RequestError, match=r"no attempt within 0\.2 s; it does not count") as caught:
         env.step(SqlAction(strategy="generate", sql=slow), timeout_s=0.2)
-    assert caught.value.status == 504 and env.state.step_count == 0
+    assert caught.value.status == 408 and env.state.step_count == 0
 
 
 def test_a_seed_gives_an_order_of_tasks_that_a_session_goes_on_in(play):

@@ -7,13 +7,18 @@ property is tried on as many new ones as `many` says.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
 import sqlite3
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -379,3 +384,74 @@ def test_whatever_is_scored_gets_a_verdict_and_gold_stays_right(item, sql):
     gold = SAID[0]
     assert score(gold, sql, item).match in (0, 1)
     assert score(gold, gold, item).match == 1
+
+
+# --- what is asked of the environment's server ------------------------------------------------------------------------
+
+
+class OneAnswer(BaseHTTPRequestHandler):
+    """A model that always says the same."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "SELECT 1"}}
+        head = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
+        body = json.dumps(head | {"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def environment(pocket, tmp_path):
+    """Address of a running ``sqlbench env``, whose standard error must stay free of tracebacks."""
+    model = ThreadingHTTPServer(("127.0.0.1", 0), OneAnswer)
+    threading.Thread(target=model.serve_forever, daemon=True).start()
+    settings = {"OPENAI_BASE_URL": f"http://127.0.0.1:{model.server_address[1]}/v1", "NO_PROXY": "*"}
+    command = [
+        sys.executable,
+        "-c",
+        "from sqlbench.cli import main; main()",
+        "env",
+        "--port",
+        "0",
+        "--model",
+        "openai:m",
+    ]
+    log = tmp_path / "log"
+    with open(log, "w") as err:
+        data = ["--data", str(pocket.root), "--split", "dev_seen_pretrain"]
+        server = subprocess.Popen([*command, *data], env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=err)
+    try:
+        deadline = time.monotonic() + 200
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield found[0]
+        assert "Traceback" not in log.read_text()
+    finally:
+        server.kill()
+        server.wait()
+        model.shutdown()
+        model.server_close()
+
+
+def test_the_server_keeps_to_its_openapi_document_whatever_it_is_sent(environment, tmp_path):
+    command = Path(sys.executable).with_name("schemathesis")
+    options = ["--checks", "all", "--exclude-checks", "positive_data_acceptance"]  # an episode says what may come next
+    options += ["--max-examples", "2000" if LONG else "8", "--phases", "examples,coverage,fuzzing", "--no-color"]
+    options += ["--generation-database", "none", *(() if LONG else ("--seed", "1"))]
+    done = subprocess.run(
+        [command, "run", f"{environment}/openapi.json", *options],
+        cwd=tmp_path,
+        env=os.environ | {"NO_PROXY": "*"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "9 selected / 9 total" in done.stdout
