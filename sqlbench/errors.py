@@ -29,6 +29,10 @@ class ModelError(SqlbenchError, RuntimeError):
     """A model, checkpoint or endpoint cannot be loaded, reached, or answers garbage."""
 
 
+class PromptTooLongError(ModelError):
+    """A prompt has more tokens than are allowed; prompts are never cut, so the rollout fails, and is counted apart."""
+
+
 class TrainingError(SqlbenchError, RuntimeError):
     """A training run cannot be composed, started, resumed, or had to be stopped."""
 

@@ -31,7 +31,7 @@ from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transitio
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import cached_database
-from sqlbench.errors import ModelError
+from sqlbench.errors import ModelError, PromptTooLongError
 from sqlbench.models.local import BatchedEngine, Generation, GenerationRequest, encode_chat
 from sqlbench.rollout import rollout
 from sqlbench.training.credit import group_and_key, transition_rewards
@@ -126,9 +126,10 @@ class _ServerModel:
         start = time.perf_counter()
         loop, tokenizer = self._loop, self._loop.tokenizer
         ids = encode_chat(tokenizer, [m.model_dump() for m in messages], **loop.template_options)
-        room = loop.rollout_config.prompt_length
+        limits = loop.rollout_config
+        room = limits.prompt_length
         if len(ids) > room:
-            raise ModelError(
+            raise PromptTooLongError(
                 f"a prompt has {len(ids)} tokens, data.max_prompt_length is {room}; raise it, or truncate more"
             )
         sampling = dict(self._sampling)
@@ -136,7 +137,7 @@ class _ServerModel:
             sampling["seed"] = stable_number(self._seed, self._calls)
         self._calls += 1
         answer = await loop.server_manager.generate(request_id=uuid4().hex, prompt_ids=ids, sampling_params=sampling)
-        length = loop.rollout_config.response_length
+        length = min(limits.response_length, (limits.max_model_len or room + limits.response_length) - len(ids))
         tokens = answer.token_ids[:length]
         if not tokens or answer.log_probs is None:
             raise ModelError(f"the rollout server gave no tokens or no log-probabilities (stop: {answer.stop_reason})")

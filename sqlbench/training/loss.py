@@ -4,7 +4,8 @@ Both are verl's clipped objective. ``token_mean`` weighs every trained token ali
 counts five times as much as one with one. ``per_rollout_mean`` weighs every rollout alike: the mean over rollouts of
 the mean over a rollout's trained tokens, exact for one optimizer step a batch, however rows are cut into micro-batches.
 Both report the largest difference between the probabilities of the sampled tokens in the rollout engine and in the
-trainer; with one optimizer step a batch, and no separate old-log-probability pass, that is the agreement of the two.
+trainer, as a mean over micro-batches; with one optimizer step a batch, and no separate old-log-probability pass, that
+is the agreement of the two.
 """
 
 from __future__ import annotations

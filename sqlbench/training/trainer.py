@@ -6,6 +6,7 @@ Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync
   transitions its rollouts have. (verl counts rows, so a second transition would mean a second step.)
 - Rows of groups that cannot teach anything are left out of the update: a group whose rollouts all have the same reward
   (their advantage is 0) and a group with one rollout left (its advantage would be its reward). Both are counted.
+  A step without a group that divides has gradient 0; weight decay and the momentum of earlier steps still act.
 - Failed rollouts are counted, and above a stated share the run stops, before it trains on the rest.
 - Every step logs what ``trajectories.jsonl`` says about its rollouts.
 - Rollout and trainer probabilities are compared by verl's own check at the first step and at every validation.

@@ -17,7 +17,7 @@ import torch
 
 from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transition
 from sqlbench.data.tasks import DataSet
-from sqlbench.errors import DataError, ModelError, RunError, SqlbenchError, TrainingError
+from sqlbench.errors import DataError, ModelError, PromptTooLongError, RunError, SqlbenchError, TrainingError
 from sqlbench.models.nano import NANO_PATH
 from sqlbench.profiles import PROFILES, merged
 from sqlbench.training.launch import compose, describe, train
@@ -253,6 +253,46 @@ def test_trained_agents_is_searched_in_the_sub_agents_name() -> None:
         assert [t.agent for t in trained_transitions(record, expression)] == expected
 
 
+def rollout_limits(prompt: int, response: int, both: int | None) -> Any:
+    rollout = SimpleNamespace(prompt_length=prompt, response_length=response, max_model_len=both)
+    return SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "response", "more", "expected"),
+    [
+        ([5, 6, 7], 3, 99, "length"),
+        ([5, 6, 2], 3, 99, "stop"),
+        ([5, 6, 7], 4, 99, "stop"),
+        ([5, 6, 7], 9, 3, "length"),
+        ([5, 6, 7], 3, None, "length"),
+    ],
+)
+def test_an_answer_that_no_token_ended_is_cut(
+    tokens: list[int], response: int, more: int | None, expected: str
+) -> None:
+    """2 is nano's end of sequence; there is room for `response` tokens, and for `more` after the prompt."""
+    from transformers import AutoTokenizer
+
+    from sqlbench.models.local import encode_chat
+    from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel
+
+    class Server:
+        async def generate(self, **_: Any) -> Any:
+            return SimpleNamespace(token_ids=tokens, log_probs=[-1.0] * 3, extra_fields={}, stop_reason="")
+
+    tokenizer, message = AutoTokenizer.from_pretrained(NANO_PATH), Message(role="user", content="How many?")
+    size = len(encode_chat(tokenizer, [message.model_dump()]))
+    config = rollout_limits(size, response, None if more is None else size + more)
+    loop = SqlAgentLoop(SimpleNamespace(config=config), Server(), tokenizer, SimpleNamespace(config={}))
+    answer = asyncio.run(_ServerModel(loop, {}, "nano", None).complete([message]))
+    assert answer.finish_reason == expected and answer.response_tokens == 3
+
+    config.actor_rollout_ref.rollout.prompt_length = size - 1
+    with pytest.raises(PromptTooLongError, match=f"a prompt has {size} tokens, data.max_prompt_length is {size - 1}"):
+        asyncio.run(_ServerModel(loop, {}, "nano", None).complete([message]))
+
+
 def test_agent_loop_engine_and_auto_tokenizer_give_the_same_ids() -> None:
     from transformers import AutoTokenizer
     from verl.utils.tokenizer import hf_tokenizer
@@ -261,9 +301,7 @@ def test_agent_loop_engine_and_auto_tokenizer_give_the_same_ids() -> None:
     from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel
 
     tokenizer = hf_tokenizer(str(NANO_PATH))
-    config = SimpleNamespace(
-        actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(prompt_length=640, response_length=96))
-    )
+    config = rollout_limits(640, 96, 768)
     sent: list[list[int]] = []
 
     class Server:
@@ -306,12 +344,14 @@ def test_step_metrics_leave_failed_rollouts_out_and_count_them(tmp_path: Path) -
         )
 
     path = tmp_path / "trajectories.jsonl"
-    rows = [record(1.0), record(0.0), record(0.0), record(None, "model: X: y"), record(1.0, step=4)]
+    long = "model: PromptTooLongError: a prompt has 9 tokens"
+    rows = [record(1.0), record(0.0), record(0.0), record(None, "model: X: y"), record(None, long), record(1.0, step=4)]
     path.write_text("")
     reader = TrajectoryReader(path)
     path.write_text("".join(r.model_dump_json() + "\n" for r in rows) + '{"torn')
     metrics = StepRecord(reader.step(3, False)).metrics("")
-    assert metrics["rollouts"] == 4 and metrics["failed_rollouts"] == 1 and metrics["ex"] == pytest.approx(1 / 3)
+    assert metrics["rollouts"] == 5 and metrics["failed_rollouts"] == 2 and metrics["overlong_prompts"] == 1
+    assert metrics["ex"] == pytest.approx(1 / 3)
     assert metrics["prompt_tokens"] == 100 and metrics["truncated_share"] == pytest.approx(1 / 3)
     assert StepRecord(reader.step(4, False)).rollouts == 1
 
