@@ -139,8 +139,8 @@ _LAPTOP: dict[str, Any] = {
         "save_freq": 20,
         "max_actor_ckpt_to_keep": 2,
     },
-    # Logical resources: verl asks for 3 CPUs and 1 GPU in one bundle, whatever the machine has.
-    "ray_kwargs": {"ray_init": {"num_cpus": 8, "num_gpus": 1}},
+    # Logical resources: verl asks for 3 CPUs and 1 GPU a rank, whatever the machine has.
+    "ray_kwargs": {"ray_init": {"num_cpus": 64, "num_gpus": "${trainer.n_gpus_per_node}"}},
 }
 
 _GPU: dict[str, Any] = {
