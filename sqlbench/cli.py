@@ -308,6 +308,8 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as end:
         if end.code == 130:
             _say("interrupted; for eval, train, ablate and notebooks the same command goes on where it stopped")
+            sys.stdout.flush()
+            os._exit(130)  # without waiting for threads: a batch of answers takes seconds
         raise
     except SqlbenchError as error:
         if debug:
