@@ -498,6 +498,11 @@ class _Run:
         config = self.config.copy()
         with open_dict(config):
             config.trainer.val_before_train = validate
+            ray = config.ray_kwargs.ray_init
+            if ray.get("address") != "local":  # a cluster has its own resources, and not this process's environment
+                for name in ("num_cpus", "num_gpus", "include_dashboard"):
+                    ray.pop(name, None)
+                ray.runtime_env = {"env_vars": self.profile.environment}
         OmegaConf.save(config, self._config_file())
         return self._config_file()
 

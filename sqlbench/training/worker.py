@@ -48,7 +48,7 @@ def main(config_file: str, parent: int, folder: str) -> None:
     options = config.ray_kwargs.ray_init
     if options.get("address") == "local":
         options["_temp_dir"] = folder
-    if config.trainer.device != "cpu":
+    if config.trainer.device != "cpu" or options.get("address") != "local":  # a cluster starts its own workers
         _drive(config)
         return
     os.environ.update(BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
