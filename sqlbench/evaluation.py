@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import time
 from collections import Counter, defaultdict, deque
@@ -20,12 +21,13 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from sqlbench.agent.graph import failure
 from sqlbench.agent.prompts import Prompts, prompts_for
 from sqlbench.agent.trajectory import Record, Trajectory
 from sqlbench.config import EvalConfig, RolloutConfig
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import cached_database
-from sqlbench.errors import DataError, ModelError
+from sqlbench.errors import DatabaseError, DataError, ModelError
 from sqlbench.models import open_model
 from sqlbench.models.base import ChatModel
 from sqlbench.rollout import failed_rollout, rollout
@@ -256,7 +258,7 @@ def summarise(
         tokens={"all": _tokens([])} | {agent: _tokens(some) for agent, some in calls.items()},
         reasons=_tally(reasons),
         query_errors=_tally(query_errors),
-        components={name: sum(values) / len(values) for name, values in sorted(parts.items())},
+        components={name: _mean(values) for name, values in sorted(parts.items())},
         seconds=seconds,
     )
 
@@ -326,6 +328,9 @@ async def _run(
                 record = failed_rollout(task, "database", error)
             else:
                 record = await rollout(task, database, model, prompts, config)
+                if record.reason == "gold_error":  # it ran when the data set was audited
+                    problem = DatabaseError(f"the gold query of a scorable task fails; was {database.target} changed?")
+                    record = record.model_copy(update={"error": failure("reward", problem)})
             folder.append(TRAJECTORIES, record)
             recent.append(record.error or "")
             if record.reward is not None:
@@ -426,7 +431,7 @@ def _tally(counts: Counter[str]) -> dict[str, int]:
 
 def _mean(values: Sequence[float | int | None]) -> float | None:
     known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
+    return math.fsum(known) / len(known) if known else None  # exact, so the order of the rollouts does not matter
 
 
 def _number(value: float | None) -> str:

@@ -198,7 +198,7 @@ class _SqliteConnection:
             "query_only=on",
             "trusted_schema=off",
             "cache_size=-1024",
-            f"mmap_size={1 << 30}",
+            "mmap_size=0",  # a file that is cut while it is mapped ends the process (SIGBUS)
         ):
             raw.execute(f"PRAGMA {pragma}").fetchall()
         raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
@@ -347,6 +347,8 @@ class Database:
                     result = QueryResult("too_large", error=error)
                     break
                 time.sleep(0.03)
+        if result.status == "error" and self._is_file and self.identity() != self._seen:
+            raise DatabaseError(f"database {self.target} was changed while it was read: {result.error}")
         result.seconds = time.perf_counter() - start
         return result
 
