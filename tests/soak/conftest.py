@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 
@@ -63,6 +72,86 @@ def trials() -> int:
 def seed() -> int:
     """Seed of all random moments and inputs."""
     return int(os.environ.get("SOAK_SEED", "1"))
+
+
+class Stage:
+    """A place of its own for `sqlbench` commands: whatever they start or leave behind is found by its temporary folder.
+
+    Its path is short, because Ray puts sockets below it.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.results = home, home / "results"
+        self.temporary, self.log = home / "t", home / "log"
+        self.temporary.mkdir()
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[bytes]:
+        """Start a command as a shell does: it leads a process group."""
+        caches = {"JUPYTER_RUNTIME_DIR": "jupyter", "IPYTHONDIR": "ip", "TORCHINDUCTOR_CACHE_DIR": "torch"}
+        names = {"TMPDIR": self.temporary} | {name: self.home / folder for name, folder in caches.items()}
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [Path(sys.executable).with_name("sqlbench"), *map(str, arguments)],
+                cwd=self.home,
+                env=os.environ | {name: str(path) for name, path in names.items()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def run(self, *arguments: str | Path, timeout: float = 900) -> int:
+        """Run a command to its end; its exit status."""
+        return self.start(*arguments).wait(timeout)
+
+    def last(self, lines: int = 1) -> str:
+        """The last lines that commands wrote."""
+        text = self.log.read_text(errors="replace").replace("\r", "\n")
+        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that still runs of what was started here."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("TMPDIR", "").startswith(str(self.temporary)):
+                    found.append(process)
+        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def kill(self, process: subprocess.Popen[bytes], everything: bool) -> None:
+        """Kill -9 a command: alone, or together with all that it started."""
+        others = self.processes() if everything else []
+        process.send_signal(signal.SIGKILL)
+        for other in others:
+            with suppress(psutil.Error):
+                other.kill()
+        process.wait()
+
+    def settled(self, seconds: float = 30) -> list[str]:
+        """Wait until nothing runs any more; what still does, and what lies in the temporary folder."""
+        deadline = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        lines = []
+        for process in left:
+            with suppress(psutil.Error):
+                lines.append(" ".join(process.cmdline())[:150])
+        return [*lines, *(path.name for path in self.temporary.iterdir())]
+
+    def end(self) -> None:
+        """End what still runs and remove everything."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    """A place for commands that are killed."""
+    stage = Stage(Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp")))
+    yield stage
+    stage.end()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
