@@ -105,9 +105,10 @@ def build_tokenizer(texts: list[str], vocabulary: int) -> Any:
             decoders.Fuse(),
             undo("_ ", "_"),
             undo("( ", "("),
-            undo(Regex(r"\. (?=[A-Za-z])"), "."),
-            undo(Regex(r"(?<=[ (])' (?=\S)"), "'"),
-            undo(Regex(r"% (?=[A-Za-z])"), "%"),
+            # Also at the end: servers decode token by token, and what they have sent cannot be taken back.
+            undo(Regex(r"\. (?=[A-Za-z]|$)"), "."),
+            undo(Regex(r"(?<=[ (])' (?=\S|$)"), "'"),
+            undo(Regex(r"% (?=[A-Za-z]|$)"), "%"),
         ]
     )
     trainer = trainers.BpeTrainer(
