@@ -38,8 +38,8 @@ class EndpointChatModel:
         self.name = f"openai:{model}"
         self.family = "chat"
         self.model = model
-        address = os.environ.get("OPENAI_BASE_URL") or None
-        self._key = os.environ.get("OPENAI_API_KEY") or None
+        address = os.environ.get("OPENAI_BASE_URL", "").strip() or None
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip() or None
         if not (address or self._key):
             raise ModelError(
                 f"cannot use {self.name}: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own "
@@ -142,8 +142,9 @@ class EndpointChatModel:
                 "cannot read OPENAI_BASE_URL: in its password write @ as %40, / as %2F, % as %25 and so on"
             )
         if user is not None:
-            pair = f"{unquote(user)}:{unquote(password or '')}"
-            self._headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+            pair = base64.b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()
+            self._headers["Authorization"] = f"Basic {pair}"
+            self._secrets.add(pair)
         self._query.update(parse_qsl(parts.query))
         self._secrets |= {user or "", password or "", unquote(password or ""), *self._query.values()}
         return parts._replace(netloc=host, query="", fragment="").geturl()

@@ -262,6 +262,9 @@ class ChatView(w.VBox):
 
     def connect(self, target: str) -> None:
         """Connect a database of the user's own."""
+        from sqlbench.database.postgres import without_password
+
+        self._target.value = without_password(target)  # a saved notebook keeps what stands in fields
         self._say("connecting ...")
         self._in_background(self._connect_to(target))
 
