@@ -1,0 +1,192 @@
+"""A real training with all that can go wrong in a rollout, on one rank and on two: what was sampled is what is trained.
+
+Half of the prompts are over the limit, a third of the answers is cut, all sub-agents are trained, and rewards are drawn
+by coin, so that groups divide whatever the policy answers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recorder
+import torch
+
+from sqlbench.agent.trajectory import Trajectory
+from sqlbench.data.tasks import DataSet
+from sqlbench.models.local import LocalEngine
+from sqlbench.runs import RunFolder
+from sqlbench.training.launch import latest_checkpoint, train
+from sqlbench.training.metrics import read_rows
+
+pytestmark = pytest.mark.training
+
+MICRO, STEPS, MOST_PROMPT, MOST_RESPONSE = 4, (1, 2), 190, 20
+OVERRIDES = (
+    "data.train_batch_size=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={MICRO}",
+    f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={MICRO}",
+    "actor_rollout_ref.rollout.n=4",
+    f"data.max_prompt_length={MOST_PROMPT}",
+    f"data.max_response_length={MOST_RESPONSE}",
+    "sqlbench.trained_agents=write|rewrite|check",
+    "sqlbench.max_failed_share=0.9",
+    "sqlbench.validation_tasks=1",
+    "trainer.total_training_steps=2",
+    "trainer.save_freq=2",
+    "trainer.test_freq=-1",
+    "trainer.val_before_train=False",
+    *recorder.OVERRIDES,
+)
+
+
+@dataclass
+class Ranks:
+    """A finished training."""
+
+    ranks: int
+    folder: Path
+    record: Path
+    metrics: dict[int, dict[str, float]]
+    rollouts: list[Trajectory]
+
+    def sampled(self, step: int) -> dict[str, Any]:
+        """Rows as the trainer took them from the buffer."""
+        return torch.load(self.record / f"sampled-{step}")
+
+    def trained(self, step: int) -> list[dict[str, torch.Tensor]]:
+        """Rows of all loss calls of a step, padding included, from all ranks."""
+        calls = {
+            s: int(self.metrics[s]["sqlbench/rows_updated"] + self.metrics[s]["sqlbench/rows_padding"])
+            // (MICRO * self.ranks)
+            for s in STEPS
+        }
+        first = sum(calls[s] for s in STEPS if s < step)
+        assert len(list(self.record.glob("loss-*"))) == self.ranks * sum(calls.values()), "one optimizer step a batch"
+        loaded = [
+            torch.load(self.record / f"loss-{rank}-{number}")
+            for rank in range(self.ranks)
+            for number in range(first, first + calls[step])
+        ]
+        return [{name: t[row] for name, t in call.items()} for call in loaded for row in range(MICRO)]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def run(request: pytest.FixtureRequest, trainings: dict[int, Ranks]) -> Ranks:
+    return trainings[request.param]
+
+
+@pytest.fixture(scope="module")
+def trainings(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Ranks]:
+    """The same training on one and on two ranks."""
+    done, results = {}, tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(recorder.__file__).parent))
+        for ranks in (1, 2):
+            record = tmp_path_factory.mktemp(f"record{ranks}")
+            patch.setenv(recorder.FOLDER, str(record))
+            folder = train(
+                "laptop",
+                f"ranks{ranks}",
+                pocket.root,
+                overrides=[*OVERRIDES, f"trainer.n_gpus_per_node={ranks}"],
+                results=results,
+                random_reward=True,
+            )
+            done[ranks] = Ranks(
+                ranks, folder, record, read_rows(folder / "metrics.jsonl"), list(RunFolder(folder).trajectories())
+            )
+    return done
+
+
+def test_two_ranks_sample_the_same_and_give_the_same_losses_and_gradients(trainings: dict[int, Ranks]) -> None:
+    """Tolerance: 1e-5 relative (measured: 1e-6); the sums of the two are rounded differently."""
+    one, two = trainings[1], trainings[2]
+    for step in STEPS:
+        assert sorted(one.sampled(step)["input_ids"]) == sorted(two.sampled(step)["input_ids"])
+        for name in ("actor/pg_loss", "actor/loss", "actor/grad_norm", "actor/entropy"):
+            assert one.metrics[step][name] == pytest.approx(two.metrics[step][name], rel=1e-5, abs=1e-7), name
+        for name in ("rows", "rows_updated", "failed_rollouts", "zero_variance_groups", "truncated_share"):
+            assert one.metrics[step][f"sqlbench/{name}"] == two.metrics[step][f"sqlbench/{name}"], name
+    assert any(abs(one.metrics[step]["actor/pg_loss"]) > 1e-3 for step in STEPS), "nothing was compared"
+    weights = [LocalEngine(latest_checkpoint(run.folder)).model.state_dict() for run in (one, two)]
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], rtol=0, atol=1e-5), name
+
+
+def test_what_was_sampled_is_what_the_trainer_gets_bit_by_bit(run: Ranks) -> None:
+    for step in STEPS:
+        rows = run.sampled(step)
+        assert recorder.handed_over(rows) == recorder.on_record(run.rollouts, step, "write|rewrite|check")
+        for prompt, response, ids in zip(rows["prompts"], rows["responses"], rows["input_ids"], strict=True):
+            assert ids == prompt + response and len(prompt) <= MOST_PROMPT and len(response) <= MOST_RESPONSE
+        assert rows["loss_mask"] == rows["response_mask"] == [[1] * len(r) for r in rows["responses"]]
+        assert run.metrics[step]["sqlbench/rows"] == len(rows["keys"])
+    assert any(t.agent == "check" for record in run.rollouts for t in record.transitions), "no check was trained"
+
+
+def expected_updates(rows: dict[str, Any]) -> list[tuple[float, list[float]]]:
+    """Advantage and log-probabilities of each row of the groups that divide."""
+    rewards: dict[str, dict[str, float]] = defaultdict(dict)
+    for key, scores in zip(rows["keys"], rows["rm_scores"], strict=True):
+        group, sample, _ = key.split("_")
+        assert not any(scores[:-1])
+        rewards[group][sample] = scores[-1]
+    found = []
+    for key, log_probs in zip(rows["keys"], rows["rollout_log_probs"], strict=True):
+        group, sample, _ = key.split("_")
+        values = torch.tensor(list(rewards[group].values()))
+        if len(set(values.tolist())) > 1:
+            found.append((float((rewards[group][sample] - values.mean()) / values.std()), log_probs))
+    return found
+
+
+def test_the_groups_that_divide_are_trained_on_with_their_rollouts_advantage(run: Ranks) -> None:
+    """Each row once, its tokens only, as likely to the trainer as to the engine that sampled them; the loss by hand."""
+    for step in STEPS:
+        expected, loss, tokens = expected_updates(run.sampled(step)), 0.0, 0
+        assert expected, "no group divides: the test proves nothing"
+        assert run.metrics[step]["sqlbench/rows_updated"] == len(expected)
+        for row in run.trained(step):
+            mask = row["response_mask"].bool()
+            count = int(mask.sum())
+            if not count:
+                assert not row["advantages"].any()
+                continue
+            assert mask[:count].all(), "a hole in the mask"
+            same = [
+                (advantage, sampled)
+                for advantage, sampled in expected
+                if len(sampled) == count
+                and row["advantages"][:count].tolist() == pytest.approx([advantage] * count, rel=1e-4)
+                and row["log_prob"][:count].tolist() == pytest.approx(sampled, abs=1e-4)
+                and row["old_log_prob"][:count].tolist() == pytest.approx(sampled, abs=1e-4)
+            ]
+            assert same, "a row that no rollout on record explains"
+            expected.remove(same[0])
+            ratio = (row["log_prob"] - row["old_log_prob"])[:count].exp()
+            loss, tokens = loss - same[0][0] * float(ratio.sum()), tokens + count
+        assert not expected, "rows that were never trained on"
+        assert run.metrics[step]["actor/pg_loss"] == pytest.approx(loss / tokens, abs=1e-5)
+
+
+def test_overlong_prompts_and_cut_answers_are_counted(run: Ranks) -> None:
+    """A prompt over the limit fails its rollout, which is counted and not trained on; a cut answer is scored."""
+    seen = [0, 0]
+    for step in STEPS:
+        here = [r for r in run.rollouts if r.step == step]
+        calls = [t.completion for r in here if not r.failed for t in r.transitions]
+        failed, cut = [r for r in here if r.failed], [c for c in calls if c.finish_reason == "length"]
+        assert all("PromptTooLongError" in (r.error or "") and r.reward is None for r in failed)
+        assert all(c.response_tokens == MOST_RESPONSE for c in cut)
+        metrics = run.metrics[step]
+        assert metrics["sqlbench/rollouts"] == len(here) == 16
+        assert metrics["sqlbench/failed_rollouts"] == metrics["sqlbench/overlong_prompts"] == len(failed)
+        assert metrics["sqlbench/truncated_share"] == pytest.approx(len(cut) / len(calls))
+        assert metrics["actor/rollout_probs_gap"] < 1e-4
+        seen = [seen[0] + len(failed), seen[1] + len(cut)]
+    assert all(seen), "nothing was over a limit"
