@@ -18,7 +18,7 @@ import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -31,7 +31,7 @@ from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evaluation import evaluate
 from sqlbench.grid import GRIDS, Cell, Grid, slug
 from sqlbench.profiles import PROFILES
-from sqlbench.runs import RunFolder, differences
+from sqlbench.runs import RunFolder, differences, lock
 from sqlbench.tables import (
     CELL,
     CellResult,
@@ -95,7 +95,10 @@ def ablate(
     elif dry_run and grid == "seed":
         print(*(table.to_string(index=False) for table in seed_comparison(bench.folder)), sep="\n\n", end="\n\n")
     elif not dry_run:
-        failed = _run_cells(cells, chosen, bench, parallel)
+        with ExitStack() as locks:
+            for cell in cells:
+                locks.enter_context(lock(bench.cell(cell)))
+            failed = _run_cells(cells, chosen, bench, parallel)
         if any(bench.state(cell) == "finished" for cell in cells):
             write_tables(bench.folder)
             if grid == "seed":
@@ -218,7 +221,9 @@ def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:
         rollout_percent=times["rollout"],
         update_percent=times["update"],
     )
-    (place / CELL).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    new = place / f".{CELL}.new"
+    new.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    new.replace(place / CELL)
     return result
 
 

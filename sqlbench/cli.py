@@ -7,6 +7,7 @@ shows tracebacks instead. Heavy libraries are imported by the command that needs
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -40,6 +41,8 @@ Track = Annotated[str | None, typer.Option(help="Send metrics to wandb, mlflow o
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what the run folder holds.")]
 POCKET = Path("data/pocket")
 RESULTS = Path("results")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""A disk on which nothing can be written, for one reason or another."""
 
 
 @data_app.command("pocket")
@@ -319,6 +322,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in FULL:
+            where = f"{error.filename or 'a file'}: {error.strerror}"
+            _say(f"error: cannot write {where}; see to it and give the same command again: what is written is kept")
+            sys.exit(1)
         with tempfile.NamedTemporaryFile("w", prefix="sqlbench-error-", suffix=".log", delete=False) as file:
             traceback.print_exc(file=file)
         _say(f"internal error: {type(error).__name__}: {error} (traceback in {file.name}; please report it)")

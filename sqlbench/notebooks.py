@@ -28,7 +28,7 @@ import nbformat
 
 from sqlbench.checks import versions
 from sqlbench.errors import DataError, NotebookError
-from sqlbench.runs import METRICS, TRAJECTORIES
+from sqlbench.runs import METRICS, TRAJECTORIES, lock
 from sqlbench.training.metrics import read_rows
 
 Value = str | int | float | bool | None | list | dict
@@ -241,13 +241,22 @@ def run_notebooks(
             f"cannot write the results folder {base}: {error.strerror}; choose another with --results"
         ) from error
     done: list[Executed] = []
-    for number, (path, values) in enumerate(plan, 1):
-        partial = base / "notebooks" / f"{path.stem}.partial.ipynb"
-        report = _Reporter(f"[{number}/{len(plan)}] {path.stem}", base, partial)
-        # A notebook reads what the ones before it left: once one has run, those after it run too.
-        stale = force or any(not e.skipped for e in done)
-        done.append(run_notebook(path, base / "notebooks" / path.name, values, force=stale, report=report))
+    newest = ""
+    with lock(base / "notebooks"):
+        for number, (path, values) in enumerate(plan, 1):
+            output, partial = base / "notebooks" / path.name, base / "notebooks" / f"{path.stem}.partial.ipynb"
+            report = _Reporter(f"[{number}/{len(plan)}] {path.stem}", base, partial)
+            # A notebook reads what the ones before it left: once one has run, in this call or in one that was killed
+            # after it, those after it run too.
+            stale = force or any(not e.skipped for e in done) or _started(output) < newest
+            done.append(run_notebook(path, output, values, force=stale, report=report))
+            newest = max(newest, _started(output))
     return NotebookRun(base, done)
+
+
+def _started(output: Path) -> str:
+    """When the run began that left an executed notebook; empty where there is none."""
+    return str(_read(output).metadata.get("sqlbench", {}).get("started", "")) if output.is_file() else ""
 
 
 def _select(folder: Path, only: list[str]) -> list[Path]:

@@ -75,16 +75,7 @@ class RunFolder:
                 `overwrite` is not set), or it was started with another config.
         """
         wanted = json.loads(_dump(config))
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.root / ".lock", "a+")  # noqa: SIM115
-        except OSError as error:
-            raise RunError(f"cannot write the run folder {self.root}: {error.strerror}; choose another") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.close()
-            raise RunError(f"another process is writing the run {self.root}; wait or choose another name") from error
+        self._lock = lock(self.root)
         try:
             self._claim(wanted, overwrite)
         except BaseException:
@@ -156,6 +147,25 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise _cannot_write(self.root / name, error) from error
+
+
+def lock(folder: Path) -> IO[str]:
+    """Take a folder, made where it is missing, for writing; to give it back, close the result or end the process.
+
+    Raises:
+        RunError: it cannot be written, or another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise RunError(f"cannot write the run folder {folder}: {error.strerror}; choose another") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise RunError(f"another process is writing the run {folder}; wait or choose another name") from error
+    return file
 
 
 def append_line(path: Path, record: BaseModel | dict[str, Any]) -> None:
