@@ -510,7 +510,7 @@ class _Run:
         """Run verl, showing its progress; returns when it ended well."""
         self._log().parent.mkdir(exist_ok=True)
         _clear_abandoned()
-        ray_folder = Path(tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-"))
+        ray_folder = Path(tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-", dir=_temporary()))
         environment = _environment(self.profile, self._attempt(), self.folder)
         environment["TMPDIR"] = str(ray_folder)  # verl leaves a file there for every checkpoint
         if self.config.ray_kwargs.ray_init.get("address") == "local":
@@ -630,9 +630,15 @@ def _clear(ray_folder: Path) -> None:
     shutil.rmtree(ray_folder, ignore_errors=True)
 
 
+def _temporary() -> Path:
+    """Where Ray's folders lie: not below a long TMPDIR, for the name of a socket has 107 characters at most."""
+    usual = Path(tempfile.gettempdir())
+    return usual if len(str(usual)) <= 14 else Path("/tmp")
+
+
 def _clear_abandoned() -> None:
     """Clear the folders of trainings whose launching process is gone."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{RAY_FOLDER}*"):
+    for folder in _temporary().glob(f"{RAY_FOLDER}*"):
         owner = folder.name.removeprefix(RAY_FOLDER).split("-")[0]
         if owner.isdigit() and not _was_running(int(owner), folder.stat().st_mtime):
             _clear(folder)

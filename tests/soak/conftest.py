@@ -75,15 +75,11 @@ def seed() -> int:
 
 
 class Stage:
-    """A place of its own for `sqlbench` commands: whatever they start or leave behind is found by its temporary folder.
+    """A place of its own for `sqlbench` commands: what they start or leave behind is found by its temporary folder."""
 
-    Its path is short, because Ray puts sockets below it.
-    """
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.results = home, home / "results"
-        self.temporary, self.log = home / "t", home / "log"
-        self.temporary.mkdir()
+    def __init__(self, home: Path, temporary: Path) -> None:
+        self.home, self.temporary = home, temporary
+        self.results, self.log = home / "results", home / "log"
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[bytes]:
         """Start a command as a shell does: it leads a process group."""
@@ -143,13 +139,14 @@ class Stage:
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
-        shutil.rmtree(self.home, ignore_errors=True)
+        for folder in (self.home, self.temporary):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
-    """A place for commands that are killed."""
-    stage = Stage(Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp")))
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    """A place for commands that are killed; its temporary folder has a short name, because Ray puts sockets below."""
+    stage = Stage(tmp_path, Path(tempfile.mkdtemp(prefix="s", dir="/tmp")))
     yield stage
     stage.end()
 
