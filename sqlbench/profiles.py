@@ -196,6 +196,7 @@ PROFILES = {
             "TQ_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "RAY_prestart_worker_first_driver": "0",
+            "RAY_raylet_start_wait_time_s": "300",  # 60 is not enough on a busy laptop
         },
     ),
     "gpu": Profile(
