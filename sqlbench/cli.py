@@ -263,6 +263,21 @@ def env(
     serve(data, port, host, split, model)
 
 
+@app.command("serve")
+def serve_(
+    model: Annotated[str, typer.Option(help="nano, a checkpoint folder, or the folder of a training run.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    engine: Annotated[
+        str | None, typer.Option(help="vllm or transformers; vllm by default where it is installed.")
+    ] = None,
+) -> None:
+    """Serve a policy to any OpenAI client."""
+    from sqlbench.serve import serve
+
+    serve(model, port, host, engine)
+
+
 @app.command("chat")
 def chat(
     data: Data = POCKET,
