@@ -182,8 +182,12 @@ class Evolution:
         self.folder = Path(folder) / f"{prompts.family}-{_digest(*sorted(prompts.components.items()))}"
         self._steps: list[_Step] = _read(self.folder / "history.jsonl", _Step)
         if not self._steps:
-            first = Generation(number=0, components=prompts.components)
-            self._add(_Step(seen=len(self.store.all()), generation=first))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(wait=True):  # other pages of the chat may be opening, too
+                self._steps = _read(self.folder / "history.jsonl", _Step)
+                if not self._steps:
+                    first = Generation(number=0, components=prompts.components)
+                    self._add(_Step(seen=len(self.store.all()), generation=first))
 
     @property
     def history(self) -> list[Generation]:
@@ -382,10 +386,10 @@ class Evolution:
         self._steps.append(step)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, wait: bool = False) -> Iterator[None]:
         with open(self.folder / ".lock", "a") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
                 raise RunError(f"the prompts in {self.folder} are evolving right now; wait for it to end") from error
             yield
@@ -537,6 +541,7 @@ def _append(path: Path, record: Record) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: what another page writes is no torn line
             file.seek(0)
             text = file.read()
             file.truncate(text.rfind(b"\n") + 1)  # of a line that a crash tore

@@ -7,6 +7,7 @@ prompt. The bandit learns from an answer once: at once where its last query fail
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -294,9 +295,14 @@ class ChatSession:
         classes = [failure_class(e) for e in exchange.state["executions"]]
         if len(exchange.choices) == len(classes):  # the first query, too, followed a choice: it was a retry
             classes = [exchange.choices[0][0].error_class, *classes]
-        for (situation, strategy), reward in zip(exchange.choices, shaped(classes, solved)[1:], strict=True):
-            self.bandit.learn(situation, strategy, reward)
-        self.bandit.save(self._saved)
+        with open(self.folder / ".bandit.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            bandit = self._bandit()  # with what other pages of the chat learned meanwhile
+            bandit.choices = max(bandit.choices, self.bandit.choices)
+            for (situation, strategy), reward in zip(exchange.choices, shaped(classes, solved)[1:], strict=True):
+                bandit.learn(situation, strategy, reward)
+            bandit.save(self._saved)
+        self.bandit = bandit
 
     def learned_html(self) -> Markup:
         """What the bandit has learned: by failure class and strategy, how often and with which mean reward."""

@@ -29,7 +29,7 @@ from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.repair import LinUCBRepair
 from sqlbench.connection import connect
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.database.engine import Limits, cached_database
+from sqlbench.database.engine import cached_database
 from sqlbench.environment import SqlAction, SqlEnvClient
 from sqlbench.evolve import FeedbackStore
 from sqlbench.models import open_model
@@ -53,7 +53,7 @@ def note(figures) -> Callable[[str, str], None]:
 
 
 class Model(BaseHTTPRequestHandler):
-    """Answers at once: a query that repeats the number in the question, wrong at first, which the review calls right."""
+    """Answers at once: a query with the number in the question, one that fails at first; the review likes all."""
 
     protocol_version = "HTTP/1.1"
 
@@ -61,7 +61,7 @@ class Model(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         system, user = (m["content"] for m in request["messages"])
         number = re.search(r"#(\d+)", user)[1]
-        text = f"SELECT {number}{' nonsense' * ('senior' in system and 'An earlier' not in system)}"
+        text = f"SELECT {'nonsense' * ('senior' in system and 'An earlier' not in system)}{number}"
         if "You review" in system or system.startswith("check"):
             text = "THE QUERY IS CORRECT"
         kind = "delta" if request.get("stream") else "message"
@@ -156,7 +156,7 @@ def test_50_episodes_at_once_do_not_mix_and_memory_is_bounded(pocket: DataSet, m
         asyncio.run(all_of_them(found[0], process))
     assert "Traceback" not in log.read_text()
     warm, most = memory[len(memory) // 4], max(memory)
-    assert len(steps) > 50 * 5 and most < 1.2 * warm + 20
+    assert len(steps) >= 50 * 5 and most < 1.2 * warm + 20
     note("environment, 50 episodes for 60 s", f"{len(steps):,} steps, none mixed up, p99 {1000 * p99(steps):.0f} ms")
     note("memory of its server after 15 s, and at most", f"{warm:.0f} MB, {most:.0f} MB")
 
@@ -181,10 +181,7 @@ def test_5_chats_on_one_folder_keep_apart_and_lose_nothing(model, tmp_path, note
                 transcript, began = Transcript(f"what is #{mark}?", shop.name), time.perf_counter()
                 exchange = await session.ask(transcript.question, shop, transcript)
                 waited.append(time.perf_counter() - began)
-                assert [sql for sql, _ in exchange.history] == [
-                    f"SELECT {mark} nonsense nonsense"[:-9],
-                    f"SELECT {mark}",
-                ]
+                assert [sql for sql, _ in exchange.history] == [f"SELECT nonsense{mark}", f"SELECT {mark}"]
                 assert exchange.state["executions"][-1].rows == [[mark]] and f"SELECT {mark}" in transcript.html()
                 session.judge(exchange, right=i % 2 == 0)
 
@@ -214,20 +211,9 @@ def test_memory_stays_flat_over_a_long_evaluation(model, tmp_path, note):
     (root / "dataset.json").write_text("{}")
     memory: list[tuple[int, float]] = []
     lines, log = tmp_path / "results/laptop/run/trajectories.jsonl", tmp_path / "err"
-    arguments = [
-        "eval",
-        "--data",
-        str(root),
-        "--split",
-        "dev",
-        "--model",
-        "openai:m",
-        "--run",
-        "run",
-        "--prompts",
-        "nano",
-    ]
-    with running(*arguments, "--results", str(tmp_path / "results"), log=log) as process:
+    arguments = ["eval", "--data", str(root), "--split", "dev", "--model", "openai:m", "--run", "run"]
+    arguments += ["--prompts", "nano", "--results", str(tmp_path / "results")]
+    with running(*arguments, log=log) as process:
         done = 0
         while process.poll() is None:
             time.sleep(0.05 if not LONG else 0.5)
@@ -239,9 +225,11 @@ def test_memory_stays_flat_over_a_long_evaluation(model, tmp_path, note):
     summary = RunFolder(lines.parent).summary()
     assert (summary["rollouts"], summary["score"]["correct"], summary["failed"]) == (count, count, 0)
     warm = next(used for done, used in memory if done >= count / 5)
-    most = max(used for _, used in memory)
-    assert most < 1.1 * warm, f"{warm:.0f} MB after {count // 5} rollouts, {most:.0f} MB later"
-    note(f"evaluation of {count:,} tasks, memory after a fifth, and at most", f"{warm:.0f} MB, {most:.0f} MB")
+    most, end = max(used for done, used in memory if done < count), max(used for _, used in memory)
+    assert most < (1.1 if LONG else 1.3) * warm, f"{warm:.0f} MB after {count // 5} rollouts, {most:.0f} MB later"
+    assert end < most + 80, f"{most:.0f} MB, {end:.0f} MB for the summary"  # which brings its parser of SQL along
+    note(f"evaluation of {count:,} tasks, memory after {count // 5:,}, and at most", f"{warm:.0f} MB, {most:.0f} MB")
+    note("memory while its summary is made", f"{end:.0f} MB")
 
 
 # --- the reward -------------------------------------------------------------------------------------------------------
@@ -263,12 +251,11 @@ THREADS, ENEMIES = 64, 16
 
 def test_hostile_queries_change_no_honest_verdict_and_slow_none_down_much(pocket: DataSet, note):
     tasks = [t for t in pocket.load(SPLIT) if t.scorable][:60]
-    limits = Limits(seconds=1.0)
     pairs = [(t, pred) for t in tasks for pred in (t.gold, "SELECT 1", tasks[0].gold, "SELECT nothing FROM nowhere")]
 
     def verdict(task: Task, pred: str) -> tuple[int | None, str]:
         database = cached_database(pocket.database(task.db_id))
-        found = score(task.gold, pred, database, limits=limits)
+        found = score(task.gold, pred, database)
         return found.match, found.reason
 
     alone = [verdict(*pair) for pair in pairs]
