@@ -34,6 +34,7 @@ from sqlbench.database.engine import cached_database
 from sqlbench.errors import ModelError, PromptTooLongError
 from sqlbench.models.local import BatchedEngine, Generation, GenerationRequest, encode_chat
 from sqlbench.rollout import rollout
+from sqlbench.runs import TRAJECTORIES, append_line
 from sqlbench.training.credit import group_and_key, transition_rewards
 from sqlbench.training.local_server import server_name
 
@@ -72,8 +73,7 @@ class SqlAgentLoop(AgentLoopBase):
         record = record.model_copy(
             update={"step": int(row["global_steps"]), "validation": validation, "sample": int(row["session_id"])}
         )
-        with (Path(settings.run_folder) / "trajectories.jsonl").open("a", encoding="utf-8") as file:
-            file.write(record.model_dump_json() + "\n")
+        append_line(Path(settings.run_folder) / TRAJECTORIES, record)
         if record.failed or record.reward is None:
             return []
         rewards = [record.reward] * len(record.transitions)

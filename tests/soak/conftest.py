@@ -94,6 +94,8 @@ class Stage:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                # A background job of a shell has Ctrl-C ignored, and hands that down.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def run(self, *arguments: str | Path, timeout: float = 900) -> int:

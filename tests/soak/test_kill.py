@@ -67,7 +67,7 @@ def trained(folder: Path) -> Any:
     rewards = [(x["step"], x["data"].get("sqlbench/ex"), x["data"].get("sqlbench/val_ex")) for x in lines]
     assert [step for step, _, _ in rewards] == list(range(len(rewards)))
     policy = hashlib.sha256((folder / "policy/model.safetensors").read_bytes()).hexdigest()
-    steps = sorted(path.name for path in (folder / "checkpoints").glob("global_step_*"))
+    steps = sorted(path.parent.name for path in (folder / "checkpoints").glob("global_step_*/actor"))
     assert len(steps) <= 3, f"checkpoints that nobody needs: {steps}"
     return rollouts(folder), plain(RunFolder(folder).summary()), rewards, policy
 
@@ -79,7 +79,7 @@ def ablated(folder: Path) -> Any:
 
 
 def executed(folder: Path) -> Any:
-    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == sorted(ORDER)
+    assert sorted(path.stem for path in (folder / "notebooks").glob("*.ipynb")) == sorted(ORDER)
     cells = {path.parent.name: plain(json.loads(path.read_text())) for path in folder.glob("cells/*/cell.json")}
     return cells, {name: trained(folder / "cells" / name / "train") for name in cells}
 
