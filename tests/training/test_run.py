@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import recorder
+import torch
 
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import RunError, TrainingError
@@ -36,6 +39,7 @@ TINY = [
     "trainer.test_freq=3",
     "actor_rollout_ref.actor.policy_loss.loss_mode=per_rollout_mean",
 ]
+RECORDED = [*TINY, *recorder.OVERRIDES]
 CALL = """
 import json, sys
 from sqlbench.training.launch import train
@@ -54,12 +58,21 @@ def training_processes(owner: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def killed_and_resumed(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+def record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the training writes down what it samples."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(recorder.__file__).parent))
+        patch.setenv(recorder.FOLDER, str(tmp_path_factory.mktemp("record")))
+        yield Path(os.environ[recorder.FOLDER])
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(pocket: DataSet, record: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """Run folder, and the step at which the first attempt was killed."""
     results = tmp_path_factory.mktemp("results")
     folder = results / "laptop/run"
     saved = folder / "checkpoints/latest_checkpointed_iteration.txt"
-    arguments = [str(pocket.root), str(results), json.dumps(TINY)]
+    arguments = [str(pocket.root), str(results), json.dumps(RECORDED)]
     first = subprocess.Popen([sys.executable, "-c", CALL, *arguments], stderr=subprocess.DEVNULL)
     deadline = time.time() + 180
     while not saved.is_file() and first.poll() is None and time.time() < deadline:
@@ -72,7 +85,7 @@ def killed_and_resumed(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory
         time.sleep(0.2)
     assert not training_processes(first.pid), "processes outlive the kill of the launching process"
     step = int(saved.read_text())
-    assert train("laptop", "run", pocket.root, results=results, overrides=TINY) == folder
+    assert train("laptop", "run", pocket.root, results=results, overrides=RECORDED) == folder
     return folder, step
 
 
@@ -99,6 +112,20 @@ def test_rollouts_are_on_record_once_and_none_failed(killed_and_resumed: tuple[P
     for record in records:
         for call in (t.completion for t in record.transitions):
             assert call.response_ids and call.logprobs and len(call.response_ids) == len(call.logprobs)
+
+
+def test_only_writes_and_rewrites_reach_the_trainer_with_the_reward_on_record(
+    killed_and_resumed: tuple[Path, int], record: Path
+) -> None:
+    """Ids and log-probabilities are those on record, bit by bit; checks were made, and are not among them."""
+    records = list(RunFolder(killed_and_resumed[0]).trajectories())
+    assert any(t.agent == "check" for r in records if not r.validation for t in r.transitions)
+    for step in (1, 2, 3):
+        rows = torch.load(record / f"sampled-{step}")
+        assert recorder.handed_over(rows) == recorder.on_record(records, step, "^(write|rewrite)$")
+        scores = Counter((int(k.split("_")[1]), s[-1]) for k, s in zip(rows["keys"], rows["rm_scores"], strict=True))
+        here = [r for r in records if r.step == step and not r.validation]
+        assert scores == Counter((r.sample, r.reward) for r in here for t in r.transitions if t.agent != "check")
 
 
 def test_every_step_logs_all_that_was_promised(killed_and_resumed: tuple[Path, int]) -> None:
@@ -146,7 +173,7 @@ def test_the_policy_has_learned_weights_and_loads_as_it_is(killed_and_resumed: t
 def test_a_finished_run_is_refused(killed_and_resumed: tuple[Path, int], pocket: DataSet) -> None:
     results = killed_and_resumed[0].parents[1]
     with pytest.raises(RunError, match="is finished"):
-        train("laptop", "run", pocket.root, results=results, overrides=TINY)
+        train("laptop", "run", pocket.root, results=results, overrides=RECORDED)
 
 
 def test_too_many_failed_rollouts_stop_the_run_with_their_reason(pocket: DataSet, tmp_path: Path) -> None:
