@@ -67,11 +67,12 @@ check: $(INSTALLED)
 	@$(BIN)/mypy
 
 test: check
-	@$(BIN)/python -m pytest --durations=10 tests/unit
+	@$(BIN)/python -m pytest --durations=10 tests/unit tests/soak/test_load.py
 	@$(BIN)/python -m pytest --durations=5 tests/training tests/notebooks tests/browser
 
 # Kills, full disks, faults and load, for an hour or so; the table at the end is what docs/reliability.md quotes.
 soak: export SOAK_TRIALS ?= 20
+soak: export SQLBENCH_LONG := 1
 soak: export SOAK_OUT ?= build/soak.jsonl
 soak: $(INSTALLED)
 	@rm -f $(SOAK_OUT)
