@@ -143,7 +143,8 @@ def _run_cells(cells: list[Cell], grid: Grid, bench: Bench, parallel: int) -> di
     """Run what is not finished; one cell that fails does not stop the others. Returns what failed, by cell."""
     todo = [cell for cell in cells if bench.state(cell) != "finished"]
     failed: dict[str, SqlbenchError] = {}
-    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell") as bar:
+    have = len(cells) - len(todo)
+    with tqdm(total=len(cells), initial=have, desc="cells", unit="cell", disable=not todo) as bar:
         if parallel <= 1 or len(todo) <= 1:
             for cell in todo:
                 bar.set_postfix_str(cell.name)

@@ -118,11 +118,6 @@ def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataF
     return frame.sort_values(["change", "question"], ignore_index=True)
 
 
-def mermaid(text: str) -> Markdown:
-    """A mermaid diagram."""
-    return Markdown(f"```mermaid\n{text.strip()}\n```")
-
-
 def story(trajectory: Trajectory) -> Markdown:
     """One rollout step by step: what each sub-agent answered and what the database said."""
     verdict = {None: "could not be scored", 0.0: "wrong", 1.0: "right"}[trajectory.reward]

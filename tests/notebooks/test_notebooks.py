@@ -1,21 +1,31 @@
 """The notebooks run headless, in order, on the smallest sizes, and leave what they promise.
 
-Run alone: ``pytest tests/notebooks`` (about three minutes; verl is started twice).
+Their stored outputs, which come from a run on full sizes, are then compared by nbval with a second run over the results
+of the first, in which nothing is left to train: to the letter where nothing depends on sizes, else after what does is
+taken out. Run alone: ``pytest tests/notebooks`` (about five minutes; verl is started twice).
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from sqlbench.notebooks import ORDER, NotebookRun, read_parameters, run_notebooks
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+EXACT = ("00_overview", "01_data_prep")
+"""Nothing in them depends on what was trained, or on how long."""
 MACHINE_PATHS = [str(folder) for folder in (NOTEBOOKS.parents[1], Path.home(), tempfile.gettempdir())]
 
 
@@ -85,8 +95,50 @@ class TestSmoke:
         assert "before training" in text and "95% CI" in text
         assert str(smoke.folder / "tables") in text
 
+    @pytest.mark.parametrize("name", ORDER)
+    def test_stored_outputs_are_what_the_notebook_shows(self, smoke: NotebookRun, tmp_path: Path, name: str) -> None:
+        stored = load_notebook_node(str(NOTEBOOKS / f"{name}.ipynb"))
+        given = nbformat.read(smoke.folder / "notebooks" / f"{name}.ipynb", as_version=4).metadata.papermill.parameters
+        given.pop("questions", None)  # asking as many as the stored copy takes seconds
+        nbformat.write(parameterize_notebook(stored, given), tmp_path / f"{name}.ipynb")
+        result = nbval(tmp_path / f"{name}.ipynb", "exact" if name in EXACT else "shape")
+        assert result.returncode == 0, result.stdout[-5000:]
+
     def test_a_second_run_skips_everything(self, smoke: NotebookRun) -> None:
         results = smoke.folder.parents[2]
         data = f"data={results.parent / 'pocket'}"
         again = run_notebooks("smoke", "run", folder=NOTEBOOKS, results=results, parameters=[data])
         assert all(e.skipped for e in again.executed)
+
+
+def nbval(notebook: Path, sanitizer: str) -> subprocess.CompletedProcess[str]:
+    """Validate a notebook against the outputs it holds, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--color=no", "-q", notebook.name]
+    command += ["--nbval-sanitize-with", str(Path(__file__).with_name(f"sanitize_{sanitizer}.cfg"))]
+    command += ["-p", "no:cacheprovider", "--rootdir=."]
+    # nbval keeps what a notebook clears, so there must be no progress bars.
+    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True, env=environment, timeout=300)
+
+
+TABLE = """
+import pandas as pd
+from IPython.display import HTML, display
+display(pd.DataFrame({"questions": range(ROWS), "EX (%)": 4.5}))
+HTML("<div class='sqlbench'><style>b {}</style><h4>Flipped tasks</h4><small>ROWS from a to b</small></div>")
+"""
+
+
+@pytest.mark.notebooks
+@pytest.mark.slow
+def test_sizes_may_differ_and_nothing_else(tmp_path: Path) -> None:
+    """What nbval is worth with this sanitizer: cells hold the outputs of one table and show another."""
+    longer, shown = TABLE.replace("ROWS", "3"), TABLE.replace("ROWS", "2")
+    other = [shown.replace("EX", "accuracy"), shown.replace("Flipped", "New"), shown.replace("display(", "repr(")]
+    cells = [nbformat.v4.new_code_cell(source) for source in (longer, *other, f"{shown}print('more')")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, kernel_name="python3").execute()
+    for cell in notebook.cells:
+        cell.source = shown
+    nbformat.write(notebook, tmp_path / "some.ipynb")
+    assert nbval(tmp_path / "some.ipynb", "shape").stdout.split()[0] == ".FFFF"
