@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -338,6 +339,7 @@ def _preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[T
         )
     if settings.credit not in ("rollout", "transition"):
         raise TrainingError(f"sqlbench.credit={settings.credit} is neither 'rollout' nor 'transition'")
+    _reach(str(config.ray_kwargs.ray_init.get("address")))
     if profile.device == "cuda":
         missing = [line for line in needs(profile, config) if "NOT" in line]
         if missing:
@@ -358,6 +360,18 @@ def _preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[T
     for task in {t.db_id: t for t in tasks}.values():
         dataset.database(task.db_id)
     return tasks, validation_tasks(dataset, headline, settings.validation_tasks)
+
+
+def _reach(address: str) -> None:
+    """Refuse a Ray cluster that does not answer: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise TrainingError(
+                f"no Ray cluster answers at {address}: {error.strerror or error}; start one with 'ray start --head'"
+            ) from error
 
 
 class _Run:

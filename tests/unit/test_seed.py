@@ -119,6 +119,13 @@ def test_a_training_that_its_epochs_cannot_hold_is_refused(pocket: DataSet, tmp_
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379"])
+def test_a_cluster_that_does_not_answer_is_refused(address: str, pocket: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=f"no Ray cluster answers at {address}: .*; start one") as caught:
+        train("laptop", "r", pocket.root, results=tmp_path, overrides=[f"ray_kwargs.ray_init.address={address}"])
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 def result(cell: Cell, split: str = "dev_500") -> CellResult:
     side = Side(outcomes="1" * 300 + "0" * 200, transitions=1.5, prompt_tokens=800.0, response_tokens=30.0)
     return CellResult(
