@@ -147,5 +147,13 @@ def _local_replica() -> type:
     return LocalReplica
 
 
+def _vllm_replica() -> type:
+    from sqlbench.training.vllm_cpu import Replica
+
+    return Replica
+
+
 RolloutReplicaRegistry.register("local", _local_replica)
+if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
+    RolloutReplicaRegistry.register("vllm", _vllm_replica)
 _ROLLOUT_REGISTRY[("local", "async")] = "sqlbench.training.local_rollout.LocalAdapter"

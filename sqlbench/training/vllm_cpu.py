@@ -1,0 +1,45 @@
+"""verl's own vLLM replica on vLLM's CPU build: the path that a GPU takes, without one.
+
+One thing differs from verl's replica: the CPU build packs its linear layers for its kernels when it loads them, so new
+weights, which come by verl's own transfer, go through vLLM's reload, which packs them again, instead of straight into
+the parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import torch
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+
+class WorkerExtension(vLLMColocateWorkerExtension):
+    """Mixed into vLLM's worker."""
+
+    def update_weights_from_ipc(
+        self, peft_config: Any = None, base_sync_done: bool = False, use_shm: bool = False
+    ) -> None:
+        """Take over the trainer's weights."""
+        named: list[tuple[str, torch.Tensor]] = []
+        receiver = BucketedWeightReceiver(self._get_zmq_handle(), torch.device("cpu"), use_shm)
+        # Clones, because the sender uses its buffer again.
+        receiver.receive_weights(lambda weights, is_last: named.extend((name, t.clone()) for name, t in weights))
+        self.model_runner.reload_weights(weights_iterator=iter(named))
+
+
+class Server(vLLMHttpServer):
+    """verl's server, with our worker extension."""
+
+    def _get_worker_extension_cls(self) -> str:
+        return f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
+
+
+class Replica(vLLMReplica):
+    """verl's replica, with our server."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.server_class = ray.remote(Server)
