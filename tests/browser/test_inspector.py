@@ -1,7 +1,11 @@
-"""Notebook 07 in JupyterLab itself: run, filter, select, see the difference; and its static form without any server."""
+"""Notebooks in JupyterLab itself, run and clicked: 07's filters, selection and difference, and 06's chat.
+
+The inspector's static form needs no server.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -16,7 +20,6 @@ from sqlbench.widgets.inspector import Inspector
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-NOTEBOOK = "07_trajectory_inspector.ipynb"
 TASKS = 9
 
 
@@ -48,18 +51,37 @@ def runs(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results
 
 
+def run_notebook(lab, page, name: str, **parameters) -> None:
+    """Open a notebook with parameters in JupyterLab and run all of it."""
+    notebook = parameterize_notebook(load_notebook_node(str(lab.folder / name)), parameters)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    nbformat.write(notebook, lab.folder / name)
+    lab.open(page, name)
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+
+
+def run_again(page, source: str):
+    """Run the cell with this text again; returns its output."""
+    cell = page.locator(".jp-CodeCell", has_text=source)
+    cell.locator(".cm-content").click()
+    page.keyboard.press("Control+Enter")
+    return cell.locator(".jp-OutputArea-output")
+
+
+def assert_no_errors(page) -> None:
+    assert page.locator(".jp-mod-error, [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+
+
 def wait_for_text(page, text: str) -> None:
     page.get_by_text(text).first.wait_for()
 
 
 def test_the_inspector_filters_selects_and_shows_a_difference(lab, page, pocket, runs, picture) -> None:
-    parameters = {"data": str(pocket.root), "results": str(runs), "limit": TASKS}
-    notebook = parameterize_notebook(load_notebook_node(str(lab.folder / NOTEBOOK)), parameters)
-    nbformat.write(notebook, lab.folder / NOTEBOOK)
-    lab.open(page, NOTEBOOK)
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    run_notebook(lab, page, "07_trajectory_inspector.ipynb", data=str(pocket.root), results=str(runs), limit=TASKS)
     page.locator(".jp-OutputArea-output", has_text="no training run in this folder yet").wait_for()
-    assert page.locator(".jp-mod-error, [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert_no_errors(page)
 
     inspector = page.locator(".sqlbench-inspector").first
     inspector.get_by_label("outcome").select_option("wrong")
@@ -83,11 +105,8 @@ def test_the_inspector_filters_selects_and_shows_a_difference(lab, page, pocket,
     wait_for_text(inspector, f"0 of {TASKS} rollouts")
     inspector.get_by_label("text").fill("")
     inspector.locator("h4", has_text=rows.first.inner_text().replace("\u00a0", " ").split("  ")[-1].strip()).wait_for()
-    cell = page.locator(".jp-CodeCell", has_text="chosen = inspector.selected")
     shown = inspector.locator("h4").first.inner_text()
-    cell.locator(".cm-content").click()
-    page.keyboard.press("Control+Enter")
-    cell.locator(".jp-OutputArea-output", has_text=shown).first.wait_for()
+    run_again(page, "chosen = inspector.selected").filter(has_text=shown).first.wait_for()
 
     comparison = page.locator(".sqlbench-comparison")
     flip = comparison.locator(".sqlbench-list").first
@@ -97,6 +116,29 @@ def test_the_inspector_filters_selects_and_shows_a_difference(lab, page, pocket,
     comparison.locator("h4", has_text=question[-30:]).wait_for()
     assert comparison.locator(".card").count() == 2
     picture(comparison, "comparison")
+
+
+def test_a_question_is_asked_answered_and_judged_in_the_notebook(lab, page, pocket, tmp_path: Path, picture) -> None:
+    """The notebook asks one benchmark question itself; the second one is typed, and marked wrong with a remark."""
+    name, remark = "06_self_improving_agent.ipynb", "<b>only</b> the newest"
+    run_notebook(lab, page, name, data=str(pocket.root), results=str(tmp_path), questions=1)
+    page.locator(".jp-OutputArea-output", has_text="1 questions since the last evolution").wait_for()
+    assert_no_errors(page)
+    page.get_by_placeholder("Ask a question about this database").fill("How many customers are there?")
+    page.get_by_placeholder("Ask a question about this database").press("Enter")
+    page.get_by_role("button", name="Retry differently").nth(1).wait_for()
+    card = page.locator(".sqlbench-card").first
+    assert "How many customers are there?" in card.inner_text()
+    assert card.locator(".attempt pre").first.inner_text().startswith("SELECT")
+    card.get_by_role("button", name="Wrong").click()
+    card.get_by_placeholder("What is wrong with it?").fill(remark)
+    card.get_by_role("button", name="Send").click()
+    wait_for_text(card, f"Marked wrong: {remark}")
+    kept = [json.loads(x) for x in (tmp_path / "laptop/demo/chat/feedback.jsonl").read_text().splitlines()]
+    assert (kept[-1]["question"], kept[-1]["verdict"]) == ("How many customers are there?", "wrong")
+    assert kept[-1]["remark"] == remark
+    picture(page, "notebook_chat")
+    run_again(page, "evolution = chat.session.evolution").filter(has_text="2 questions since").wait_for()
 
 
 def test_the_static_form_is_complete_without_a_kernel(page, runs, tmp_path: Path, picture) -> None:
