@@ -245,7 +245,8 @@ def render_execution(execution: Execution, family: str, max_chars: int, schema: 
         execution: the statement's recorded result.
         family: ``nano`` gives one line in its training form, anything else a small table.
         max_chars: cut here.
-        schema: where given, an unknown table or column is answered with the closest names that exist.
+        schema: where given, an unknown table or column is answered with the closest names that exist, and a column of
+            other tables than the query's with those.
     """
     if execution.status != "ok":
         message = " ".join((execution.error or execution.status).split())
@@ -276,6 +277,9 @@ def _hint(message: str, schema: Schema | None) -> str:
         return ""
     if found[1] == "column":
         names = {column.name for table in schema.tables for column in table.columns}
+        if found[2] in names:  # it exists, only not in the tables of the query
+            tables = [table.name for table in schema.tables if found[2] in {column.name for column in table.columns}]
+            return f", {found[2]} is in {' or '.join(tables[:2])}"
     else:
         names = {table.name for table in schema.tables}
     close = difflib.get_close_matches(found[2], sorted(names), 2, 0.4)

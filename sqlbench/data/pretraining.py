@@ -144,8 +144,8 @@ class Examples:
                 fill(domain, rng)
         else:
             domain = self.inventor.domain(rng, level)
-        draft = self._draft(domain, level, late)
-        schema = self._schema_text(domain, draft.sql, 0.4 if level == 2 else 0.9)
+        draft = self.draft(domain, level, late)
+        schema = self.shown_schema(domain, draft.sql, 0.4 if level == 2 else 0.9)
         if agent == "write":
             return Example(agent, self.prompts.write(draft.question, schema, "sqlite"), draft.sql)
         connection = connect(domain)
@@ -168,14 +168,15 @@ class Examples:
         connection.close()
         return Example(agent, messages, answer)
 
-    def _draft(self, domain: Domain, level: int, late: bool = False) -> Draft:
+    def draft(self, domain: Domain, level: int, late: bool = False) -> Draft:
+        """A question of family A and its query, which is not held out."""
         while True:
             filler = self.inventor.word if self.rng.random() < self.disturbed else None
             draft = draw(domain, self.rng, "A", level=level, filler=filler, late=late)
             if not held_out(domain.name, draft.sql) or domain.name == "made_up":
                 return draft
 
-    def _schema_text(self, domain: Domain, sql: str, drop: float) -> str:
+    def shown_schema(self, domain: Domain, sql: str, drop: float) -> str:
         """The schema in declared or shuffled order, sometimes with only some of the tables that are not needed."""
         tables = list(domain.tables)
         if self.rng.random() < drop:
@@ -234,5 +235,5 @@ class Examples:
             return "".join(tokens[:i] + tokens[i + 1 :]).replace("  ", " "), "fix_syntax"
         else:  # the answer to another question
             nested = sql.count("SELECT") > 1
-            return self._draft(domain, 2).sql, "rewrite_cte" if nested else "rewrite_full"
+            return self.draft(domain, 2).sql, "rewrite_cte" if nested else "rewrite_full"
         return "".join(tokens), mend

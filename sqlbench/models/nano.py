@@ -246,7 +246,7 @@ class Muon:
                     p.grad = None
 
 
-def _loss(model: Any, batch: list) -> Any:
+def answer_loss(model: Any, batch: list) -> Any:
     """Mean cross-entropy of the answers' tokens."""
     import torch
 
@@ -325,7 +325,7 @@ def _train(out: Path, budget: float, seed: int, recipe: Recipe, threads: int, pr
         cosine = recipe.floor + (1 - recipe.floor) * 0.5 * (1 + math.cos(math.pi * done))
         rate = cosine * min(1.0, done / recipe.warmup)
         muon.lr, adam.param_groups[0]["lr"] = recipe.muon_lr * rate, recipe.adam_lr * rate
-        loss = _loss(model, batch)
+        loss = answer_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()

@@ -76,6 +76,8 @@ def test_the_last_verdict_wins_and_none_means_incorrect(answer, correct):
         ({"n_rows": 1, "rows": [[3]]}, "1 rows: 3"),
         ({"n_rows": 40, "rows": [["a" * 30, None, 1.5, "z"]]}, f"40 rows: {'a' * 20}, NULL, 1.5"),
         ({"status": "error", "error": "no such column: T1.nam"}, "error: no such column: T1.nam, use name"),
+        ({"status": "error", "error": "no such column: T1.capacity"},
+         "error: no such column: T1.capacity, capacity is in stadium"),
         ({"status": "error", "error": "no such table: stadiums"}, "error: no such table: stadiums, use stadium"),
         ({"status": "error", "error": 'column "capacty" does not exist'},
          'error: column "capacty" does not exist, use capacity'),

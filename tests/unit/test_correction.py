@@ -1,0 +1,49 @@
+"""Self-correction is measured on rollouts whose every verdict is known beforehand."""
+
+import pytest
+
+from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
+from sqlbench.correction import correction, row
+from sqlbench.data.tasks import DataSet, Task
+
+RIGHT, WRONG = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
+OTHER, BROKEN = "SELECT 'no such answer'", "SELECT nothing FROM nowhere"
+
+
+def record(task: Task, queries: list[str], verdicts: list[str]) -> Trajectory:
+    """A rollout that wrote these queries and checked the first of them as said."""
+    calls = [("write" if turn == 1 else "rewrite", turn, sql) for turn, sql in enumerate(queries, 1)]
+    calls += [("check", turn, verdict) for turn, verdict in enumerate(verdicts, 1)]
+    return Trajectory(
+        task_key=task.key, task_id=task.task_id, db_id=task.db_id, question=task.question, gold=task.gold,
+        transitions=[Transition(agent=a, turn=t, messages=[], completion=Completion(text=x)) for a, t, x in calls],
+        executions=[
+            Execution(turn=turn, sql=sql, status="error" if sql == BROKEN else "ok")
+            for turn, sql in enumerate(queries, 1)
+        ],
+        pred=queries[-1], reward=float(queries[-1] == task.gold),
+    )  # fmt: skip
+
+
+def test_known_rollouts(pocket: DataSet) -> None:
+    task = next(t for t in pocket.load("train") if t.scorable)
+    rollouts = [
+        record(task, [task.gold], [RIGHT]),
+        record(task, [OTHER, task.gold], [WRONG]),  # mended
+        record(task, [task.gold, OTHER], [WRONG]),  # spoilt: the check was wrong
+        record(task, [OTHER], [RIGHT]),  # missed: it ran
+        record(task, [BROKEN, BROKEN, task.gold], [WRONG, WRONG]),  # repeated, then mended
+        record(task, [BROKEN], []).model_copy(update={"reward": None, "error": "model: Timeout: gone"}),
+    ]
+    found = correction(rollouts, pocket.root)
+    assert (found.tasks, found.first, found.last) == (5, 2 / 5, 3 / 5)
+    assert (found.flagged, found.precision) == (4, 3 / 4)
+    assert (found.recall, found.recall_ran) == (3 / 4, 1 / 2)
+    assert (found.mended, found.spoilt, found.repeated, found.rewrites) == (2, 1, 1, 4)
+    assert found.transitions == pytest.approx((2 + 3 + 3 + 2 + 5) / 5)
+    assert found.gain_low <= 0.2 <= found.gain_high and found.p == 1.0  # two gained, one lost
+    assert row(found)["Gain"] == 20.0 and row(found)["Mended / spoilt"] == "2 / 1"
+
+
+def test_nothing_to_judge(pocket: DataSet) -> None:
+    assert correction([], pocket.root).tasks == 0
