@@ -45,8 +45,8 @@ SQLBENCH = {
 """Settings of ours that both profiles start from.
 
 trained_agents: regular expression over sub-agent names; ``write`` finds ``rewrite`` too.
-credit: what a transition is rewarded for: ``rollout``, the match of the rollout's last query, or ``transition``, what it
-did itself (`sqlbench.training.credit`).
+credit: what a transition is rewarded for: ``rollout``, the match of the rollout's last query, or ``transition``, what
+it did itself (`sqlbench.training.credit`).
 max_failed_share: of the rollouts of a step; the run stops above it.
 drop_useless_groups: leave groups whose rewards are all equal out of the update (their advantage is 0).
 seed_sampling: give every model call its own seed, so that a run repeats; vLLM is slower with it.
