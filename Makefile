@@ -101,10 +101,14 @@ soak: $(INSTALLED)
 lab: $(INSTALLED)
 	@$(BIN)/jupyter lab notebooks
 
-# The pairs are rows of db_id, gold, pred over a Spider release, as `sqlbench score` reads them.
-bench: $(INSTALLED)
-	@test -n "$(SPIDER)" -a -n "$(PAIRS)" || { echo "error: name the data: make bench SPIDER=<release folder> PAIRS=<pairs.jsonl>" >&2; exit 1; }
-	@$(BIN)/python benchmarks/reward.py --data $(SPIDER) --pairs $(PAIRS)
+# A rollout and a training step need the pocket data set only; a verdict needs pairs, rows of db_id, gold, pred over a
+# Spider release, as `sqlbench score` reads them.
+bench: $(INSTALLED) data/pocket/dataset.json
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-laptop.txt SQLAlchemy
+	@$(BIN)/python benchmarks/rollout.py --out build/bench
+	@$(BIN)/python benchmarks/training.py --out build/bench
+	@test -n "$(SPIDER)" -a -n "$(PAIRS)" || { echo "left out, no data named: make bench SPIDER=<release folder> PAIRS=<pairs.jsonl>"; exit 0; }; \
+	$(BIN)/python benchmarks/reward.py --data $(SPIDER) --pairs $(PAIRS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -65,9 +65,10 @@ class Meter(threading.Thread):
                 except psutil.Error:  # it ended; its last value stays
                     continue
             if grown != size:
-                size, total = grown, dict.fromkeys((role for role, _ in self.used.values()), 0.0)
+                size, total = grown, dict.fromkeys(("other", *(role for role, _ in self.used.values())), 0.0)
                 for role, seconds in self.used.values():
                     total[role] += seconds
+                total["other"] -= time.thread_time()  # what looking costs
                 for step in read_rows(self.metrics):
                     self.marks.setdefault(step, (time.perf_counter(), dict(total)))
 
