@@ -65,5 +65,5 @@ def test_trainings_join_one_after_the_other_and_leave_the_cluster_as_it_was(
 
 def _actors(raylet: psutil.Process) -> list[str]:
     """Titles of the cluster's processes that belong to a training."""
-    titles = [" ".join(p.cmdline()) for p in raylet.children(recursive=True)]
+    titles = [p.cmdline()[0].strip() for p in raylet.children(recursive=True) if p.cmdline()]
     return [t for t in titles if t.startswith("ray::") and t not in OWN]
