@@ -94,8 +94,9 @@ def test_the_agent_predicts_the_same_through_it_as_in_this_process(
     assert len(predictions[0]) == 12 and predictions[0] == predictions[1]
 
 
-def test_the_newest_policy_of_a_training_run_is_served(tmp_path: Path) -> None:
+def test_the_newest_policy_of_a_training_run_is_served(tmp_path: Path, monkeypatch) -> None:
     """A run that was killed after a checkpoint, as verl leaves it: no policy has been exported yet."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed process leaves its log
     run = tmp_path / "my run"
     for step in (2, 10):
         shutil.copytree(NANO_PATH, run / f"checkpoints/global_step_{step}/actor/huggingface")
