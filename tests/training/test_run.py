@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,8 +25,11 @@ from sqlbench.models.nano import NANO_PATH
 from sqlbench.runs import RunFolder
 from sqlbench.training.launch import RAY_FOLDER, latest_checkpoint, train
 from sqlbench.training.metrics import read_rows
+from sqlbench.widgets.monitor import Monitor
 
 pytestmark = pytest.mark.training
+
+Watched = tuple[Monitor, list[str], list[str]]
 
 TINY = [
     "data.train_batch_size=2",
@@ -67,10 +71,21 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def killed_and_resumed(pocket: DataSet, record: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """A monitor of a run that is not there yet, and all that it shows later: its status lines and its curves."""
+    monitor = Monitor(tmp_path_factory.mktemp("results") / "laptop/run", every=0.1)
+    shown = [[part.value] for part in monitor.children]
+    for part, values in zip(monitor.children, shown, strict=True):
+        part.observe(lambda change, values=values: values.append(change["new"]), "value")
+    yield monitor, *shown
+    monitor.close()
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(pocket: DataSet, record: Path, watched: Watched) -> tuple[Path, int]:
     """Run folder, and the step at which the first attempt was killed."""
-    results = tmp_path_factory.mktemp("results")
-    folder = results / "laptop/run"
+    folder = watched[0].folder
+    results = folder.parents[1]
     saved = folder / "checkpoints/latest_checkpointed_iteration.txt"
     arguments = [str(pocket.root), str(results), json.dumps(RECORDED)]
     first = subprocess.Popen([sys.executable, "-c", CALL, *arguments], stderr=subprocess.DEVNULL)
@@ -94,6 +109,19 @@ def test_resumes_at_the_saved_step_and_logs_every_step_once(killed_and_resumed: 
     assert 1 <= step < 3 and RunFolder(folder).summary()["resumed_at"] == step
     lines = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == [0, 1, 2, 3]
+
+
+def test_a_monitor_beside_it_follows_the_run_to_its_end(killed_and_resumed: tuple[Path, int], watched: Watched) -> None:
+    """The trainings ran in other processes; the monitor had their folder and nothing else."""
+    monitor, said, drawn = watched
+    monitor.refresh()
+    assert "not started yet" in said[0] and "finished after 3 steps" in said[-1]
+    steps = [int(found[1]) for text in said if (found := re.search(r"step (\d) of 3, about 0:\d\d:\d\d left", text))]
+    assert len(set(steps)) >= 2 and steps == sorted(steps), said
+    pictures = [text for text in dict.fromkeys(drawn) if "data:image/png" in text]
+    assert len(pictures) >= 3, "one for each step"
+    again = Monitor(killed_and_resumed[0])
+    assert [part.value for part in again.children] == [said[-1], drawn[-1]]
 
 
 def test_rollouts_are_on_record_once_and_none_failed(killed_and_resumed: tuple[Path, int]) -> None:
