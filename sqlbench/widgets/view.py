@@ -13,8 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
-from itertools import accumulate, pairwise, zip_longest
-from os.path import commonprefix
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -268,14 +267,9 @@ def _pieces(completion: Completion, tokenizer: Path | None) -> list[str]:
     """The text of each sampled token; nothing where the tokenizer at hand is not the one that they came from."""
     if tokenizer is None:
         return []
-    known, ids = _tokenizer(tokenizer), completion.response_ids or []
-    stream, text = DecodeStream(skip_special_tokens=False), known.decode(ids, skip_special_tokens=False)
-    pieces = [stream.step(known, number) or "" for number in ids]
-    if "".join(pieces) != text:  # a token takes away a space of the one before: seen only in the text up to it
-        begun = (known.decode(ids[:n], skip_special_tokens=False) for n in range(len(ids)))
-        ends = [*accumulate((len(commonprefix([text, some])) for some in begun), max), len(text)]  # noqa: RUF071
-        pieces = [text[start:end] for start, end in pairwise(ends)]
-    return pieces if completion.text.strip() in text else []
+    stream, known = DecodeStream(skip_special_tokens=False), _tokenizer(tokenizer)
+    pieces = [stream.step(known, number) or "" for number in completion.response_ids or []]
+    return pieces if completion.text.strip() in "".join(pieces) else []
 
 
 @lru_cache(4)
