@@ -327,10 +327,14 @@ def agent_graph() -> Figure:
 
 
 def styled(table: pd.DataFrame) -> Styler:
-    """An ablation table to look at: accuracies as bars behind their numbers, the best final one in bold."""
+    """An ablation table to look at: accuracies as bars behind their numbers, the best final one in bold.
+
+    Numbers have one decimal, hours have three.
+    """
     digest = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]  # tables on one page must not share their style
     accuracy = [column for column in table if str(column).startswith("Acc")]
     look = table.style.set_uuid(digest).hide(axis="index").format(precision=1, escape="html")
+    look = look.format(precision=3, subset=[column for column in table if "(h)" in str(column)])
     look = look.bar(subset=accuracy, vmin=0, vmax=100, color="#cfe6f5", width=90)
     return look.highlight_max(subset=accuracy[-1:], props="font-weight: bold; text-decoration: underline")
 

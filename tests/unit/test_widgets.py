@@ -527,6 +527,8 @@ def test_styled_tables_escape_and_do_not_share_their_style() -> None:
     ids = [set(part.split('"')[0] for part in html.split('id="')[1:]) for html in (one, two)]
     assert ids[0] and not ids[0] & ids[1]
     assert one == styled(table).to_html()
+    times = styled(pd.DataFrame({"Time (h)": [0.0434], "Time/Step (s)": [7.26]})).to_html()
+    assert ">0.043<" in times and ">7.3<" in times
 
 
 def test_what_cannot_run_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
