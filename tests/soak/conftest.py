@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,7 +135,9 @@ class Stage:
         for process in left:
             with suppress(psutil.Error):
                 lines.append(" ".join(process.cmdline())[:150])
-        return [*lines, *(path.name for path in self.temporary.iterdir())]
+        # The connection file of a killed kernel (Jupyter's, under a random name) stays: nobody reads it again.
+        names = [path.name for path in self.temporary.iterdir()]
+        return [*lines, *(name for name in names if not re.fullmatch(r"tmp\w+\.json", name))]
 
     def end(self) -> None:
         """End what still runs and remove everything."""
