@@ -207,8 +207,18 @@ def guarded(postgres: str) -> str:
         connection.execute("CREATE TABLE customer (customer_id INTEGER PRIMARY KEY, name TEXT)")
         connection.execute("INSERT INTO customer VALUES (1, 'Ada')")
         connection.execute("GRANT SELECT ON customer TO guarded")
-    user, _, rest = postgres.partition("@")
-    return f"{user.rpartition('/')[0]}/guarded:{QUOTED}@{rest}"
+        user, _, rest = postgres.partition("@")
+        address = f"{user.rpartition('/')[0]}/guarded:{QUOTED}@{rest}"
+        end = time.monotonic() + 30  # the server reads its rules again when it gets to it
+        while time.monotonic() < end:
+            try:
+                psycopg.connect(address.replace(QUOTED, "another")).close()
+            except psycopg.OperationalError:
+                return address
+            connection.execute("SELECT pg_reload_conf()")
+            time.sleep(0.2)
+        rules = connection.execute("SELECT * FROM pg_hba_file_rules").fetchall()
+    pytest.fail(f"the server asks for no password; its rules: {rules}")
 
 
 def refused(guarded: str) -> list[str]:

@@ -533,6 +533,8 @@ def test_styled_tables_escape_and_do_not_share_their_style() -> None:
 
 def test_what_cannot_run_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):  # a test before this one may have read an .env
+        monkeypatch.delenv(name, raising=False)
     found = capabilities(tmp_path).set_index("to")
     assert ((found["runs here"] == "yes") == (found["missing"] == "")).all()
     assert found.loc["work on Spider", "missing"] == "sqlbench data spider --download"
