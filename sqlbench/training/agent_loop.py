@@ -31,9 +31,9 @@ from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transitio
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import cached_database
-from sqlbench.errors import ModelError, PromptTooLongError
+from sqlbench.errors import DatabaseError, ModelError, PromptTooLongError
 from sqlbench.models.local import BatchedEngine, Generation, GenerationRequest, encode_chat
-from sqlbench.rollout import rollout
+from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, append_line
 from sqlbench.training.credit import group_and_key, transition_rewards
 from sqlbench.training.local_server import server_name
@@ -63,13 +63,17 @@ class SqlAgentLoop(AgentLoopBase):
         validation = bool(info["validation"])
         seed = stable_number(settings.seed, int(row["global_steps"]), validation, task.key, int(row["session_id"]))
         model = _ServerModel(self, dict(sampling_params), settings.family, seed if settings.seed_sampling else None)
-        database = cached_database(Path(settings.data) / "database" / task.db_id / f"{task.db_id}.sqlite")
         limits = RolloutConfig(
             max_turns=settings.max_turns,
             table_info_truncate=settings.table_info_truncate,
             execution_truncate=settings.execution_truncate,
         )
-        record = await rollout(task, database, model, prompts_for(settings.family), limits)
+        try:
+            database = cached_database(Path(settings.data) / "database" / task.db_id / f"{task.db_id}.sqlite")
+        except DatabaseError as error:
+            record = failed_rollout(task, "database", error)
+        else:
+            record = await rollout(task, database, model, prompts_for(settings.family), limits)
         record = record.model_copy(
             update={"step": int(row["global_steps"]), "validation": validation, "sample": int(row["session_id"])}
         )

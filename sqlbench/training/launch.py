@@ -45,6 +45,8 @@ RAY_FOLDER = "sqlbench-ray-"
 """Prefix of Ray's temporary folders; the number of the launching process follows."""
 TRACKERS = ("wandb", "mlflow", "tensorboard")
 """Backends of verl that can be chosen beside its console and file; each needs the package of its name."""
+FULL = 1 << 20
+"""A disk with fewer free bytes is full."""
 STOP_SECONDS = 3
 """How long a stopped training may take to end before it is killed; nothing is lost by it."""
 
@@ -556,7 +558,12 @@ class _Run:
             bar.close()
             _clear(ray_folder)
         if process.returncode != 0:
-            raise TrainingError(f"training stopped: {_reason(self._log(), process.returncode)} (see {self._log()})")
+            reason = _reason(self._log(), process.returncode)
+            if shutil.disk_usage(self.folder).free < FULL:  # whatever broke then broke of it, and the log may end early
+                reason = (
+                    f"No space left on device for {self.folder}; make room and give the same command again ({reason})"
+                )
+            raise TrainingError(f"training stopped: {reason} (see {self._log()})")
 
     def _take(self, position: int, bar: Any) -> int:
         """Put new metric lines into the run folder's metrics and onto the screen."""
