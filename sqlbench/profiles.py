@@ -111,6 +111,7 @@ _LAPTOP: dict[str, Any] = {
             "optim": {"lr": 2e-4},
         },
         "model": {
+            "external_lib": "sqlbench.training.cpu_engine",
             "use_remove_padding": False,
             "enable_gradient_checkpointing": False,
             "override_config": {"attn_implementation": "sdpa"},

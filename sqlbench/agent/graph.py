@@ -17,11 +17,12 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Annotated, Any, Protocol, TypedDict
+from typing import Annotated, Any, Literal, Protocol, TypedDict
 
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
+from langgraph.types import Command
 from langsmith import tracing_context
 
 from sqlbench.agent.prompts import Prompts, extract_sql, parse_verdict, render_execution
@@ -114,7 +115,11 @@ def draw() -> str:
 
 @cache
 def compiled() -> CompiledStateGraph:
-    """The compiled graph, built at the first call of a process."""
+    """The compiled graph, built at the first call of a process.
+
+    Where it goes after a query and after a check is said by the nodes themselves, with a `Command`: a conditional edge
+    costs LangGraph as much again as its node.
+    """
     graph = StateGraph(AgentState, context_schema=AgentContext)
     graph.add_node("write_query", _write)
     graph.add_node("execute_query", _execute)
@@ -122,8 +127,6 @@ def compiled() -> CompiledStateGraph:
     graph.add_node("rewrite_query", _rewrite)
     graph.add_conditional_edges(START, _first, ["write_query", "rewrite_query"])
     graph.add_edge("write_query", "execute_query")
-    graph.add_conditional_edges("execute_query", _after_execution, ["check_query", "rewrite_query", END])
-    graph.add_conditional_edges("check_query", _after_check, ["rewrite_query", END])
     graph.add_edge("rewrite_query", "execute_query")
     return graph.compile()
 
@@ -160,7 +163,7 @@ def _situation(state: AgentState) -> Situation:
     return Situation(error_class=shown, attempt=len(state["history"]))
 
 
-async def _check(state: AgentState, runtime: Runtime[AgentContext]) -> AgentState:
+async def _check(state: AgentState, runtime: Runtime[AgentContext]) -> Command[Literal["rewrite_query", "__end__"]]:
     prompt = runtime.context.prompts.check(
         state["question"],
         state["schema_text"],
@@ -170,29 +173,34 @@ async def _check(state: AgentState, runtime: Runtime[AgentContext]) -> AgentStat
     )
     answer = await _ask("check", state["turn"], prompt, runtime.context)
     if isinstance(answer, str):
-        return {"error": answer}
+        return Command(update={"error": answer}, goto=END)
     text = answer.completion.text
-    return {"transitions": [answer], "feedback": text, "correct": parse_verdict(text)}
+    correct = parse_verdict(text)
+    update = {"transitions": [answer], "feedback": text, "correct": correct}
+    return Command(update=update, goto=END if correct else "rewrite_query")
 
 
-async def _execute(state: AgentState, runtime: Runtime[AgentContext]) -> AgentState:
+async def _execute(
+    state: AgentState, runtime: Runtime[AgentContext]
+) -> Command[Literal["check_query", "rewrite_query", "__end__"]]:
     if "error" in state:  # the model gave no query
-        return {}
+        return Command(goto=END)
     context = runtime.context
     try:
         result = await context.database.aexecute(state["sql"])
     except Exception as error:
-        return {"error": failure("database", error)}
+        return Command(update={"error": failure("database", error)}, goto=END)
     record = record_execution(state["turn"], state["sql"], result, context.config.execution_truncate)
     text = render_execution(record, context.prompts.family, context.config.execution_truncate, context.schema)
     if context.observer is not None:
         context.observer.execution(record, text)
-    return {
+    update = {
         "executions": [record],
         "execution_text": text,
         "history": [(record.sql, text)],
         "feedback": "" if result.ok else REFUSED,  # until the check says more, where it is asked
     }
+    return Command(update=update, goto=_after_execution(state, record, context))
 
 
 async def _ask(
@@ -218,29 +226,23 @@ def _query(answer: Transition | str) -> AgentState:
     return {"transitions": [answer], "sql": extract_sql(answer.completion.text), "turn": answer.turn}
 
 
-# The routers are coroutines only because LangGraph runs a plain function in a thread, which costs more than it does.
-
-
-async def _first(state: AgentState) -> str:
+async def _first(state: AgentState) -> str:  # a coroutine, since LangGraph runs a plain function in a thread
     return "rewrite_query" if state.get("history") else "write_query"
 
 
-async def _after_execution(state: AgentState, runtime: Runtime[AgentContext]) -> str:
-    if "error" in state or state["turn"] >= runtime.context.config.max_turns:
+def _after_execution(state: AgentState, record: Execution, context: AgentContext) -> str:
+    """Where to go after a query, from the state before it."""
+    if record.turn >= context.config.max_turns:
         return END
-    if runtime.context.repair is not None:
-        queries = [_normal(sql) for sql, _ in state["history"]]
-        if queries.count(queries[-1]) >= SAME_QUERY:
+    if context.repair is not None:
+        queries = [_normal(sql) for sql, _ in state.get("history", ())]
+        if queries.count(_normal(record.sql)) + 1 >= SAME_QUERY:
             return END
         # A query that did not run is wrong without asking; the call saved pays for another attempt. Without repair the
         # check stays, since policies are trained and measured on rollouts that have it.
-        if state["executions"][-1].status != "ok":
+        if record.status != "ok":
             return "rewrite_query"
     return "check_query"
-
-
-async def _after_check(state: AgentState) -> str:
-    return END if "error" in state or state["correct"] else "rewrite_query"
 
 
 def _normal(sql: str) -> str:

@@ -17,7 +17,7 @@ import transfer_queue as tq
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-import sqlbench.training.loss  # noqa: F401 (registers the losses that are wrapped here)
+import sqlbench.training.cpu_engine  # noqa: F401 (the profile's engine, and the losses that are wrapped here)
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.training.agent_loop import trained_transitions
 
@@ -53,8 +53,9 @@ def _recorded(loss: Any) -> Any:
     return call
 
 
-for _name in ("token_mean", "per_rollout_mean"):
-    register_policy_loss(_name)(_recorded(POLICY_LOSS_REGISTRY[_name]))
+if FOLDER in os.environ:  # in the trainer's processes, not in those of the tests
+    for _name in ("token_mean", "per_rollout_mean"):
+        register_policy_loss(_name)(_recorded(POLICY_LOSS_REGISTRY[_name]))
 
 
 def on_record(records: list[Trajectory], step: int, trained: str) -> Counter:
