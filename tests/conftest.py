@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,15 +73,20 @@ def shared_root(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a PostgreSQL server of the tests' own, as its superuser."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import pgserver
+def postgres() -> Iterator[str]:
+    """Address of a PostgreSQL server of the tests' own, as its superuser.
 
-        server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    except Exception as error:
-        pytest.skip(f"no PostgreSQL can be started here: {type(error).__name__}: {error}")
-    yield server.get_uri()
-    server.cleanup()
+    Started by root it runs as another user, who must be able to read its folder: pytest closes its own folders to
+    others whenever a session of it starts.
+    """
+    with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as folder:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import pgserver
+
+            server = pgserver.get_server(folder, cleanup_mode="stop")
+        except Exception as error:
+            pytest.skip(f"no PostgreSQL can be started here: {type(error).__name__}: {error}")
+        yield server.get_uri()
+        server.cleanup()
