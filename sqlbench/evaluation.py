@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sqlbench.agent.graph import failure
 from sqlbench.agent.prompts import Prompts, prompts_for
 from sqlbench.agent.trajectory import Record, Trajectory
 from sqlbench.config import EvalConfig, RolloutConfig
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import cached_database
-from sqlbench.errors import DatabaseError, DataError, ModelError
+from sqlbench.errors import DataError, ModelError
 from sqlbench.models import open_model
 from sqlbench.models.base import ChatModel
 from sqlbench.rollout import failed_rollout, rollout
@@ -328,9 +327,6 @@ async def _run(
                 record = failed_rollout(task, "database", error)
             else:
                 record = await rollout(task, database, model, prompts, config)
-                if record.reason == "gold_error":  # it ran when the data set was audited
-                    problem = DatabaseError(f"the gold query of a scorable task fails; was {database.target} changed?")
-                    record = record.model_copy(update={"error": failure("reward", problem)})
             folder.append(TRAJECTORIES, record)
             recent.append(record.error or "")
             if record.reward is not None:

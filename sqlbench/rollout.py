@@ -1,8 +1,8 @@
 """One rollout: task in, trajectory with a reward out. Evaluation, training, environment and chat all run this one.
 
 A broken model, database or verdict never raises: it becomes `Trajectory.error` with reward None, which is counted and
-is not the same as a wrong answer (reward 0). A task whose gold query cannot be scored has reward None and a reason, and
-did not fail.
+is not the same as a wrong answer (reward 0). A task that was known to be unscorable has reward None and a reason, and
+did not fail; a gold query that fails though it ran when the data set was audited is a broken database.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import Database
 from sqlbench.database.schema import introspect, schema_text
+from sqlbench.errors import DatabaseError
 from sqlbench.models.base import ChatModel
 from sqlbench.reward import ascore
 
@@ -48,6 +49,9 @@ async def rollout(
             error = failure("reward", problem)
         else:
             reward, reason = None if verdict.match is None else float(verdict.match), verdict.reason
+            if reason == "gold_error" and task.scorable:
+                changed = DatabaseError(f"the gold query of a scorable task fails; was {database.target} changed?")
+                error = failure("reward", changed)
     return Trajectory(
         **_of(task),
         transitions=state.get("transitions", []),

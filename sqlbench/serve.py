@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sqlbench.errors import ModelError, ServerError
+from sqlbench.models import policy_folder
 from sqlbench.models.local import check_checkpoint, checkpoint_family
 
 ENGINES = {"vllm": "vllm.entrypoints.cli.main", "transformers": "transformers.cli.transformers"}
@@ -76,17 +77,8 @@ def find_policy(model: str) -> tuple[Path, str]:
     """The checkpoint folder that `model` means, and the name to serve it under."""
     if model.startswith("openai:"):
         raise ModelError(f"cannot serve {model}, an endpoint; give 'nano', a checkpoint folder or a run folder")
-    path = Path(model)
-    if model == "nano":
-        from sqlbench.models.nano import NANO_PATH
-
-        path = Path(NANO_PATH)
-    name = re.sub(r"[^\w.-]+", "-", path.resolve().name)
-    if (path / "policy").is_dir() or (path / "checkpoints").is_dir():
-        from sqlbench.training.launch import latest_checkpoint
-
-        path = latest_checkpoint(path)
-    return check_checkpoint(path).resolve(), name
+    name = re.sub(r"[^\w.-]+", "-", Path(model).resolve().name)
+    return check_checkpoint(policy_folder(model)).resolve(), name
 
 
 @contextlib.contextmanager

@@ -31,12 +31,25 @@ def open_model(
         return EndpointChatModel(spec.removeprefix("openai:"), temperature=temperature, **limits, **deadline)
     from sqlbench.models.local import LocalChatModel, checkpoint_family
 
-    if spec == "nano":
-        from sqlbench.models.nano import NANO_PATH
-
-        path = Path(NANO_PATH)
-    else:
-        path = Path(spec) / "policy" if (Path(spec) / "policy").is_dir() else Path(spec)
+    path = policy_folder(spec)
     if checkpoint_family(path) != "nano":  # long prompts, long answers, large weights
         limits = {"max_tokens": 512, "max_model_len": 8192, "max_batch": 16} | limits
     return LocalChatModel(path, name=spec, temperature=temperature, **limits)
+
+
+def policy_folder(spec: str) -> Path:
+    """The checkpoint folder that ``nano`` or a path means; of a training run, finished or not, its newest policy.
+
+    Raises:
+        TrainingError: the run has no checkpoint yet.
+    """
+    if spec == "nano":
+        from sqlbench.models.nano import NANO_PATH
+
+        return Path(NANO_PATH)
+    path = Path(spec)
+    if (path / "policy").is_dir() or (path / "checkpoints").is_dir():
+        from sqlbench.training.launch import latest_checkpoint
+
+        return latest_checkpoint(path)
+    return path

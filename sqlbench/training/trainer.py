@@ -117,7 +117,7 @@ class SqlTrainer(PPOTrainerSync):
             uid, session, _ = key.rsplit("_", 2)
             rewards[uid].add(float(score.sum()))
             sessions[uid].add(session)
-        useless = {uid for uid in sessions if len(rewards[uid]) == 1 or len(sessions[uid]) == 1}
+        useless = {uid for uid in sessions if len(rewards[uid]) == 1}  # also where one rollout is left
         groups = max(1, len(record.groups), len(sessions))  # tasks, or with credit=transition their sub-agents
         metrics["sqlbench/groups"] = groups
         metrics["sqlbench/zero_variance_groups"] = 1 - (len(sessions) - len(useless)) / groups

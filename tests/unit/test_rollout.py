@@ -48,8 +48,11 @@ def database(tmp_path: Path):
 
 @pytest.fixture
 def run(database):
-    def one(answer: str | None, gold: str = GOLD, finish_reason: str = "stop", **more) -> Trajectory:
-        task = Task(task_id="7", db_id="concert", question="Who?", gold=gold, split="dev", hardness="easy")
+    def one(
+        answer: str | None, gold: str = GOLD, finish_reason: str = "stop", scorable: bool = True, **more
+    ) -> Trajectory:
+        given = {"question": "Who?", "gold": gold, "split": "dev", "hardness": "easy", "scorable": scorable}
+        task = Task(task_id="7", db_id="concert", **given)
         model = OneAnswer(answer, finish_reason)
         return asyncio.run(rollout(task, database, model, prompts_for("nano"), RolloutConfig(), **more))
 
@@ -77,9 +80,11 @@ def test_a_broken_model_has_no_reward_and_failed(run):
     assert record.error == "model: ModelError: endpoint gone"
 
 
-def test_a_gold_query_that_does_not_run_has_no_reward_and_did_not_fail(run):
-    record = run("SELECT name FROM singer", gold="SELECT nothing FROM nowhere")
-    assert record.reward is None and not record.failed and record.reason == "gold_error"
+@pytest.mark.parametrize("scorable", [True, False])
+def test_a_gold_query_that_does_not_run_has_no_reward_and_failed_where_it_had_run(run, scorable):
+    record = run("SELECT name FROM singer", gold="SELECT nothing FROM nowhere", scorable=scorable)
+    assert record.reward is None and record.failed == scorable and record.reason == "gold_error"
+    assert not scorable or "changed?" in record.error
 
 
 def test_an_answer_cut_at_the_token_limit_is_executed_and_marked(run):
