@@ -87,7 +87,7 @@ def ablate(
     bench = Bench(profile, run or grid, str(data or PROFILES[profile].data), str(results))
     chosen = replace(GRIDS[grid], overrides=(*GRIDS[grid].overrides, *overrides))
     if track:
-        from sqlbench.training.launch import tracking
+        from sqlbench.training.compose import tracking
 
         chosen = replace(chosen, overrides=(*chosen.overrides, *tracking(track)))
     if dry_run and only:

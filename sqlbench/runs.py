@@ -234,7 +234,7 @@ def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Every setting in which two configs differ, in words."""
-    before, now = _flat(old), _flat(new)
+    before, now = flat(old), flat(new)
     return [
         f"{key} was {_short(before.get(key))}, is now {_short(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
@@ -242,10 +242,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree of settings, by their dotted keys."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def _short(value: Any) -> str:

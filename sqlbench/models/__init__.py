@@ -49,7 +49,7 @@ def policy_folder(spec: str) -> Path:
         return Path(NANO_PATH)
     path = Path(spec)
     if (path / "policy").is_dir() or (path / "checkpoints").is_dir():
-        from sqlbench.training.launch import latest_checkpoint
+        from sqlbench.training.checkpoints import latest_checkpoint
 
         return latest_checkpoint(path)
     return path

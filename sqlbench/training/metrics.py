@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.errors import PromptTooLongError
+from sqlbench.runs import RunFolder
 
 
 class TrajectoryReader:
@@ -88,7 +89,9 @@ def read_rows(path: Path) -> dict[int, dict[str, float]]:
 
 
 def write_rows(path: Path, rows: dict[int, dict[str, float]]) -> None:
-    """Replace a metrics file in one move."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps({"step": s, "data": rows[s]}) + "\n" for s in sorted(rows)))
-    temporary.replace(path)
+    """Replace a metrics file in one move.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    RunFolder(path.parent).rewrite(path.name, [{"step": step, "data": rows[step]} for step in sorted(rows)])

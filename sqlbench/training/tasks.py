@@ -29,7 +29,7 @@ def validation_tasks(dataset: DataSet, split: str, count: int) -> list[Task]:
     return tasks[:count]
 
 
-def write_rows(path: Path, source: str, tasks: list[Task], validation: bool) -> Path:
+def write_tasks(path: Path, source: str, tasks: list[Task], validation: bool) -> Path:
     """Write tasks as a data file for verl."""
     rows = [
         {
@@ -47,7 +47,7 @@ def write_rows(path: Path, source: str, tasks: list[Task], validation: bool) -> 
 
 
 class TaskRows(torch.utils.data.Dataset):
-    """verl's view of a file written by `write_rows` (``data.custom_cls``): nothing is tokenized, filtered or cached."""
+    """verl's view of a file of `write_tasks` (``data.custom_cls``): nothing is tokenized, filtered or cached."""
 
     def __init__(self, data_files: Any, max_samples: int = -1, **_: Any) -> None:
         files = [data_files] if isinstance(data_files, str) else list(data_files)

@@ -1,4 +1,4 @@
-"""The process that runs verl: ``python -m sqlbench.training.worker CONFIG PARENT FOLDER``, started by `launch`.
+"""The process that runs verl: ``python -m sqlbench.training.worker CONFIG PARENT FOLDER``, started by `processes`.
 
 Everything that runs below it dies with it, and it dies with its parent. verl and Ray use about ten Python processes,
 each of which would import torch, transformers, Ray and verl for 7 s of processor time; on a laptop those imports were

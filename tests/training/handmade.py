@@ -101,7 +101,7 @@ UPDATES: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 def settings(folder: Path, *overrides: str) -> Any:
     """The laptop profile for four tasks of four rollouts."""
-    from sqlbench.training.launch import compose
+    from sqlbench.training.compose import compose
 
     (folder / "run").mkdir(exist_ok=True)
     own = (

@@ -20,7 +20,8 @@ from sqlbench.data.tasks import DataSet
 from sqlbench.errors import DataError, ModelError, PromptTooLongError, RunError, SqlbenchError, TrainingError
 from sqlbench.models.nano import NANO_PATH
 from sqlbench.profiles import PROFILES, merged
-from sqlbench.training.launch import compose, describe, train
+from sqlbench.training.compose import compose
+from sqlbench.training.launch import describe, train
 from sqlbench.training.metrics import StepRecord, TrajectoryReader, read_rows, write_rows
 
 SEED_EXPERIMENT = [

@@ -19,7 +19,8 @@ from sqlbench.agent.trajectory import Trajectory
 from sqlbench.data.tasks import DataSet
 from sqlbench.models.local import LocalEngine
 from sqlbench.runs import RunFolder
-from sqlbench.training.launch import latest_checkpoint, train
+from sqlbench.training.checkpoints import latest_checkpoint
+from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows
 
 pytestmark = pytest.mark.training

@@ -23,8 +23,10 @@ from sqlbench.errors import RunError, TrainingError
 from sqlbench.models.local import LocalEngine, checkpoint_family
 from sqlbench.models.nano import NANO_PATH
 from sqlbench.runs import RunFolder
-from sqlbench.training.launch import RAY_FOLDER, latest_checkpoint, train
+from sqlbench.training.checkpoints import latest_checkpoint
+from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows
+from sqlbench.training.processes import RAY_FOLDER
 from sqlbench.widgets.monitor import Monitor
 
 pytestmark = pytest.mark.training

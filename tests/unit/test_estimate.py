@@ -10,7 +10,7 @@ import pytest
 from sqlbench.estimate import LEFT_OUT, SHAPES, Shape, estimate
 from sqlbench.models.nano import NANO_PATH
 from sqlbench.profiles import PROFILES
-from sqlbench.training.launch import compose
+from sqlbench.training.compose import compose
 
 QWEN_3B, QWEN_1_5B = "Qwen/Qwen2.5-Coder-3B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 LLAMA_1B, LLAMA_3B = "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct"

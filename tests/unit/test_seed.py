@@ -17,7 +17,9 @@ from sqlbench.errors import RunError, TrainingError
 from sqlbench.grid import GRIDS, Cell
 from sqlbench.profiles import PROFILES
 from sqlbench.tables import CELL, SEED_FIGURES, CellResult, Side, seed_comparison, write_seed_tables
-from sqlbench.training.launch import TRACKERS, compose, needs, train
+from sqlbench.training.compose import TRACKERS, compose
+from sqlbench.training.launch import train
+from sqlbench.training.preflight import needs
 
 ROWS = GRIDS["seed"].rows
 

@@ -1,0 +1,83 @@
+"""The checkpoints that verl leaves in a run's folder, and the policy of the newest as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from sqlbench.errors import TrainingError
+from sqlbench.runs import RunFolder
+
+
+def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
+    """Copy the newest checkpoint of a run to ``<run>/policy`` as a complete Hugging Face folder, and return it.
+
+    Tokenizer and family files come from the policy that training started from, byte by byte.
+
+    Args:
+        run: run folder.
+        start: that policy; as the run's configuration names it by default.
+
+    Raises:
+        TrainingError: the run has no checkpoint yet, or the policy it started from is gone.
+    """
+    run = Path(run)
+    saved = run / f"checkpoints/global_step_{checkpointed(run)}/actor/huggingface"
+    if not saved.is_dir():
+        raise TrainingError(f"{run} has no checkpoint; train it to its first one (trainer.save_freq) first")
+    target, building = run / "policy", run / ".policy.new"
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(saved, building)
+    record = RunFolder(run).config()
+    start = Path(start or record["config"]["sqlbench"]["model"])
+    if record["model_files"] and not start.is_dir():
+        raise TrainingError(
+            f"{run} started from the policy {start}, which is not there; run this in the project's folder"
+        )
+    if start.is_dir():
+        for file in start.iterdir():
+            if file.is_file() and ("token" in file.name or file.name in ("sqlbench.json", "chat_template.jinja")):
+                shutil.copy2(file, building / file.name)
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
+    return target
+
+
+def checkpointed(run: str | Path) -> int:
+    """Step of a run's newest whole checkpoint, 0 where there is none; verl's note of it is mended where a kill tore it.
+
+    verl writes the note last and not in one piece: where it is there without a number, the newest checkpoint is whole.
+    """
+    folder = Path(run) / "checkpoints"
+    note = folder / "latest_checkpointed_iteration.txt"
+    if not note.is_file():
+        return 0
+    if not (text := note.read_text()).isdigit():
+        text = str(max((_step_of(file.parent) for file in folder.glob("global_step_*/data.pt")), default=0))
+        new = note.with_suffix(".new")
+        new.write_text(text)
+        new.replace(note)
+    return int(text)
+
+
+def latest_checkpoint(run: str | Path) -> Path:
+    """Folder of a run's newest policy, ready for `sqlbench.models.local`."""
+    policy = Path(run) / "policy"
+    return policy if policy.is_dir() else export_policy(run)
+
+
+def drop_others(run: str | Path, done: int, keep: int | None) -> None:
+    """Remove what a kill left of checkpoints after step `done`, and of the whole ones all but the newest `keep`.
+
+    verl forgets the checkpoints of earlier attempts, and of one that a kill cut short it knows nothing.
+    """
+    saved = sorted((Path(run) / "checkpoints").glob("global_step_*"), key=_step_of)
+    whole = [folder for folder in saved if _step_of(folder) <= done]
+    for folder in saved[len(whole) :] + (whole[:-keep] if keep else []):
+        shutil.rmtree(folder)
+
+
+def _step_of(checkpoint: Path) -> int:
+    found = re.fullmatch(r"global_step_(\d+)", checkpoint.name)
+    return int(found[1]) if found else -1

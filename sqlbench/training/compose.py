@@ -1,0 +1,102 @@
+"""The configuration of a training: verl's own defaults, a profile, the arguments and the overrides, in that order."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlbench.errors import TrainingError
+from sqlbench.models.local import checkpoint_family
+from sqlbench.profiles import Profile, merged
+from sqlbench.runs import flat
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+TRACKERS = ("wandb", "mlflow", "tensorboard")
+"""Backends of verl that can be chosen beside its console and file; each needs the package of its name."""
+
+
+def compose(
+    profile: Profile,
+    *,
+    run: str,
+    folder: Path,
+    data: Path,
+    model: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    random_reward: bool = False,
+) -> DictConfig:
+    """The resolved configuration of a run: verl's defaults, the profile, the arguments, the overrides.
+
+    Raises:
+        TrainingError: an override is no ``key=value``, or names a key that does not exist.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    arguments = {
+        "data": {
+            "train_files": str(folder / "data/train.parquet"),
+            "val_files": str(folder / "data/validation.parquet"),
+        },
+        "actor_rollout_ref": {
+            "model": {"path": model},
+            "rollout": {"agent": {"agent_loop_config_path": str(folder / "data/agent_loop.yaml")}}
+            | ({"router_config_path": str(folder / "data/router.yaml")} if profile.device == "cpu" else {}),
+        },
+        "trainer": {
+            "project_name": "sqlbench",
+            "experiment_name": run,
+            "default_local_dir": str(folder / "checkpoints"),
+        },
+        "sqlbench": {
+            "run_folder": str(folder),
+            "data": str(data),
+            "model": model,
+            "family": checkpoint_family(model),
+            "random_reward": random_reward,
+        },
+    }
+    spec = importlib.util.find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise TrainingError("verl is not installed; install sqlbench with the extra 'train'")
+    defaults = Path(spec.submodule_search_locations[0]) / "trainer/config"
+    base = [f"++{key}={_literal(value)}" for key, value in flat(merged(profile.config, arguments)).items()]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(defaults), version_base=None):
+            config = hydra_compose("ppo_trainer", overrides=[*base, *overrides])
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = str(error).strip().splitlines()[0]
+        raise TrainingError(f"cannot compose the training configuration: {message}") from error
+    return config
+
+
+def tracking(backend: str) -> list[str]:
+    """The override that sends metrics to one of `TRACKERS` too.
+
+    Raises:
+        TrainingError: there is no such backend, or its package is not installed.
+    """
+    if backend not in TRACKERS:
+        raise TrainingError(f"cannot track with '{backend}'; choose one of {', '.join(TRACKERS)}")
+    if importlib.util.find_spec(backend) is None:
+        raise TrainingError(f"cannot track with {backend}: it is not installed; run 'pip install {backend}'")
+    return [f"trainer.logger=[console,file,{backend}]"]
+
+
+def _literal(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    if isinstance(value, str) and not value.startswith("${"):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value) if isinstance(value, str) else json.dumps(value)

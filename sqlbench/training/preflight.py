@@ -1,0 +1,122 @@
+"""What a training needs, and whether it is there: whatever would fail for a reason known beforehand is refused here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlbench.data.tasks import DataSet, Task
+from sqlbench.errors import SqlbenchError, TrainingError
+from sqlbench.estimate import GPU_BYTES, estimate
+from sqlbench.profiles import Profile
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+AGENTS = ("write", "rewrite", "check")
+
+
+def needs(profile: Profile, config: DictConfig) -> list[str]:
+    """What this configuration needs, with whether it is there; for people."""
+    batch, model = config.data.train_batch_size, config.actor_rollout_ref.model.path
+    lines, cluster = [], config.ray_kwargs.ray_init.get("address")
+    if profile.device == "cuda":
+        count = f"{config.trainer.nnodes * config.trainer.n_gpus_per_node} GPU(s) with CUDA"
+        if cluster == "local":
+            lines.append(f"{count}: {'found' if _gpu_bytes() else 'NOT found on this machine'}")
+            vllm = importlib.util.find_spec("vllm")
+            lines.append(f"vllm: {'installed' if vllm else 'NOT installed (environment.yml)'}")
+        else:
+            lines.append(f"{count} and vllm on the {config.trainer.nnodes} node(s) of the Ray cluster at {cluster}")
+    lines.append(f"model {model}: {'a folder' if Path(model).is_dir() else 'downloaded from the Hugging Face hub'}")
+    tasks, source = profile.published_tasks, "as published"
+    try:
+        tasks, source = sum(t.scorable for t in DataSet(config.sqlbench.data).load("train")), "that can be scored"
+        lines.append(f"data {config.sqlbench.data}: found")
+    except SqlbenchError as error:
+        lines.append(f"data: {error}")
+    work = f"steps of {batch} tasks x {config.actor_rollout_ref.rollout.n} rollouts"
+    if not tasks:
+        return [*lines, f"unknown number of {work}"]
+    epoch, steps = planned_steps(config, tasks)
+    lines.append(f"{steps} {work}: {steps / max(epoch, 1):.4g} epochs of {epoch} steps ({tasks:,} tasks {source})")
+    if profile.device == "cuda":
+        plan = estimate(config, steps, _gpu_bytes() or GPU_BYTES)
+        lines += plan.lines() if plan else [f"memory and disk: unknown for {model}; give the folder of the model"]
+    return lines
+
+
+def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Task]]:
+    """Tasks to train and to validate on.
+
+    Raises:
+        TrainingError: this configuration cannot work, here or at all.
+        DataError: the data set is missing or unusable.
+    """
+    from sqlbench.training.tasks import validation_tasks
+
+    settings = config.sqlbench
+    try:
+        matched = [a for a in AGENTS if re.search(settings.trained_agents, a)]
+    except re.error as error:
+        raise TrainingError(
+            f"sqlbench.trained_agents={settings.trained_agents} is no regular expression: {error}"
+        ) from error
+    if not matched or ((matched == ["rewrite"] or matched == ["check"]) and settings.max_turns == 1):
+        raise TrainingError(
+            f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
+            f"the sub-agents are {', '.join(AGENTS)}"
+        )
+    if settings.credit not in ("rollout", "transition"):
+        raise TrainingError(f"sqlbench.credit={settings.credit} is neither 'rollout' nor 'transition'")
+    _reach(str(config.ray_kwargs.ray_init.get("address")))
+    if profile.device == "cuda":
+        missing = [line for line in needs(profile, config) if "NOT" in line]
+        if missing:
+            raise TrainingError(f"this machine cannot run the profile: {'; '.join(missing)}; see --dry-run")
+    dataset = DataSet(settings.data)
+    tasks = [t for t in dataset.load("train") if t.scorable]
+    if len(tasks) < config.data.train_batch_size:
+        raise TrainingError(
+            f"{dataset.root} has {len(tasks)} training tasks, a batch takes {config.data.train_batch_size}"
+        )
+    epoch, steps = planned_steps(config, len(tasks))
+    if steps > epoch * config.trainer.total_epochs:  # verl would end early, after hours
+        raise TrainingError(
+            f"{steps} steps do not fit into trainer.total_epochs={config.trainer.total_epochs} of {epoch} steps; "
+            f"ask for {-(-steps // epoch)} epochs or fewer steps"
+        )
+    headline = json.loads((dataset.root / "dataset.json").read_text()).get("headline", "dev")
+    for task in {t.db_id: t for t in tasks}.values():
+        dataset.database(task.db_id)
+    return tasks, validation_tasks(dataset, headline, settings.validation_tasks)
+
+
+def planned_steps(config: DictConfig, tasks: int) -> tuple[int, int]:
+    """Steps of an epoch and of the whole run, as verl counts them."""
+    limit = config.data.train_max_samples
+    epoch = (min(tasks, limit) if limit > 0 else tasks) // config.data.train_batch_size
+    return epoch, config.trainer.total_training_steps or epoch * config.trainer.total_epochs
+
+
+def _gpu_bytes() -> int:
+    """Memory of this machine's first GPU; 0 where there is none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
+def _reach(address: str) -> None:
+    """Refuse a Ray cluster that does not answer: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise TrainingError(
+                f"no Ray cluster answers at {address}: {error.strerror or error}; start one with 'ray start --head'"
+            ) from error

@@ -1,0 +1,162 @@
+"""The processes of a training: what they start with, how they end, what a killed one left behind, why one failed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from sqlbench.profiles import Profile
+
+RAY_FOLDER = "sqlbench-ray-"
+"""Prefix of Ray's temporary folders; the number of the launching process follows."""
+STOP_SECONDS = 3
+"""How long a stopped training may take to end before it is killed; nothing is lost by it."""
+
+
+@contextlib.contextmanager
+def training(
+    profile: Profile, run: Path, config_file: Path, metrics_file: Path, log: Path, *, own_cluster: bool
+) -> Iterator[subprocess.Popen[bytes]]:
+    """verl's process, writing its output to `log`; when this ends, however it ends, nothing of it is left running.
+
+    Args:
+        config_file: verl's resolved configuration.
+        metrics_file: where verl writes its metrics.
+        own_cluster: the training starts a Ray of its own.
+    """
+    _clear_abandoned()
+    ray_folder = Path(tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-", dir=_temporary()))
+    environment = _environment(profile, run, metrics_file)
+    environment["TMPDIR"] = str(ray_folder)  # verl leaves a file there for every checkpoint
+    if own_cluster:
+        # Ray's own default for a new cluster, but with a token of this run instead of one in the home directory.
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sqlbench.training.worker", str(config_file), str(os.getpid()), str(ray_folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        _stop(process)
+        _clear(ray_folder)
+
+
+def end_earlier(config_file: Path) -> None:
+    """End what a killed attempt left running; the run's lock says that nobody waits for it any more."""
+    left = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(config_file) in (process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.Error):
+                left += [process, *process.children(recursive=True)]
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+def _environment(profile: Profile, run: Path, metrics_file: Path) -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "VERL_FILE_LOGGER_PATH")}
+    if not environment.get("CUDA_VISIBLE_DEVICES", "unset"):
+        del environment["CUDA_VISIBLE_DEVICES"]  # Ray refuses an empty one
+    defaults = {
+        **profile.environment,
+        "TENSORBOARD_DIR": str(run / "tensorboard"),
+        "WANDB_DIR": str(run),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{run}/mlflow.db",
+        "HYDRA_FULL_ERROR": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    here = Path(__file__).resolve().parent
+    paths = [str(here.parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    if profile.device == "cpu":
+        paths.insert(0, str(here / "startup"))
+    return {
+        **defaults,
+        **environment,
+        "VERL_FILE_LOGGER_PATH": str(metrics_file),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the training processes, whatever state they are in."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _clear(ray_folder: Path) -> None:
+    """End what Ray left running for a folder, and remove the folder. Ray names it in every command line."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(ray_folder) in part for part in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def _temporary() -> Path:
+    """Where Ray's folders lie: not below a long TMPDIR, for the name of a socket has 107 characters at most."""
+    usual = Path(tempfile.gettempdir())
+    return usual if len(str(usual)) <= 14 else Path("/tmp")
+
+
+def _clear_abandoned() -> None:
+    """Clear the folders of trainings whose launching process is gone."""
+    for folder in _temporary().glob(f"{RAY_FOLDER}*"):
+        owner = folder.name.removeprefix(RAY_FOLDER).split("-")[0]
+        if owner.isdigit() and not _was_running(int(owner), folder.stat().st_mtime):
+            _clear(folder)
+
+
+def _was_running(number: int, moment: float) -> bool:
+    """Whether the process of this number is the one that had it at a moment in the past."""
+    try:
+        return psutil.Process(number).create_time() <= moment
+    except psutil.NoSuchProcess:
+        return False
+
+
+def reason(log: Path, status: int) -> str:
+    """The error that ended a training, from the end of its log."""
+    if status == -signal.SIGKILL:
+        return "it was killed (signal 9); was the memory used up?"
+    lines = _tail(log)
+    errors = [line for line in lines if re.match(r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b: ?", line)]
+    text = errors[-1] if errors else (lines[-1] if lines else "no output")
+    return re.sub(r"^[\w.]*\.(?=\w+:)", "", text)[:500]
+
+
+def _tail(log: Path, size: int = 65536) -> list[str]:
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        text = file.read().decode(errors="replace")
+    return [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
