@@ -7,8 +7,10 @@ trainer. Precedence: verl's defaults < profile < arguments < ``key=value`` overr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from sqlbench.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,20 @@ class Profile:
     device: str = "cpu"
     published_tasks: int | None = None
     """Training tasks of the default data set as it was published: for plans made where it is not at hand."""
+
+    def on(self, device: str) -> Profile:
+        """This profile with another ``trainer.device``: what was made for the CPU also runs on a GPU.
+
+        Raises:
+            TrainingError: there is no such device for this profile.
+        """
+        if device == self.device:
+            return self
+        if device != "cuda":
+            known = " or ".join(dict.fromkeys((self.device, "cuda")))
+            raise TrainingError(f"trainer.device={device} does not go with the profile '{self.name}'; choose {known}")
+        environment = {name: value for name, value in self.environment.items() if name != "VERL_PLATFORM"}
+        return replace(self, device=device, environment=environment)
 
 
 SQLBENCH = {
@@ -126,7 +142,7 @@ _LAPTOP: dict[str, Any] = {
             "max_model_len": 768,
             "log_prob_micro_batch_size_per_gpu": 16,
             "agent": {"num_workers": 1},
-            "engine_kwargs": {"local": {"threads": 1}},
+            "engine_kwargs": {"local": {"threads": 1, "device": "${trainer.device}"}},
         },
     },
     "reward": {"num_workers": 0},
@@ -153,7 +169,12 @@ _GPU: dict[str, Any] = {
             "fsdp_config": {"param_offload": True, "optimizer_offload": True},
             "optim": {"lr": 1e-6},
         },
-        "model": {"use_remove_padding": True, "enable_gradient_checkpointing": True},
+        "model": {
+            "use_remove_padding": True,
+            "enable_gradient_checkpointing": True,
+            # verl's own default is flash_attention_2: the package flash-attn, which `environment.yml` does not have.
+            "override_config": {"attn_implementation": "sdpa"},
+        },
         "rollout": {
             "name": "vllm",
             "n": 4,

@@ -267,11 +267,10 @@ class LocalEngine:
         from transformers import DynamicCache
 
         width = max(map(len, pieces))
-        ids = torch.full((len(pieces), width), self.pad_id, device=self.device)
-        mask = torch.zeros((len(pieces), width), dtype=torch.long, device=self.device)
-        for i, piece in enumerate(pieces):
-            ids[i, width - len(piece) :] = torch.tensor(piece, device=self.device)
-            mask[i, width - len(piece) :] = 1
+        padding = [width - len(piece) for piece in pieces]
+        padded = [[self.pad_id] * n + list(piece) for n, piece in zip(padding, pieces, strict=True)]
+        ids = torch.tensor(padded, device=self.device)
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=self.device)
         position = mask.cumsum(1) - 1
         if layers is not None:
             position = position + past_mask[past_row].sum(1, keepdim=True)

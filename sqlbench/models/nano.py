@@ -6,8 +6,8 @@ schedule over the time given. The checkpoint that ships with the package (`NANO_
 the recipe, the training log and what was measured. It has learnt one phrasing family and is meant to be improved by
 reinforcement learning.
 
-The clock counts processor time, so a busy machine gives the same model later, not a worse one sooner. Examples and
-their order depend on the seed alone; how far training gets depends on the machine.
+The clock counts processor time, so a busy machine gives the same model later, not a worse one sooner; with a GPU it
+counts all time. Examples and their order depend on the seed alone; how far training gets depends on the machine.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Muon:
 
         shapes = sorted({tuple(p.shape) for p in matrices})
         self.groups = [[p for p in matrices if tuple(p.shape) == shape] for shape in shapes]
-        self.buffers = [torch.zeros(len(g), *g[0].shape) for g in self.groups]
+        self.buffers = [torch.zeros(len(g), *g[0].shape, device=g[0].device) for g in self.groups]
         self.lr, self.weight_decay, self.momentum = lr, weight_decay, momentum
 
     def step(self) -> None:
@@ -257,6 +257,7 @@ def answer_loss(model: Any, batch: list) -> Any:
         row = torch.tensor(prompt + answer)
         inputs[i, : len(row) - 1] = row[:-1]
         targets[i, len(prompt) - 1 : len(row) - 1] = row[len(prompt) :]
+    inputs, targets = inputs.to(model.device), targets.to(model.device)
     hidden = model.model(inputs, use_cache=False).last_hidden_state  # causal; padding is at the right end
     chosen = targets >= 0
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[chosen]), targets[chosen])
@@ -269,43 +270,51 @@ def train_nano(
     threads: int = 2,
     recipe: Recipe | None = None,
     progress: bool = True,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Train a policy from nothing and write it to a folder; returns what was measured on the way.
 
     Args:
         out: checkpoint folder; refused where it holds one already.
-        minutes: time budget as if `threads` processors were free; processor time is what is counted.
+        minutes: time budget as if `threads` processors were free; processor time is what is counted, on a GPU all time.
         seed: of examples, initial weights and tokenizer.
         threads: torch threads while training.
+        device: ``cpu`` or ``cuda``.
 
     Raises:
-        ModelError: the folder already holds a checkpoint.
+        ModelError: the folder already holds a checkpoint, or there is no such device.
     """
     import torch
 
     if (out / "config.json").exists():
         raise ModelError(f"{out} already holds a checkpoint; choose another folder or delete it")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ModelError(f"cannot train on '{device}': this machine has no GPU with CUDA; choose 'cpu'")
     recipe = recipe or Recipe()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return _train(out, minutes * 60 * threads, seed, recipe, threads, progress)
+        return _train(out, minutes * 60, seed, recipe, threads, progress, device)
     finally:
         torch.set_num_threads(threads_before)
 
 
-def _train(out: Path, budget: float, seed: int, recipe: Recipe, threads: int, progress: bool) -> dict[str, Any]:
+def _train(
+    out: Path, budget: float, seed: int, recipe: Recipe, threads: int, progress: bool, device: str
+) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(seed)
-    started, clock = time.perf_counter(), time.process_time()
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    budget *= threads if device == "cpu" else 1
+    started, cpu_started, begun = time.perf_counter(), time.process_time(), clock()
     source = Examples(seed + 1, made_up=0.5)
     texts = [prompt_text(e) + e.answer for e in (source.draw(2) for _ in range(6000))]
     tokenizer = build_tokenizer(texts, recipe.vocabulary)
     examples = Examples(
         seed, *word_pieces(tokenizer), made_up=recipe.made_up, rewrite=recipe.rewrite, check=recipe.check
     )
-    model = build_model(recipe, tokenizer)
+    model = build_model(recipe, tokenizer).to(device)
     model.train()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -316,7 +325,7 @@ def _train(out: Path, budget: float, seed: int, recipe: Recipe, threads: int, pr
     log = (out / "training_log.jsonl").open("w")
     step, seen, tokens, smooth, first = 0, 0, 0, None, None
     pool: list[list] = []
-    while (used := time.process_time() - clock) < budget:
+    while (used := clock() - begun) < budget:
         done = used / budget
         level = 0 if done < recipe.easy else 1 if done < recipe.easy + recipe.medium else 2
         level = 3 if done >= recipe.late else level
@@ -336,10 +345,11 @@ def _train(out: Path, budget: float, seed: int, recipe: Recipe, threads: int, pr
         smooth = loss.item() if smooth is None else 0.97 * smooth + 0.03 * loss.item()
         first = first or smooth
         if step % 100 == 0:
+            cpu_used = time.process_time() - cpu_started
             row = {
                 "step": step, "level": level, "loss": round(smooth, 4), "examples": seen, "tokens": tokens,
-                "cpu_seconds": round(used, 1), "seconds": round(time.perf_counter() - started, 1),
-                "tokens_per_cpu_second": round(tokens / used),
+                "cpu_seconds": round(cpu_used, 1), "seconds": round(time.perf_counter() - started, 1),
+                "tokens_per_cpu_second": round(tokens / cpu_used),
             }  # fmt: skip
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -352,7 +362,7 @@ def _train(out: Path, budget: float, seed: int, recipe: Recipe, threads: int, pr
     measured = {
         "steps": step, "examples": seen, "tokens": tokens, "first_loss": first, "last_loss": smooth,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "cpu_seconds": round(time.process_time() - clock, 1), "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu_started, 1), "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
     note = {"seed": seed, "threads": threads, "recipe": asdict(recipe), "measured": measured}
     save_checkpoint(model, tokenizer, out, note)

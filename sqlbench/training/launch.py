@@ -83,6 +83,7 @@ def train(
         overrides=overrides,
         random_reward=random_reward,
     )
+    chosen = chosen.on(config.trainer.device)
     if dry_run:
         from omegaconf import OmegaConf
 

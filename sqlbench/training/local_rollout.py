@@ -19,24 +19,38 @@ from verl.workers.rollout.replica import RolloutReplica
 
 from sqlbench.training.local_server import LocalServer, server_name
 
+NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+
+
+def _whereabouts(_: Any) -> tuple[str, str]:
+    """Node of the Ray actor that calls it, and the GPU that Ray gave it."""
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_accelerator_ids()["GPU"][0]
+
 
 class LocalReplica(RolloutReplica):
-    """Starts one `LocalServer` on this node."""
+    """Starts one `LocalServer`: on this node, or, on GPUs, beside the trainer worker of its rank, on the same GPU."""
 
     async def launch_servers(self) -> None:  # noqa: D102
-        node = ray.get_runtime_context().get_node_id()
+        settings = dict(self.config.engine_kwargs.get("local", {}))
+        node, options = ray.get_runtime_context().get_node_id(), {}
+        if settings.get("device") == "cuda":
+            node, gpu = await self.workers[0].__ray_call__.remote(_whereabouts)
+            # The worker holds the whole GPU, so the server asks Ray for none, and Ray would hide them all from it.
+            options["runtime_env"] = {"env_vars": {NOSET: "1", "CUDA_VISIBLE_DEVICES": gpu}}
         server = (
             ray.remote(LocalServer)
             .options(
                 name=server_name(self.replica_rank),
                 num_cpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False),
+                **options,
             )
             .remote(
                 omega_conf_to_dataclass(self.model_config).local_path,
                 max_model_len=self.config.max_model_len or self.config.prompt_length + self.config.response_length,
                 dtype=self.config.dtype,
-                **dict(self.config.engine_kwargs.get("local", {})),
+                **settings,
             )
         )
         await server.checksum.remote()

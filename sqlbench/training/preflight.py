@@ -26,12 +26,15 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
     lines, cluster = [], config.ray_kwargs.ray_init.get("address")
     if profile.device == "cuda":
         count = f"{config.trainer.nnodes * config.trainer.n_gpus_per_node} GPU(s) with CUDA"
+        vllm = config.actor_rollout_ref.rollout.name == "vllm"
         if cluster == "local":
             lines.append(f"{count}: {'found' if _gpu_bytes() else 'NOT found on this machine'}")
-            vllm = importlib.util.find_spec("vllm")
-            lines.append(f"vllm: {'installed' if vllm else 'NOT installed (environment.yml)'}")
+            if vllm:
+                installed = importlib.util.find_spec("vllm")
+                lines.append(f"vllm: {'installed' if installed else 'NOT installed (environment.yml)'}")
         else:
-            lines.append(f"{count} and vllm on the {config.trainer.nnodes} node(s) of the Ray cluster at {cluster}")
+            count += " and vllm" if vllm else ""
+            lines.append(f"{count} on the {config.trainer.nnodes} node(s) of the Ray cluster at {cluster}")
     lines.append(f"model {model}: {'a folder' if Path(model).is_dir() else 'downloaded from the Hugging Face hub'}")
     tasks, source = profile.published_tasks, "as published"
     try:
@@ -44,7 +47,7 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
         return [*lines, f"unknown number of {work}"]
     epoch, steps = planned_steps(config, tasks)
     lines.append(f"{steps} {work}: {steps / max(epoch, 1):.4g} epochs of {epoch} steps ({tasks:,} tasks {source})")
-    if profile.device == "cuda":
+    if profile.device == "cuda" and config.actor_rollout_ref.rollout.name == "vllm":
         plan = estimate(config, steps, _gpu_bytes() or GPU_BYTES)
         lines += plan.lines() if plan else [f"memory and disk: unknown for {model}; give the folder of the model"]
     return lines
