@@ -119,7 +119,7 @@ def time_shares(metrics: pd.DataFrame) -> dict[str, float]:
     return {"steps": len(parts), "step_s": total / len(parts), "rollout": rollout, "update": update, "other": other}
 
 
-def curve_table(runs: Mapping[str, Sequence[Path]], names: Sequence[str] = PANELS) -> pd.DataFrame:
+def curve_table(runs: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
     """First -> last value of each curve, the mean over seeds.
 
     For what is logged at every step these are the means of the first and the last tenth of the steps.
@@ -128,7 +128,7 @@ def curve_table(runs: Mapping[str, Sequence[Path]], names: Sequence[str] = PANEL
     for label, folders in runs.items():
         frames = [read_metrics(folder) for folder in folders]
         row = {"training run": label, "seeds": len(frames)}
-        for name in names:
+        for name in PANELS:
             ends = []
             for values in (series(metrics, name) for metrics in frames):
                 tenth = max(1, len(values) // 10) if SERIES[name].each_step else 1
@@ -265,7 +265,7 @@ def before_after(rows: pd.DataFrame) -> Figure:
 
     Args:
         rows: columns ``label``, ``initial``, ``initial_low``, ``initial_high``, ``final``, ``final_low``,
-            ``final_high``, in percent (`sqlbench.ablation.accuracy_rows` gives them).
+            ``final_high``, in percent (`sqlbench.tables.accuracy_rows` gives them).
     """
     with _style():
         figure, axis = plt.subplots(figsize=(7.0, 1.1 + 0.55 * len(rows)), layout="constrained")

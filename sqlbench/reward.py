@@ -100,19 +100,9 @@ def score(
     return verdict
 
 
-async def ascore(
-    gold: str,
-    pred: str,
-    database: Database | Sequence[Database],
-    *,
-    strict: bool | Strictness = True,
-    keep_distinct: bool = False,
-    limits: Limits | None = None,
-) -> Verdict:
+async def ascore(gold: str, pred: str, database: Database, *, strict: bool = True) -> Verdict:
     """Like `score`, in a database thread: the event loop goes on."""
-    return await in_thread(
-        lambda: score(gold, pred, database, strict=strict, keep_distinct=keep_distinct, limits=limits)
-    )
+    return await in_thread(lambda: score(gold, pred, database, strict=strict))
 
 
 def _score(gold: str, pred: str, database: Database, rules: Strictness, keep_distinct: bool, limits: Limits) -> Verdict:

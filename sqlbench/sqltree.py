@@ -30,14 +30,14 @@ def parse(sql: str, dialect: str = "sqlite") -> exp.Expression | None:
 # ---- hardness: the counting rules of Spider's published evaluation script
 
 
-def hardness(sql: str, dialect: str = "sqlite") -> str:
+def hardness(sql: str) -> str:
     """``easy``, ``medium``, ``hard`` or ``extra``, by Spider's published rules.
 
     Counted is the first SELECT of a set operation. Its components are WHERE, GROUP BY, ORDER BY, LIMIT, each join, each
     OR and each LIKE; nested are set operations and subqueries that a condition compares with; others are more than one
     aggregate, more than one output column, more than one condition and more than one group column.
     """
-    tree = parse(sql, dialect)
+    tree = parse(sql)
     if tree is None:
         return "extra"
     first: exp.Expression = tree
@@ -125,13 +125,13 @@ def _has_aggregate(node: exp.Expression) -> bool:
 # ---- component match
 
 
-def component_match(gold: str, pred: str, dialect: str = "sqlite") -> dict[str, float]:
+def component_match(gold: str, pred: str) -> dict[str, float]:
     """F1 between the clauses of two queries: ``select, where, group, order, joins, set``, over all their SELECTs.
 
     A clause that neither query has is left out. Names are compared without case, table qualifiers and aliases; literals
     count. It is a description for summaries: two queries with equal answers need not have equal clauses.
     """
-    left, right = _components(gold, dialect), _components(pred, dialect)
+    left, right = _components(gold), _components(pred)
     scores = {}
     for name in left:
         g, p = left[name], right[name]
@@ -141,9 +141,9 @@ def component_match(gold: str, pred: str, dialect: str = "sqlite") -> dict[str, 
 
 
 @lru_cache(maxsize=4096)
-def _components(sql: str, dialect: str) -> dict[str, Counter]:
+def _components(sql: str) -> dict[str, Counter]:
     parts: dict[str, Counter] = {k: Counter() for k in ("select", "where", "group", "order", "joins", "set")}
-    tree = parse(sql, dialect)
+    tree = parse(sql)
     for node in tree.walk() if tree is not None else ():
         if isinstance(node, exp.Select):
             parts["select"].update(_text(column.unalias()) for column in node.expressions)

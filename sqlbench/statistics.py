@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion, as (low, high); (0, 1) where there is nothing to count."""
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson score interval of a proportion at 95%, as (low, high); (0, 1) where there is nothing to count."""
     if n == 0:
         return 0.0, 1.0
     from statsmodels.stats.proportion import proportion_confint
 
-    low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
+    low, high = proportion_confint(successes, n, alpha=0.05, method="wilson")
     return float(low), float(high)
 
 
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], confidence: float = 0.95, resamples: int = 5000, seed: int = 0
-) -> tuple[float, float]:
-    """Interval of the mean difference ``b - a`` over the same tasks, by resampling tasks; the seed fixes it."""
+def paired_bootstrap(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean difference ``b - a`` over the same tasks, by resampling tasks from a fixed seed."""
     import numpy as np
     from scipy.stats import bootstrap
 
@@ -32,10 +30,10 @@ def paired_bootstrap(
     interval = bootstrap(
         (differences,),
         np.mean,
-        confidence_level=confidence,
-        n_resamples=resamples,
+        confidence_level=0.95,
+        n_resamples=5000,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
         batch=500,
     ).confidence_interval
     return float(interval.low), float(interval.high)

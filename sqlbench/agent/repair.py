@@ -219,12 +219,6 @@ def situation(transitions: Sequence[Transition], executions: Sequence[Execution]
     )
 
 
-def situations(trajectory: Trajectory) -> list[Situation]:
-    """Where a rollout stood after each of its queries."""
-    done = trajectory.executions
-    return [situation(trajectory.transitions, done[: i + 1]) for i in range(len(done))]
-
-
 def shaped(classes: Sequence[str], solved: float) -> list[float]:
     """The reward of each attempt.
 

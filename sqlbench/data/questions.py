@@ -369,9 +369,9 @@ class Scope:
             column,
         )
 
-    def aggregate(self, *names: str) -> str:
+    def aggregate(self) -> str:
         """Choose an aggregate function; slot ``agg`` says it."""
-        name = self.rng.choice(names or ("avg", "max", "min", "sum"))
+        name = self.rng.choice(("avg", "max", "min", "sum"))
         self.put(agg=self.word(name))
         return name
 

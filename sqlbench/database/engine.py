@@ -371,9 +371,9 @@ class Database:
             connection.close()
         return result
 
-    async def aexecute(self, sql: str, limits: Limits | None = None) -> QueryResult:
+    async def aexecute(self, sql: str) -> QueryResult:
         """Like `execute`, in a worker thread: the event loop and other statements go on."""
-        return await in_thread(self.execute, sql, limits)
+        return await in_thread(self.execute, sql)
 
     def close(self) -> None:
         """Close the idle connections; the object can still be used and opens new ones."""

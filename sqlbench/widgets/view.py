@@ -103,12 +103,11 @@ def folded(title: str, body: Markup) -> Markup:
 # ---- SQL
 
 
-def pretty(sql: str, dialect: str = "sqlite") -> str:
+def pretty(sql: str) -> str:
     """One query laid out over lines; text that is not exactly one parsable statement stays as it is."""
-    name = dialect.removesuffix("ql")
     try:
-        trees = sqlglot.parse(sql, read=name)
-        return trees[0].sql(dialect=name, pretty=True) if len(trees) == 1 and trees[0] else sql
+        trees = sqlglot.parse(sql, read="sqlite")
+        return trees[0].sql(dialect="sqlite", pretty=True) if len(trees) == 1 and trees[0] else sql
     except (sqlglot.errors.SqlglotError, RecursionError):
         return sql
 
@@ -277,15 +276,12 @@ def _tokenizer(file: Path) -> Tokenizer:
     return Tokenizer.from_file(str(file))
 
 
-def timeline_html(trajectory: Trajectory, tokenizer: Path | None = None, dialect: str = "sqlite") -> Markup:
+def timeline_html(trajectory: Trajectory, tokenizer: Path | None = None) -> Markup:
     """Every model call with its prompt and every execution, in the order in which they happened."""
     steps: list[Transition | Execution] = [*trajectory.transitions, *trajectory.executions]
     steps.sort(key=lambda s: (s.turn, 1 if isinstance(s, Execution) else 2 * (s.agent == "check")))
     asked = {s.turn: s.completion.text.strip() for s in trajectory.transitions if s.agent != "check"}
-    items = [
-        _execution(s, asked.get(s.turn), dialect) if isinstance(s, Execution) else _transition(s, tokenizer)
-        for s in steps
-    ]
+    items = [_execution(s, asked.get(s.turn)) if isinstance(s, Execution) else _transition(s, tokenizer) for s in steps]
     shaded = any(t.completion.logprobs for t in trajectory.transitions)
     legend = (
         "shaded tokens: the darker, the less likely; unshaded 99% and above; underlined below 50%" if shaded else ""
@@ -313,8 +309,8 @@ def _transition(step: Transition, tokenizer: Path | None) -> Markup:
     )
 
 
-def _execution(step: Execution, asked: str | None, dialect: str) -> Markup:
-    sql = Markup("<pre>{}</pre>").format(pretty(step.sql, dialect)) if step.sql.strip() != asked else Markup("")
+def _execution(step: Execution, asked: str | None) -> Markup:
+    sql = Markup("<pre>{}</pre>").format(pretty(step.sql)) if step.sql.strip() != asked else Markup("")
     if step.status != "ok":
         body = Markup(" <small>{}</small><pre>{}</pre>").format(step.status, step.error or "")
     else:
@@ -324,11 +320,11 @@ def _execution(step: Execution, asked: str | None, dialect: str) -> Markup:
     return Markup("<b>execute</b>{}{}").format(sql, body)
 
 
-def queries_html(trajectory: Trajectory, dialect: str = "sqlite") -> Markup:
+def queries_html(trajectory: Trajectory) -> Markup:
     """Gold beside predicted query, laid out alike, with the tokens that differ marked."""
     if trajectory.pred is None:
-        return Markup("<h4>Gold</h4><pre>{}</pre>").format(pretty(trajectory.gold, dialect))
-    gold, pred = token_diff(pretty(trajectory.gold, dialect), pretty(trajectory.pred, dialect))
+        return Markup("<h4>Gold</h4><pre>{}</pre>").format(pretty(trajectory.gold))
+    gold, pred = token_diff(pretty(trajectory.gold), pretty(trajectory.pred))
     legend = Markup("<del>only in gold</del> <ins>only in the prediction</ins>")
     return Markup(
         '<div class="pair"><div><h4>Gold</h4><pre>{}</pre></div><div><h4>Predicted</h4><pre>{}</pre></div></div>'

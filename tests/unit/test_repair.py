@@ -24,7 +24,7 @@ from sqlbench.agent.repair import (
     repair_metrics,
     shaped,
     shaped_rewards,
-    situations,
+    situation as where,
 )
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.data.tasks import DataSet, Task, write_split
@@ -174,6 +174,12 @@ def test_the_policies_it_is_compared_with():
 def test_every_way_to_fail_has_a_potential():
     assert set(ERROR_CLASSES) | {"too_large", "rejected", "empty", "none"} == set(POTENTIAL)
     assert all(0 <= value <= 0.5 for value in POTENTIAL.values())
+
+
+def situations(record: Trajectory) -> list[Situation]:
+    """Where a rollout stood after each of its queries."""
+    done = record.executions
+    return [where(record.transitions, done[: i + 1]) for i in range(len(done))]
 
 
 def test_situations_of_a_rollout():
