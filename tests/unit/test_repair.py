@@ -10,6 +10,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
+from sqlbench.agent import repair as repairing
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.repair import (
     ATTEMPT_COST,
@@ -24,7 +25,6 @@ from sqlbench.agent.repair import (
     repair_metrics,
     shaped,
     shaped_rewards,
-    situation as where,
 )
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.data.tasks import DataSet, Task, write_split
@@ -179,7 +179,7 @@ def test_every_way_to_fail_has_a_potential():
 def situations(record: Trajectory) -> list[Situation]:
     """Where a rollout stood after each of its queries."""
     done = record.executions
-    return [where(record.transitions, done[: i + 1]) for i in range(len(done))]
+    return [repairing.situation(record.transitions, done[: i + 1]) for i in range(len(done))]
 
 
 def test_situations_of_a_rollout():
