@@ -17,7 +17,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -280,25 +280,27 @@ class _Call(NamedTuple):
     cut: bool
 
 
-def run_sync(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a coroutine to its end, also where an event loop runs already (Jupyter): then in a thread of its own."""
+Result = TypeVar("Result")
+
+
+def run_sync(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """What a coroutine returns, also where an event loop runs already (Jupyter): it then gets a thread of its own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        asyncio.run(work())
-        return
+        return asyncio.run(work())
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
-    async def tracked() -> None:
+    async def tracked() -> Result:
         task = asyncio.current_task()
         assert task is not None
         running.append((asyncio.get_running_loop(), task))
-        await work()
+        return await work()
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(asyncio.run, tracked())
         try:
-            future.result()
+            return future.result()
         except KeyboardInterrupt:
             for loop, task in running:
                 loop.call_soon_threadsafe(task.cancel)

@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ from sqlbench.evaluation import run_sync
 from sqlbench.models import open_model
 from sqlbench.models.base import ChatModel
 from sqlbench.rollout import rollout
-from sqlbench.runs import read_jsonl
+from sqlbench.runs import append_line, read_jsonl
 
 TRAIN, HELD_OUT, MIN_HELD_OUT = 20, 20, 3
 """Failures that a cycle reflects on, and held-out questions, at most; held-out questions at least."""
@@ -75,6 +75,11 @@ class Feedback(Record):
     """Of the prompts that wrote the query."""
 
     @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What makes it the same query."""
+        return self.db, self.question, self.sql, self.generation
+
+    @property
     def failed(self) -> bool:
         """Whether there is something to learn from it."""
         unhappy = bool(self.remark.strip()) or self.execution.startswith("error")
@@ -89,11 +94,11 @@ class FeedbackStore:
 
     def append(self, feedback: Feedback) -> None:
         """Add one record."""
-        _append(self.path, feedback)
+        append_line(self.path, feedback)
 
     def all(self) -> list[Feedback]:
         """Every query once, in order, as it was recorded last."""
-        return list({(f.db, f.question, f.sql, f.generation): f for f in _read(self.path, Feedback)}.values())
+        return list({f.key: f for f in _read(self.path, Feedback)}.values())
 
 
 class Generation(Record):
@@ -182,7 +187,10 @@ class Evolution:
         self.folder = Path(folder) / f"{prompts.family}-{_digest(*sorted(prompts.components.items()))}"
         self._steps: list[_Step] = _read(self.folder / "history.jsonl", _Step)
         if not self._steps:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(f"cannot write {self.folder}: {error.strerror}; choose another folder") from error
             with self._locked(wait=True):  # other pages of the chat may be opening, too
                 self._steps = _read(self.folder / "history.jsonl", _Step)
                 if not self._steps:
@@ -382,7 +390,7 @@ class Evolution:
         return self._steps[-1].model_copy(update={"generation": None, **changes})
 
     def _add(self, step: _Step) -> None:
-        _append(self.folder / "history.jsonl", step)
+        append_line(self.folder / "history.jsonl", step)
         self._steps.append(step)
 
     @contextmanager
@@ -420,7 +428,8 @@ class _Adapter:
         if not capture_traces and (self.folder / "gepa_state.bin").is_file():
             # Going on, GEPA scores the first candidate once more and then takes all scores from what it had saved.
             return EvaluationBatch([""] * len(batch), [0.0] * len(batch))
-        traces = _wait(lambda: self._rollouts(batch, Prompts(family=self.evolution.start.family, components=candidate)))
+        prompts = Prompts(family=self.evolution.start.family, components=candidate)
+        traces = run_sync(lambda: self._rollouts(batch, prompts))
         return EvaluationBatch([t.trajectory.pred or "" for t in traces], [t.score for t in traces], traces)
 
     async def _rollouts(self, batch: list[_Example], prompts: Prompts) -> list[_Trace]:
@@ -473,7 +482,7 @@ class _Adapter:
 
     def _reflect(self, prompt: Any) -> str:
         try:
-            return _wait(lambda: self.reflection.complete([Message(role="user", content=prompt)])).text
+            return run_sync(lambda: self.reflection.complete([Message(role="user", content=prompt)])).text
         except Exception as error:
             raise _ReflectionFailed from error
 
@@ -515,16 +524,6 @@ def _reflective(trace: _Trace) -> dict[str, Any]:
     }
 
 
-def _wait(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    kept: list[Any] = []
-
-    async def keep() -> None:
-        kept.append(await work())
-
-    run_sync(keep)
-    return kept[0]
-
-
 def _digest(*parts: Any) -> str:
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:8]
 
@@ -535,16 +534,3 @@ def _read(path: Path, kind: type[Any]) -> list[Any]:
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{path} is damaged ({first['loc']}: {first['msg']}); move it away to start afresh") from error
-
-
-def _append(path: Path, record: Record) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: what another page writes is no torn line
-            file.seek(0)
-            text = file.read()
-            file.truncate(text.rfind(b"\n") + 1)  # of a line that a crash tore
-            file.write(record.model_dump_json().encode() + b"\n")
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; choose another folder") from error

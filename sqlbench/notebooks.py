@@ -68,6 +68,10 @@ PRESETS: dict[str, dict[str, dict[str, Value]]] = {
 little as still exercises every notebook from end to end."""
 
 
+EVERY = 15.0
+"""Seconds between two lines that say what a running notebook is doing."""
+
+
 # --- parameters ---------------------------------------------------------------------------------------------------
 
 
@@ -244,12 +248,12 @@ def run_notebooks(
     newest = ""
     with lock(base / "notebooks"):
         for number, (path, values) in enumerate(plan, 1):
-            output, partial = base / "notebooks" / path.name, base / "notebooks" / f"{path.stem}.partial.ipynb"
-            report = _Reporter(f"[{number}/{len(plan)}] {path.stem}", base, partial)
+            output = base / "notebooks" / path.name
             # A notebook reads what the ones before it left: once one has run, in this call or in one that was killed
             # after it, those after it run too.
             stale = force or any(not e.skipped for e in done) or _started(output) < newest
-            done.append(run_notebook(path, output, values, force=stale, report=report))
+            title = f"[{number}/{len(plan)}] {path.stem}"
+            done.append(run_notebook(path, output, values, force=stale, title=title))
             newest = max(newest, _started(output))
     return NotebookRun(base, done)
 
@@ -306,9 +310,16 @@ def run_notebook(
     parameters: Mapping[str, Value],
     *,
     force: bool = False,
-    report: _Reporter | None = None,
+    title: str = "",
 ) -> Executed:
     """Execute one notebook into `output`, or skip it where `output` is its finished copy for the same parameters.
+
+    Args:
+        path: the notebook.
+        output: in the folder ``notebooks`` of a run folder.
+        parameters: where they are not its own.
+        force: execute it also where it is done.
+        title: what the lines on standard error begin with; its name by default.
 
     Raises:
         NotebookError: a parameter is refused, or a cell failed.
@@ -317,7 +328,8 @@ def run_notebook(
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    report = report or _Reporter(path.stem, output.parent, output)
+    partial = output.with_name(f"{path.stem}.partial.ipynb")
+    report = _Reporter(title or path.stem, output.parent.parent, partial)
     values = check_parameters(path, parameters)
     stamp = {"source_hash": source_hash(path), "config_hash": _digest(json.dumps(values, sort_keys=True))}
     if not force and output.is_file():
@@ -326,7 +338,6 @@ def run_notebook(
             report.line("done before with these parameters, skipped")
             return Executed(path.stem, output, 0.0, skipped=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{path.stem}.partial.ipynb")
     defaults = {name: p.default for name, p in read_parameters(path).items()}
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -415,8 +426,8 @@ def _git_commit(folder: Path) -> str | None:
 class _Reporter:
     """Says on standard error what a running notebook is doing, from its partial copy and from the run folder."""
 
-    def __init__(self, title: str, run_folder: Path, partial: Path, every: float = 15.0) -> None:
-        self.title, self.run_folder, self.partial, self.every = title, run_folder, partial, every
+    def __init__(self, title: str, run_folder: Path, partial: Path) -> None:
+        self.title, self.run_folder, self.partial = title, run_folder, partial
         self._stop = threading.Event()
 
     def line(self, text: str) -> None:
@@ -433,7 +444,7 @@ class _Reporter:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(self.every):
+        while not self._stop.wait(EVERY):
             parts = [f"{time.time() - self._begin:.0f} s", self._cell(), self._activity()]
             self.line(", ".join(part for part in parts if part))
 

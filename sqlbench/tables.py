@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -128,7 +129,7 @@ def load_results(folder: Path | str) -> list[CellResult]:
         DataError: there is none, or one cannot be read.
     """
     found = []
-    for path in Path(folder).glob("cells/*/cell.json"):
+    for path in Path(folder).glob(f"cells/*/{CELL}"):
         try:
             found.append(CellResult.model_validate_json(path.read_text()))
         except ValueError as error:
@@ -149,54 +150,54 @@ def training_runs(folder: Path | str) -> dict[str, list[Path]]:
 
 def accuracy_table(results: Sequence[CellResult]) -> pd.DataFrame:
     """The seed experiment's accuracy table, with 95% intervals and the number of tasks beside it."""
-    rows = []
-    for r, label in zip(results, _labels(results), strict=True):
-        rows.append(
+    rows = [
+        {
+            "Acc (Initial)": round(r.initial.accuracy, 1),
+            "95% CI (Initial)": r.initial.interval_text,
+            "Acc (Final)": round(r.final.accuracy, 1),
+            "95% CI (Final)": r.final.interval_text,
+            "Transitions": f"{r.initial.transitions:.2f} → {r.final.transitions:.2f}",
+            "Prompt Length": round(r.final.prompt_tokens, 1),
+            "Response Length": f"{r.initial.response_tokens:.1f} → {r.final.response_tokens:.1f}",
+            "Tasks": r.final.n,
+        }
+        for r in results
+    ]
+    return _labelled(results, rows)
+
+
+def _labelled(results: Sequence[CellResult], rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """A table that begins with what was trained; the model's label names the steps where cells differ in them."""
+    mixed = len({r.cell.steps for r in results}) > 1
+    return pd.DataFrame(
+        [
             {
-                "Model": label,
+                "Model": r.cell.label + f" ({r.steps} step{'s' * (r.steps != 1)})" * mixed,
                 "Size": r.size,
                 "Context": r.cell.context,
                 "Max Turns": r.cell.turns,
                 "Agents": r.cell.agents,
-                "Acc (Initial)": round(r.initial.accuracy, 1),
-                "95% CI (Initial)": r.initial.interval_text,
-                "Acc (Final)": round(r.final.accuracy, 1),
-                "95% CI (Final)": r.final.interval_text,
-                "Transitions": f"{r.initial.transitions:.2f} → {r.final.transitions:.2f}",
-                "Prompt Length": round(r.final.prompt_tokens, 1),
-                "Response Length": f"{r.initial.response_tokens:.1f} → {r.final.response_tokens:.1f}",
-                "Tasks": r.final.n,
+                **row,
             }
-        )
-    return pd.DataFrame(rows)
-
-
-def _labels(results: Sequence[CellResult]) -> list[str]:
-    """The Model column; it names the steps where rows differ in them, for the accuracy table has no such column."""
-    mixed = len({r.cell.steps for r in results}) > 1
-    return [r.cell.label + f" ({r.steps} step{'s' * (r.steps != 1)})" * mixed for r in results]
+            for r, row in zip(results, rows, strict=True)
+        ]
+    )
 
 
 def efficiency_table(results: Sequence[CellResult]) -> pd.DataFrame:
     """The seed experiment's efficiency table. Time is the whole training run; a step is without validation."""
-    rows = []
-    for r, label in zip(results, _labels(results), strict=True):
-        rows.append(
-            {
-                "Model": label,
-                "Size": r.size,
-                "Context": r.cell.context,
-                "Max Turns": r.cell.turns,
-                "Agents": r.cell.agents,
-                "# GPUs": r.gpus,
-                "# Steps": r.steps,
-                "Time (h)": round(r.hours, 3),
-                "Time/Step (s)": round(r.step_seconds, 2),
-                "Rollout Time (%)": round(r.rollout_percent, 1),
-                "Update Actor Time (%)": round(r.update_percent, 1),
-            }
-        )
-    return pd.DataFrame(rows)
+    rows = [
+        {
+            "# GPUs": r.gpus,
+            "# Steps": r.steps,
+            "Time (h)": round(r.hours, 3),
+            "Time/Step (s)": round(r.step_seconds, 2),
+            "Rollout Time (%)": round(r.rollout_percent, 1),
+            "Update Actor Time (%)": round(r.update_percent, 1),
+        }
+        for r in results
+    ]
+    return _labelled(results, rows)
 
 
 def accuracy_rows(results: Sequence[CellResult]) -> pd.DataFrame:

@@ -266,13 +266,8 @@ class ChatSession:
         elif executions[-1].status != "ok":
             self._learn(exchange, 0.0)
             text = f"gave up, the last query did not run; {text}"
-        known = {(f.db, f.question, f.sql, f.generation) for f in evolution.store.all()}
-        if (feedback := exchange.feedback()) and (
-            connection.name,
-            question,
-            feedback.sql,
-            exchange.generation,
-        ) not in known:
+        feedback = exchange.feedback()
+        if feedback and feedback.key not in {f.key for f in evolution.store.all()}:
             evolution.record(feedback)
         transcript.conclude(text)
         return exchange

@@ -406,7 +406,7 @@ def test_a_database_that_is_gone_is_left_out(world, tmp_path):
 
 
 def test_feedback_is_kept_once_a_query_and_a_torn_line_is_dropped(tmp_path):
-    store = FeedbackStore(tmp_path / "deep" / "feedback.jsonl")
+    store = FeedbackStore(tmp_path / "feedback.jsonl")
     first = Feedback(question="Wie viele Sänger?", db="concert", sql="SELECT 1", execution="1 row")
     second = Feedback(question="Who?", db="concert", sql="SELECT 2", execution="error: no such table: x")
     store.append(first)
