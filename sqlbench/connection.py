@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlbench.agent.prompts import DIALECTS, extract_sql
 from sqlbench.agent.trajectory import Message
 from sqlbench.config import RolloutConfig
-from sqlbench.data.questions import plural
+from sqlbench.data.phrasing import plural
 from sqlbench.database.engine import Database, Limits, is_postgres, open_database
 from sqlbench.database.schema import Column, Schema, Table, introspect, quote, schema_text
 from sqlbench.errors import DatabaseError

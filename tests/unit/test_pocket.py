@@ -16,9 +16,10 @@ from random import Random
 import pytest
 
 from sqlbench.data.domains import NOVEL_WORDS, Inventor, fill, seen_domains, unseen_domains
+from sqlbench.data.phrasing import FAMILIES, LEXICON
 from sqlbench.data.pocket import CELLS, write_pocket
 from sqlbench.data.pretraining import Examples, held_out
-from sqlbench.data.questions import CONSTRUCTS, FAMILIES, LEXICON, draw
+from sqlbench.data.questions import CONSTRUCTS, draw
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.errors import DataError
 
