@@ -1,0 +1,313 @@
+"""Measures trainings on a GPU: what a step takes, what it is made of, and how much of the GPU's memory it uses.
+
+    python benchmarks/gpu.py --out DIR [--part a b c] [--data data/pocket] [--steps N] [--minutes M] [key=value ...]
+
+Every measurement is one `sqlbench.training.launch.train`. It leaves ``DIR/<measurement>.json``, a line in
+``DIR/gpu.md``, and below ``DIR/runs`` its run folder with the exact configuration:
+
+- ``a``: *local*, the laptop profile on the GPU: nano and our own engine.
+- ``b``: *vllm-nano*, the GPU profile on nano; *vllm-random*, the GPU profile on a model of Qwen2.5-Coder-1.5B's shape,
+  at the seed experiment's batch and with answers as long as those that it published. The weights are random, so speed
+  is all that it measures: answers end at a fixed length, rewards are coins, and no group is left out of the update.
+- ``c``: *grown*, a nano of 15M parameters, trained from nothing on the GPU for ``--minutes`` and then improved by GRPO;
+  accuracy is that of the trainer's own validation, before the first step and after the last.
+
+The first step (it compares probabilities) and the last (it saves) are run and left out of the times. The GPU's peak is
+that of all processes on it; vLLM takes a fixed share whatever it needs, so the trainer's own peak stands beside it.
+Nothing is downloaded. ``--device cpu`` rehearses it all on tiny models, ``b`` only where vLLM's CPU build is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import string
+import sys
+import threading
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sqlbench.errors import SqlbenchError
+from sqlbench.estimate import SHAPES, Shape
+from sqlbench.grid import SMALLEST
+from sqlbench.models.nano import NANO_PATH, Recipe, train_nano
+from sqlbench.runs import CONFIG, METRICS, RunFolder
+from sqlbench.training.launch import train
+from sqlbench.training.metrics import read_rows
+
+GROWN = Recipe(width=384, layers=8, heads=12, kv_heads=6, hidden=1152, batch_tokens=8192)
+SHAPE = SHAPES["Qwen/Qwen2.5-Coder-1.5B-Instruct"]
+TINY_SHAPE = SHAPE | {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 4096,
+}  # fmt: skip
+CONTEXT = 32768
+PARTS = {
+    "rollout": "timing_s/gen",
+    "log-prob": "timing_s/old_log_prob",
+    "update": "timing_s/update_actor",
+    "weight sync": "timing_s/update_weights",
+}
+
+SPEED_ONLY = ("trainer.val_before_train=false", "trainer.test_freq=-1")
+ROLLOUT = "actor_rollout_ref.rollout"
+VLLM_ON_CPU = (
+    f"{ROLLOUT}.name=vllm",
+    f"{ROLLOUT}.router_config_path=null",
+    f"{ROLLOUT}.enforce_eager=true",
+    f"+{ROLLOUT}.enable_sleep_mode=false",
+)
+
+
+def lengths(prompt: int, response: int) -> tuple[str, ...]:
+    """Overrides for the longest prompt and response."""
+    total = f"{ROLLOUT}.max_model_len={prompt + response}"
+    return f"data.max_prompt_length={prompt}", f"data.max_response_length={response}", total
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One training that is measured."""
+
+    part: str
+    what: str
+    profile: str
+    steps: int
+    overrides: tuple[str, ...] = ()
+
+
+MEASUREMENTS = {
+    "local": Measurement("a", "nano, our own engine", "laptop", 7, SPEED_ONLY),
+    "vllm-nano": Measurement("b", "nano, vLLM", "gpu", 7, (*SPEED_ONLY, *lengths(640, 128))),
+    "vllm-random": Measurement(
+        "b",
+        "random weights of Qwen2.5-Coder-1.5B's shape, vLLM (speed only)",
+        "gpu",
+        5,
+        (
+            *SPEED_ONLY,
+            *lengths(4096, 64),  # the published mean response of this model grew from 38 to 63 tokens
+            f"{ROLLOUT}.ignore_eos=true",
+            "sqlbench.random_reward=true",
+            "sqlbench.drop_useless_groups=false",
+            "actor_rollout_ref.actor.checkpoint.save_contents=[hf_model]",
+        ),
+    ),
+    "grown": Measurement("c", "a larger nano, trained here, our own engine", "laptop", 40),
+}
+
+
+# ---- models
+
+
+def policy(name: str, options: argparse.Namespace) -> Path:
+    """What a measurement starts from; made where it is missing. Its note ``sqlbench.json`` is written last."""
+    if name in ("local", "vllm-nano"):
+        return Path(NANO_PATH)
+    small, folder = options.device == "cpu", options.out / "models" / f"{name}-{options.device}"
+    if not (folder / "sqlbench.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        if name == "grown":
+            recipe = Recipe() if small else GROWN
+            train_nano(folder, options.minutes, threads=1, recipe=recipe, device=options.device)
+        else:
+            random_checkpoint(folder, TINY_SHAPE if small else SHAPE, options.tokenizer)
+    return folder
+
+
+def random_checkpoint(out: Path, shape: dict[str, Any], tokenizer: Path | None = None) -> None:
+    """Write a checkpoint with random weights, and the tokenizer of another folder or nano's, filled up."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    out.mkdir(parents=True)
+    for file in (tokenizer or NANO_PATH).iterdir():
+        if "token" in file.name or file.name in ("chat_template.jinja", "vocab.json", "merges.txt"):
+            shutil.copy(file, out)
+    if tokenizer is None:
+        fill_vocabulary(out, shape["vocab_size"])
+    known = AutoTokenizer.from_pretrained(out)
+    config = AutoConfig.for_model(
+        **shape,
+        max_position_embeddings=CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rms_norm_eps=1e-6,
+        bos_token_id=None,
+        eos_token_id=known.eos_token_id,
+        pad_token_id=known.pad_token_id,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
+    note = {"family": "chat", "weights": "random", "tokenizer": str(tokenizer or "nano's, filled up")}
+    (out / "sqlbench.json").write_text(json.dumps(note, indent=1) + "\n")
+
+
+def fill_vocabulary(folder: Path, size: int) -> None:
+    """Add words of four letters, so that every id stands for some text."""
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    known = content["model"]["vocab"]
+    words = ("\u0120" + "".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
+    new = (word for word in words if word not in known)
+    known |= {next(new): number for number in range(len(known), size)}
+    path.write_text(json.dumps(content, ensure_ascii=False))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": CONTEXT}, indent=1))
+
+
+# ---- measuring
+
+
+class Memory(threading.Thread):
+    """Follows how much of the GPU's memory is in use, by all processes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.ended, self.peak = threading.Event(), 0
+
+    def run(self) -> None:
+        """Look five times a second, until `ended` is set."""
+        import torch
+
+        while not self.ended.wait(0.2):
+            free, total = torch.cuda.mem_get_info(0)
+            self.peak = max(self.peak, total - free)
+
+
+def settings(name: str, options: argparse.Namespace) -> tuple[str, list[str]]:
+    """Profile and overrides of a measurement."""
+    one = MEASUREMENTS[name]
+    steps = options.steps or one.steps
+    every = [f"trainer.{key}={steps}" for key in ("total_training_steps", "save_freq", "test_freq")]
+    chosen = [f"trainer.device={options.device}", *every, *one.overrides]
+    if options.device == "cuda":
+        return one.profile, [*chosen, *options.overrides]
+    return "laptop", [*chosen, *SMALLEST, *(VLLM_ON_CPU if one.profile == "gpu" else ()), *options.overrides]
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train, and sum up."""
+    import torch
+
+    model, (profile, overrides), memory = policy(name, options), settings(name, options), Memory()
+    if options.device == "cuda":
+        memory.start()
+    try:
+        run = train(profile, name, options.data, str(model), overrides, results=options.out / "runs", overwrite=True)
+    finally:
+        memory.ended.set()
+    packages = [p for p in ("torch", "transformers", "verl", "vllm") if importlib.util.find_spec(p)]
+    record = {
+        "measurement": name,
+        "what": MEASUREMENTS[name].what,
+        "gpu": torch.cuda.get_device_name(0) if options.device == "cuda" else "no GPU: a rehearsal on tiny models",
+        "versions": {package: version(package) for package in packages},
+        "config": str((run / CONFIG).relative_to(options.out.absolute())),
+        "overrides": overrides,
+        **summary(run),
+        "gpu_peak_gb": memory.peak / 1e9 if options.device == "cuda" else None,
+    }
+    if name == "grown":
+        record["pretraining"] = json.loads((model / "sqlbench.json").read_text())["measured"]
+    return record
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """What a run's metrics say about its steps, without the first and the last."""
+    config, rows = RunFolder(run).config()["config"], read_rows(run / METRICS)
+    middle = [row for step, row in rows.items() if 1 < step < max(rows)]
+
+    def mean(key: str) -> float:
+        return sum(row.get(key, 0.0) for row in middle) / len(middle)
+
+    sampled = 0.0
+    for row in middle:
+        answers = (row["sqlbench/rollouts"] - row["sqlbench/failed_rollouts"]) * row["sqlbench/all_transitions"]
+        sampled += answers * row["sqlbench/response_tokens"] / len(middle)
+    shape, seconds = Shape.of(config["sqlbench"]["model"]), mean("timing_s/step")
+    parts = {part: mean(key) for part, key in PARTS.items()}
+    gaps = [row["training/rollout_probs_diff_max"] for row in rows.values() if "training/rollout_probs_diff_max" in row]
+    return {
+        "model": config["sqlbench"]["model"],
+        "parameters": shape.parameters if shape else None,
+        "batch": f"{config['data']['train_batch_size']} x {config['actor_rollout_ref']['rollout']['n']}",
+        "steps": len(middle),
+        "seconds": seconds,
+        "parts": parts | {"other": seconds - sum(parts.values())},
+        "prompt_tokens": mean("sqlbench/prompt_tokens"),
+        "response_tokens": mean("sqlbench/response_tokens"),
+        "transitions": mean("sqlbench/transitions"),
+        "failed_rollouts": sum(row["sqlbench/failed_rollouts"] for row in middle),
+        "sampled_tokens_per_second": sampled / parts["rollout"],
+        "updated_tokens_per_second": mean("perf/total_num_tokens") / parts["update"],
+        "trainer_peak_gb": max(row["actor/perf/max_memory_allocated_gb"] for row in middle),
+        "largest_probability_gap": max(gaps, default=None),
+        "validation": [row["sqlbench/val_ex"] for _, row in sorted(rows.items()) if "sqlbench/val_ex" in row],
+    }
+
+
+# ---- output
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """All that was measured, as Markdown."""
+    head = ["trained", "parameters", "batch", "a step, s", *(f"{part}, %" for part in (*PARTS, "other"))]
+    head += ["prompt", "response", "transitions", "sampled tokens/s", "updated tokens/s", "GPU, GB", "trainer, GB"]
+    lines, notes = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
+    for r in records:
+        cells = [r["what"], f"{r['parameters'] or 0:,}", r["batch"], f"{r['seconds']:.2f}"]
+        cells += [f"{100 * seconds / r['seconds']:.0f}" for seconds in r["parts"].values()]
+        cells += [f"{r['prompt_tokens']:.0f}", f"{r['response_tokens']:.0f}", f"{r['transitions']:.2f}"]
+        cells += [f"{r['sampled_tokens_per_second']:,.0f}", f"{r['updated_tokens_per_second']:,.0f}"]
+        cells += [f"{r['gpu_peak_gb']:.1f}" if r["gpu_peak_gb"] else "", f"{r['trainer_peak_gb']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        note = f"- {r['what']}: {r['gpu']}, {r['steps']} steps measured, configuration in `{r['config']}`"
+        checked = [f"{100 * share:.1f}%" for share in r["validation"]]
+        notes.append(f"{note}; validation {' → '.join(checked)}." if checked else f"{note}.")
+    return "\n".join([*lines, "", *notes])
+
+
+def main() -> None:
+    """Measure and print; what fails is said in one line, and the rest goes on."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for results, models and run folders")
+    parser.add_argument("--part", nargs="+", choices="abc", default="abc")
+    parser.add_argument("--data", type=Path, default=Path("data/pocket"))
+    parser.add_argument("--tokenizer", type=Path, help="checkpoint folder whose tokenizer the random model gets")
+    parser.add_argument("--steps", type=int, help="steps of each training, 3 or more")
+    parser.add_argument("--minutes", type=float, default=10.0, help="training of the larger nano before GRPO")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("overrides", nargs="*", help="key=value for the configuration of every training")
+    options = parser.parse_intermixed_args()
+
+    import torch
+
+    if options.steps is not None and options.steps < 3:
+        parser.error(f"--steps {options.steps}: the first and the last are not measured, so give 3 or more")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU with CUDA on this machine; rehearse with --device cpu")
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+    if options.device == "cpu":
+        os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    failed = False
+    for name in [name for name, one in MEASUREMENTS.items() if one.part in options.part]:
+        try:
+            record = measure(name, options)
+        except SqlbenchError as error:
+            failed = True
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            continue
+        (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        files = [file for name in MEASUREMENTS if (file := options.out / f"{name}.json").is_file()]
+        text = table([json.loads(file.read_text()) for file in files])
+        (options.out / "gpu.md").write_text(text + "\n")
+        print(text, flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What is known of trainings on a GPU without one: they compose, their models load, their numbers are summed up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sqlbench.data.tasks import DataSet
+from sqlbench.errors import ModelError, TrainingError
+from sqlbench.estimate import Shape
+from sqlbench.models.local import GenerationRequest, LocalEngine, checkpoint_family
+from sqlbench.models.nano import NANO_PATH, train_nano
+from sqlbench.profiles import PROFILES
+from sqlbench.training.launch import train
+
+
+@pytest.fixture(autouse=True)
+def scripts(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+
+
+@pytest.mark.parametrize("name", ["local", "vllm-nano", "vllm-random", "grown"])
+def test_every_measurement_is_a_valid_training_on_cuda(name: str, tmp_path: Path) -> None:
+    import gpu
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    from sqlbench.training.compose import compose
+
+    options = argparse.Namespace(device="cuda", steps=None, overrides=["trainer.project_name=mine"])
+    profile, overrides = gpu.settings(name, options)
+    config = compose(
+        PROFILES[profile], run="r", folder=tmp_path, data=tmp_path, model=str(NANO_PATH), overrides=overrides
+    )
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    section = config.actor_rollout_ref
+    omega_conf_to_dataclass(section.actor), omega_conf_to_dataclass(section.rollout)
+    assert config.trainer.device == "cuda" and config.trainer.project_name == "mine"
+    assert config.data.max_prompt_length + config.data.max_response_length == section.rollout.max_model_len
+    assert section.model.override_config.attn_implementation == "sdpa"  # the GPU set has no flash-attn
+    if profile == "laptop":
+        assert section.rollout.engine_kwargs.local.device == "cuda"
+    else:
+        assert (config.data.train_batch_size, section.rollout.n) == (32, 4)
+    assert set(gpu.MEASUREMENTS) == {"local", "vllm-nano", "vllm-random", "grown"}
+
+
+def test_a_random_checkpoint_has_its_shape_and_text_for_every_token(tmp_path: Path) -> None:
+    import gpu
+
+    folder = tmp_path / "random"
+    gpu.random_checkpoint(folder, gpu.TINY_SHAPE)
+    engine = LocalEngine(folder)
+    assert Shape.of(str(folder)).parameters == sum(p.numel() for p in engine.model.parameters())
+    assert len(engine.tokenizer) == engine.model.config.vocab_size == 4096
+    assert all(engine.tokenizer.decode([i]) for i in range(4096))
+    assert len(engine.tokenizer("how many singers are from 'France'?")["input_ids"]) < 30
+    assert checkpoint_family(folder) == "chat"
+    answer = engine.generate([GenerationRequest((5, 6, 7), 8, 1.0, seed=1)])[0]
+    assert answer.finish_reason == "length" and max(answer.token_ids) < 4096
+
+
+def test_the_real_shape_is_that_of_the_published_model() -> None:
+    import gpu
+
+    assert 1.54e9 < Shape(**gpu.SHAPE, head_dim=128).parameters < 1.55e9
+
+
+def test_a_recorded_run_is_summed_up(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    monkeypatch.chdir(repo)
+    run = repo / "results/laptop/reproduce/cells/t3_c2048_write-rewrite/train"
+    found = gpu.summary(run)
+    assert found["steps"] == 38 and found["parameters"] == 918_912 and found["batch"] == "16 x 8"
+    assert sum(found["parts"].values()) == pytest.approx(found["seconds"])
+    assert all(seconds >= 0 for seconds in found["parts"].values())
+    ended = json.loads((run / "summary.json").read_text())
+    assert (found["validation"][0], found["validation"][-1]) == (ended["val_ex_first"], ended["val_ex_last"])
+    # The rollout's rate, from what is known of a step: 128 rollouts with some 3.5 answers of some 25 tokens.
+    assert found["sampled_tokens_per_second"] * found["parts"]["rollout"] == pytest.approx(128 * 3.5 * 25, rel=0.25)
+    text = gpu.table([found | {"what": "nano", "gpu": "none", "config": "config.json", "gpu_peak_gb": None}])
+    lines = text.splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert f"| {found['seconds']:.2f} |" in lines[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_cuda_is_refused_in_one_line(pocket: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^this machine cannot run .*1 GPU\(s\) with CUDA: NOT found.*$"):
+        train("laptop", "r", pocket.root, overrides=["trainer.device=cuda"], results=tmp_path)
+    with pytest.raises(ModelError, match="no GPU with CUDA"):
+        train_nano(tmp_path / "nano", minutes=0.1, progress=False, device="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_is_moved_to_cuda_and_nowhere_else() -> None:
+    moved = PROFILES["laptop"].on("cuda")
+    assert moved.device == "cuda" and "VERL_PLATFORM" not in moved.environment  # verl finds the GPU itself
+    assert moved.environment["VERL_USE_EXTERNAL_MODULES"] == "sqlbench.training.cpu_plugin"  # has our engine
+    assert PROFILES["laptop"].on("cpu") is PROFILES["laptop"]
+    for profile, device in (("laptop", "cuda:1"), ("gpu", "cpu")):
+        with pytest.raises(TrainingError, match=f"trainer.device={device} does not go with"):
+            PROFILES[profile].on(device)
