@@ -31,7 +31,7 @@ from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evaluation import evaluate
 from sqlbench.grid import GRIDS, Cell, Grid, slug
 from sqlbench.profiles import PROFILES
-from sqlbench.runs import RunFolder, differences, lock
+from sqlbench.runs import RunFolder, differences, lock, write_whole
 from sqlbench.tables import (
     CELL,
     CellResult,
@@ -222,9 +222,7 @@ def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:
         rollout_percent=times["rollout"],
         update_percent=times["update"],
     )
-    new = place / f".{CELL}.new"
-    new.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    new.replace(place / CELL)
+    write_whole(place / CELL, [result.model_dump_json(indent=2) + "\n"])
     return result
 
 

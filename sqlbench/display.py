@@ -16,6 +16,7 @@ from sqlbench.agent.trajectory import Execution, Trajectory
 from sqlbench.data.audit import audit_dataset, read_audit
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.evaluation import Score, Summary
+from sqlbench.sqltree import HARDNESS
 
 SHOWN_ROWS = 3
 
@@ -63,7 +64,7 @@ def audit_table(data: Path | str) -> pd.DataFrame:
             "excluded": ", ".join(f"{count} {reason}" for reason, count in split.excluded.items()) or "none",
             "gold without rows": split.zero_rows,
             "needs order": split.needs_order,
-            **{level: split.hardness.get(level, 0) for level in ("easy", "medium", "hard", "extra")},
+            **{level: split.hardness.get(level, 0) for level in HARDNESS},
             "constant query (%)": round(100 * max(split.constant_floor.values(), default=0.0), 1),
         }
         for name, split in read_audit(data).splits.items()

@@ -14,7 +14,6 @@ import asyncio
 import json
 import logging
 import os
-import socket
 import sys
 import time
 import uuid
@@ -47,6 +46,7 @@ from sqlbench.errors import DataError, ServerError, SqlbenchError
 from sqlbench.models import open_model
 from sqlbench.reward import ascore
 from sqlbench.rollout import answer
+from sqlbench.serve import listen
 
 MAX_ATTEMPTS = 5
 MAX_SESSIONS = 100
@@ -483,12 +483,7 @@ def serve(data: str | Path, port: int, host: str = "127.0.0.1", split: str = "tr
         DataError: there is no such data set or split.
         ModelError: there is no such model.
     """
-    try:
-        listener = socket.create_server((host, port))
-    except OSError as error:
-        reason = str(error.strerror).split(" (")[0]
-        raise ServerError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
-    with listener:
+    with listen(host, port) as listener:
         made = create(Episodes(data, split, model))
         print(f"serving {data} on http://{host}:{listener.getsockname()[1]}; Ctrl-C stops", file=sys.stderr, flush=True)
         config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)

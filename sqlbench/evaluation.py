@@ -31,7 +31,7 @@ from sqlbench.models import open_model
 from sqlbench.models.base import ChatModel
 from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, RunFolder, run_path
-from sqlbench.sqltree import component_match, error_class
+from sqlbench.sqltree import HARDNESS, component_match, error_class
 from sqlbench.statistics import wilson
 
 STOP_AFTER = 8
@@ -245,7 +245,7 @@ def summarise(
         split=split,
         rollouts=len(rows) + failed,
         score=_score(scored),
-        by_hardness=_scores(scored, lambda row: row.hardness, ("easy", "medium", "hard", "extra")),
+        by_hardness=_scores(scored, lambda row: row.hardness, HARDNESS),
         by_database=_scores(scored, lambda row: row.db_id),
         by_phrasing=_scores(scored, lambda row: row.phrasing),
         failed=failed,

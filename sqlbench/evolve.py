@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ from sqlbench.evaluation import run_sync
 from sqlbench.models import open_model
 from sqlbench.models.base import ChatModel
 from sqlbench.rollout import rollout
-from sqlbench.runs import append_line, read_jsonl
+from sqlbench.runs import append_line, read_jsonl, write_whole
 
 TRAIN, HELD_OUT, MIN_HELD_OUT = 20, 20, 3
 """Failures that a cycle reflects on, and held-out questions, at most; held-out questions at least."""
@@ -283,10 +282,8 @@ class Evolution:
             if not cycle.train:
                 self._add(self._next(seen=cycle.step.seen, outcome="nothing has failed, so nothing was tried"))
                 return None
-            new = self._pending.with_suffix(".new")
+            write_whole(self._pending, [cycle.model_dump_json()])
             try:
-                new.write_text(cycle.model_dump_json(), encoding="utf-8")
-                os.replace(new, self._pending)
                 step = self._run(cycle)
             except OSError as error:
                 raise RunError(f"cannot write {self.folder}: {error.strerror}; make room and call it again") from error

@@ -101,7 +101,7 @@ class RunFolder:
                         _drop_torn_line(file)
         except OSError as error:
             raise _cannot_write(self.root, error) from error
-        self._write(CONFIG, [json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"])
+        write_whole(self.root / CONFIG, [json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"])
 
     def _discard(self) -> None:
         try:
@@ -131,22 +131,11 @@ class RunFolder:
 
     def rewrite(self, name: str, records: Iterable[BaseModel | dict[str, Any]]) -> None:
         """Replace a file of lines in one step."""
-        self._write(name, (_dump(record) + "\n" for record in records))
+        write_whole(self.root / name, (_dump(record) + "\n" for record in records))
 
     def finish(self, summary: BaseModel | dict[str, Any]) -> None:
         """Write the summary: from now on the run is finished."""
-        self._write(SUMMARY, [json.dumps(json.loads(_dump(summary)), indent=2, ensure_ascii=False) + "\n"])
-
-    def _write(self, name: str, parts: Iterable[str]) -> None:
-        temporary = self.root / f".{name}.new"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(parts)
-            os.replace(temporary, self.root / name)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise _cannot_write(self.root / name, error) from error
+        write_whole(self.root / SUMMARY, [json.dumps(json.loads(_dump(summary)), indent=2, ensure_ascii=False) + "\n"])
 
 
 def lock(folder: Path) -> IO[str]:
@@ -166,6 +155,23 @@ def lock(folder: Path) -> IO[str]:
         file.close()
         raise RunError(f"another process is writing the run {folder}; wait or choose another name") from error
     return file
+
+
+def write_whole(path: Path, parts: Iterable[str]) -> None:
+    """Replace a file in one move: it is the old one until all of the new one is written.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(parts)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
 
 
 def append_line(path: Path, record: BaseModel | dict[str, Any]) -> None:

@@ -53,12 +53,8 @@ def serve(model: str, port: int = 8000, host: str = "127.0.0.1", engine: str | N
         raise ServerError(f"no engine '{engine}'; there are: {', '.join(ENGINES)}")
     if missing := " ".join(package for package in NEEDS[engine] if importlib.util.find_spec(package) is None):
         raise ServerError(f"the engine {engine} needs what is not installed; run 'pip install {missing}'")
-    try:
-        with socket.create_server((host, port)) as free:
-            port = free.getsockname()[1]
-    except OSError as error:
-        why = str(error.strerror).split(" (")[0]
-        raise ServerError(f"cannot listen on {host}:{port}: {why}; choose another --port or --host") from error
+    with listen(host, port) as free:
+        port = free.getsockname()[1]
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     options = " --prompts nano --max-tokens 128" if checkpoint_family(folder) == "nano" else ""
     with _running(engine, folder, name, host, port) as (server, log):
@@ -71,6 +67,19 @@ def serve(model: str, port: int = 8000, host: str = "127.0.0.1", engine: str | N
         )
         server.wait()
         raise _ended(server, log)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        ServerError: the address is in use or no address of this machine.
+    """
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        why = str(error.strerror).split(" (")[0]
+        raise ServerError(f"cannot listen on {host}:{port}: {why}; choose another --port or --host") from error
 
 
 def find_policy(model: str) -> tuple[Path, str]:

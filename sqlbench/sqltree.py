@@ -14,6 +14,7 @@ from functools import lru_cache
 import sqlglot
 from sqlglot import exp
 
+HARDNESS = ("easy", "medium", "hard", "extra")
 _DIALECTS = {"sqlite": "sqlite", "postgresql": "postgres"}
 
 
@@ -31,7 +32,7 @@ def parse(sql: str, dialect: str = "sqlite") -> exp.Expression | None:
 
 
 def hardness(sql: str) -> str:
-    """``easy``, ``medium``, ``hard`` or ``extra``, by Spider's published rules.
+    """One of `HARDNESS`, by Spider's published rules.
 
     Counted is the first SELECT of a set operation. Its components are WHERE, GROUP BY, ORDER BY, LIMIT, each join, each
     OR and each LIKE; nested are set operations and subqueries that a condition compares with; others are more than one

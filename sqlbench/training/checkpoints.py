@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from sqlbench.errors import TrainingError
-from sqlbench.runs import RunFolder
+from sqlbench.runs import RunFolder, write_whole
 
 
 def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
@@ -55,9 +55,7 @@ def checkpointed(run: str | Path) -> int:
         return 0
     if not (text := note.read_text()).isdigit():
         text = str(max((_step_of(file.parent) for file in folder.glob("global_step_*/data.pt")), default=0))
-        new = note.with_suffix(".new")
-        new.write_text(text)
-        new.replace(note)
+        write_whole(note, [text])
     return int(text)
 
 

@@ -17,9 +17,11 @@ from markupsafe import Markup
 
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import DataError
+from sqlbench.sqltree import HARDNESS
 from sqlbench.tables import Difference, Side, difference
 from sqlbench.widgets import view
-from sqlbench.widgets.inspector import HARDNESS, LISTED, Inspector, RunFacts, rollout_table
+from sqlbench.widgets.inspector import LISTED, Inspector
+from sqlbench.widgets.rollouts import RunFacts, rollout_table
 
 BY = ("hardness", "database", "construct")
 FLIP = {("wrong", "right"): "gained", ("right", "wrong"): "lost"}

@@ -31,8 +31,9 @@ from sqlbench.statistics import mcnemar
 from sqlbench.training.metrics import write_rows
 from sqlbench.widgets import view
 from sqlbench.widgets.comparison import Comparison
-from sqlbench.widgets.inspector import Inspector, advantages
+from sqlbench.widgets.inspector import Inspector
 from sqlbench.widgets.monitor import Monitor
+from sqlbench.widgets.rollouts import advantages
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'"
 GOLD = "SELECT name, price FROM item WHERE price > 1"
