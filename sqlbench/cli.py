@@ -90,11 +90,12 @@ def nano_train(
     minutes: Annotated[float, typer.Option(help="Time budget, as if --threads processors were free.")] = 10.0,
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="Processors to use.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train the embedded policy from nothing."""
     from sqlbench.models.nano import train_nano
 
-    train_nano(out, minutes=minutes, seed=seed, threads=threads)
+    train_nano(out, minutes=minutes, seed=seed, threads=threads, device=device)
     typer.echo(f"wrote {out}")
 
 

@@ -288,8 +288,8 @@ def train_nano(
 
     if (out / "config.json").exists():
         raise ModelError(f"{out} already holds a checkpoint; choose another folder or delete it")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ModelError(f"cannot train on '{device}': this machine has no GPU with CUDA; choose 'cpu'")
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise ModelError(f"cannot train on '{device}'; choose 'cpu', or 'cuda' where there is a GPU with CUDA")
     recipe = recipe or Recipe()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
