@@ -51,6 +51,8 @@ def main(config_file: str, parent: int, folder: str) -> None:
     if config.trainer.device != "cpu" or options.get("address") != "local":  # a cluster starts its own workers
         _drive(config)
         return
+    # The ranks meet at a file: verl would pick a free port, which another program may take before they listen on it.
+    os.environ["DIST_INIT_METHOD"] = f"file://{folder}/ranks"
     os.environ.update(BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
     kind = json.loads(Path(config.actor_rollout_ref.model.path, "config.json").read_text())["model_type"]
     for name in (*PRELOAD, f"transformers.models.{kind}.modeling_{kind}"):
