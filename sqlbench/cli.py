@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
 from sqlbench.errors import DataError, SqlbenchError
+
+LONGEST_STOP = 4
+"""Seconds in which an interrupted command may end by itself."""
 
 
 def _group(text: str) -> typer.Typer:
@@ -322,13 +328,12 @@ def checks() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the ``sqlbench`` command."""
     debug = os.environ.get("SQLBENCH_DEBUG") == "1"
+    stop_when_told()
     try:
         app(arguments, prog_name="sqlbench")
     except SystemExit as end:
         if end.code == 130:
-            _say("interrupted; for eval, train, ablate and notebooks the same command goes on where it stopped")
-            sys.stdout.flush()
-            os._exit(130)  # without waiting for threads: a batch of answers takes seconds
+            _interrupted()
         raise
     except SqlbenchError as error:
         if debug:
@@ -346,6 +351,29 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc(file=file)
         _say(f"internal error: {type(error).__name__}: {error} (traceback in {file.name}; please report it)")
         sys.exit(70)
+
+
+def stop_when_told() -> None:
+    """See to it that this process ends within seconds of Ctrl-C, also where the exception for it is lost.
+
+    Python drops an exception that is raised while an object is being cleared away, and some libraries catch it. Leaving
+    at once costs nothing that was written.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(LONGEST_STOP, _interrupted)
+        timer.daemon = True
+        timer.start()
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job of a shell ignores it
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def _interrupted() -> NoReturn:
+    _say("interrupted; for eval, train, ablate and notebooks the same command goes on where it stopped")
+    sys.stdout.flush()
+    os._exit(130)  # without waiting for threads: a batch of answers takes seconds
 
 
 def _say(line: str) -> None:

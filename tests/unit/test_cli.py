@@ -110,6 +110,33 @@ def test_a_zip_that_is_no_spider_release_is_refused(data, capsys):
     assert "either --from" in fails(capsys, "data", "spider")
 
 
+def test_an_interruption_that_is_lost_ends_the_command_all_the_same():
+    code = """
+import time
+from sqlbench.cli import stop_when_told
+stop_when_told()
+print("ready", flush=True)
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "ready\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on where it stopped" in err
+    assert time.monotonic() - started < 5
+
+
 def test_an_interruption_says_how_to_go_on(data, silent_port):
     environment = os.environ | {
         "OPENAI_BASE_URL": f"http://127.0.0.1:{silent_port}/v1",
