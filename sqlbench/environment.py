@@ -25,7 +25,7 @@ from random import Random
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, WebSocketDisconnect
+from fastapi import FastAPI, Request, Response, WebSocketDisconnect
 from fastapi.responses import JSONResponse
 from openenv.core.client_types import StepResult
 from openenv.core.env_client import EnvClient
@@ -33,6 +33,7 @@ from openenv.core.env_server import create_app
 from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.types import Action, EnvironmentMetadata, Observation, State
 from pydantic import Field
+from starlette.middleware.base import RequestResponseEndpoint
 
 import sqlbench
 from sqlbench.agent.prompts import DIALECTS, STRATEGIES, prompts_for, schema_style
@@ -432,6 +433,19 @@ def create(episodes: Episodes) -> FastAPI:
             "observation": SqlObservation.model_json_schema(),
             "state": SqlState.model_json_schema(),
         }
+
+    @made.middleware("http")
+    async def strict(request: Request, go_on: RequestResponseEndpoint) -> Response:
+        """Refuse what OpenEnv's models would turn into a number: ``true``, or a text."""
+        if request.method == "POST":
+            try:
+                body = json.loads(await request.body())
+            except (ValueError, RecursionError):
+                body = None  # no JSON: the route says so
+            for name in ("seed", "timeout_s"):
+                if isinstance(body, dict) and isinstance(value := body.get(name), bool | str):
+                    return JSONResponse({"detail": f"{name} is a number, not {json.dumps(value)[:60]}"}, 422)
+        return await go_on(request)
 
     @made.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> JSONResponse:

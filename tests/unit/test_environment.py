@@ -214,6 +214,8 @@ def test_what_writes_is_refused_and_counts_as_an_attempt(server):
     [
         ("/reset", {"task_id": "none such"}, 404, "no task 'none such' in split 'dev_seen_pretrain'"),
         ("/reset", {"tsak_id": "x"}, 422, "reset takes seed, episode_id and task_id, not tsak_id"),
+        ("/reset", {"seed": False}, 422, "seed is a number, not false"),
+        ("/step", {"action": {"strategy": "generate"}, "timeout_s": "5"}, 422, "timeout_s is a number, not"),
         ("/step", {"action": {"strategy": "generate"}, "episode_id": ["@"]}, 422, "episode_id is a text"),
         ("/step", {"action": {"strategy": "generate"}}, 409, "call reset first; over HTTP send the episode_id"),
         ("/step", {"action": {"strategy": "generate"}, "episode_id": "x"}, 404, "no episode 'x'"),
