@@ -92,7 +92,7 @@ def test_a_recorded_run_is_summed_up(repo: Path, monkeypatch: pytest.MonkeyPatch
 def test_without_a_gpu_cuda_is_refused_in_one_line(pocket: DataSet, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^this machine cannot run .*1 GPU\(s\) with CUDA: NOT found.*$"):
         train("laptop", "r", pocket.root, overrides=["trainer.device=cuda"], results=tmp_path)
-    with pytest.raises(ModelError, match="no GPU with CUDA"):
+    with pytest.raises(ModelError, match="a GPU with CUDA"):
         train_nano(tmp_path / "nano", minutes=0.1, progress=False, device="cuda")
     assert not list(tmp_path.iterdir())
 
