@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,6 @@ from openenv.core.env_server import create_app
 from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.types import Action, EnvironmentMetadata, Observation, State
 from pydantic import Field
-from starlette.middleware.base import RequestResponseEndpoint
 
 import sqlbench
 from sqlbench.agent.prompts import DIALECTS, STRATEGIES, prompts_for, schema_style
@@ -435,7 +434,7 @@ def create(episodes: Episodes) -> FastAPI:
         }
 
     @made.middleware("http")
-    async def strict(request: Request, go_on: RequestResponseEndpoint) -> Response:
+    async def strict(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         """Refuse what OpenEnv's models would turn into a number: ``true``, or a text."""
         if request.method == "POST":
             try:

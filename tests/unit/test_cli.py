@@ -115,9 +115,9 @@ def test_an_interruption_that_is_lost_ends_the_command_all_the_same():
 import time
 from sqlbench.cli import stop_when_told
 stop_when_told()
-print("ready", flush=True)
 while True:
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         pass
