@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, quantiles
 
 import psutil
 import pytest
@@ -262,13 +262,13 @@ def test_hostile_queries_change_no_honest_verdict_and_slow_none_down_much(pocket
     assert {match for match, _ in alone} == {0, 1}
     calm, _ = load(verdict, pairs, alone, enemies=0)
     wild, fought = load(verdict, pairs, alone, enemies=ENEMIES)
-    slower = median(wild) / median(calm)
+    slower = fmean(wild) / fmean(calm)  # the median says little: a thread that has its turn answers many in a row
     assert fought >= ENEMIES and slower < 3, f"{slower:.1f} times slower"
     note(
         "reward, hostile queries in 16 of 64 threads",
         f"{len(wild):,} honest verdicts unchanged, {fought:,} hostile ones",
     )
-    times = f"median {1000 * median(calm):.1f} ms, {1000 * median(wild):.1f} ms; p99 {1000 * p99(calm):.0f} ms, "
+    times = f"mean {1000 * fmean(calm):.1f} ms, {1000 * fmean(wild):.1f} ms; p99 {1000 * p99(calm):.0f} ms, "
     note("honest latency without and with them", f"{times}{1000 * p99(wild):.0f} ms")
 
 
