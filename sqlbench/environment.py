@@ -436,7 +436,7 @@ def create(episodes: Episodes) -> FastAPI:
     @made.middleware("http")
     async def strict(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         """Refuse what OpenEnv's models would turn into a number: ``true``, or a text."""
-        if request.method == "POST":
+        if request.url.path in ("/reset", "/step"):
             try:
                 body = json.loads(await request.body())
             except (ValueError, RecursionError):
