@@ -158,6 +158,7 @@ class _Run:
         if max(rows, default=0) < self.total:
             raise TrainingError(f"verl ended at step {max(rows, default=0)} of {self.total}; see {self.log}")
         write_rows(self.folder / METRICS, rows)
+        checkpoints.drop_others(self.folder, self.total, self.config.trainer.max_actor_ckpt_to_keep)
         checkpoints.export_policy(self.folder, self.config.sqlbench.model)
         validated = [row["sqlbench/val_ex"] for row in rows.values() if "sqlbench/val_ex" in row]
         folder.finish(

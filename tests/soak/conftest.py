@@ -140,12 +140,11 @@ class Stage:
         return [*lines, *(name for name in names if not re.fullmatch(r"tmp\w+\.json", name))]
 
     def end(self) -> None:
-        """End what still runs and remove everything."""
+        """End what still runs; what a failed test left at home stays to be looked at, as pytest keeps it."""
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
-        for folder in (self.home, self.temporary):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 @pytest.fixture

@@ -113,6 +113,11 @@ def test_resumes_at_the_saved_step_and_logs_every_step_once(killed_and_resumed: 
     assert lines == [0, 1, 2, 3]
 
 
+def test_keeps_as_many_checkpoints_as_were_asked_for(killed_and_resumed: tuple[Path, int]) -> None:
+    saved = {path.name for path in (killed_and_resumed[0] / "checkpoints").glob("global_step_*")}
+    assert saved == {"global_step_2", "global_step_3"}
+
+
 def test_a_monitor_beside_it_follows_the_run_to_its_end(killed_and_resumed: tuple[Path, int], watched: Watched) -> None:
     """The trainings ran in other processes; the monitor had their folder and nothing else."""
     monitor, said, drawn = watched
