@@ -8,18 +8,22 @@ Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync
   (their advantage is 0) and a group with one rollout left (its advantage would be its reward). Both are counted.
   A step without a group that divides has gradient 0; weight decay and the momentum of earlier steps still act.
 - Failed rollouts are counted, and above a stated share the run stops, before it trains on the rest.
+- A training ends where one of its processes is gone: verl waits for ever for a rollout worker that the system killed.
 - Every step logs what ``trajectories.jsonl`` says about its rollouts.
 - Rollout and trainer probabilities are compared by verl's own check at the first step and at every validation.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
@@ -32,6 +36,7 @@ from sqlbench.training.loss import rollout_weights
 from sqlbench.training.metrics import StepRecord, TrajectoryReader
 
 POLL_SECONDS = 0.05
+WATCH_SECONDS = 3
 
 
 @contextmanager
@@ -56,6 +61,14 @@ class SqlTrainer(PPOTrainerSync):
         self.settings = config.sqlbench
         self.reader = TrajectoryReader(Path(self.settings.run_folder) / "trajectories.jsonl")
         self.checked_step: int | None = None
+
+    def fit(self, agent_loop_manager: Any) -> None:  # noqa: D102
+        ended = threading.Event()
+        threading.Thread(target=_watch_actors, args=(ended,), daemon=True).start()
+        try:
+            super().fit(agent_loop_manager)
+        finally:
+            ended.set()
 
     # -- counting and stopping
 
@@ -208,3 +221,17 @@ class SqlTrainer(PPOTrainerSync):
                 fields=TensorDict({"rollout_is_weights": field}, batch_size=len(rows)),
             )
         return batch
+
+
+def _watch_actors(ended: threading.Event) -> None:
+    """End this process where an actor of the training is gone before the event is set."""
+    ours = {ray.get_runtime_context().namespace, "transfer_queue"}
+
+    def alive() -> set[str]:
+        return {a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] in ours}
+
+    known = alive()
+    while not ended.wait(WATCH_SECONDS):
+        if (gone := ", ".join(sorted(known - alive()))) and not ended.is_set():
+            print(f"TrainingError: a process of the training is gone ({gone}); was the memory used up?", flush=True)
+            os._exit(1)

@@ -218,3 +218,18 @@ def test_too_many_failed_rollouts_stop_the_run_with_their_reason(pocket: DataSet
     records = list(RunFolder(tmp_path / "laptop/bad").trajectories())
     assert len(records) == 4 and all(r.failed and r.reward is None for r in records)
     assert not training_processes(os.getpid())
+
+
+def test_a_rollout_worker_that_the_system_kills_ends_the_run(pocket: DataSet, tmp_path: Path) -> None:
+    """verl waits for ever for what such a worker will not answer any more."""
+    endless = [*TINY, "trainer.total_training_steps=1000", "trainer.val_before_train=false", "trainer.save_freq=-1"]
+    arguments = [str(pocket.root), str(tmp_path), json.dumps(endless)]
+    launcher = subprocess.Popen([sys.executable, "-c", CALL, *arguments], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "laptop/run/metrics.jsonl"
+    while launcher.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    (worker,) = (process for process in below if "SqlAgentLoopWorker" in process.name())
+    worker.kill()
+    errors = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 1 and "a process of the training is gone (agent_loop_worker_0" in errors
