@@ -17,6 +17,7 @@ SQLite's heap limit belongs to the process: other users of sqlite3 in the proces
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import marshal
 import os
 import re
@@ -117,9 +118,10 @@ class _Watchdog:
             self.wake.wait()
             time.sleep(0.01)
             now = time.perf_counter()
-            for connection, deadline in list(self.running.items()):
+            for connection, deadline in self.running.copy().items():
                 if now > deadline:
-                    connection.interrupt()
+                    with contextlib.suppress(Exception):  # closed since: whatever it says, this thread has to go on
+                        connection.interrupt()
             if not self.running:
                 self.wake.clear()
                 if self.running:  # added between the two lines above
@@ -141,7 +143,9 @@ def _authorize(action: int, first: str | None, second: str | None, schema: str |
 # One call of these functions costs up to the square of its arguments' lengths, and no call can be interrupted. Where a
 # statement could also build long arguments for them, values are kept short and the program small.
 _SQUARE = ("instr", "replace", "trim", "like", "glob", "json")
-_BUILDERS = ("||", "replace", "printf", "format", "concat", "hex", "blob", "char", "json", "strftime", "quote")
+_BUILDERS = (
+    "||", "replace", "printf", "format", "concat", "hex", "blob", "char", "json", "strftime", "quote", "string_agg",
+)  # fmt: skip
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_SQL_LENGTH: SQL_BYTES,
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
@@ -283,21 +287,26 @@ class Database:
             self.name = database_name(target)
         self._is_file = self.dialect == "sqlite" and target != ":memory:"
         self._idle: list[Connection] = []
+        self._born = object()
         self._seen, self._looked = self.identity(), time.monotonic()
         self._idle.append(self._connect())
 
     def identity(self) -> tuple:
-        """A value that changes when the content may have: of a file its inode, size and time of change.
+        """A value that changes when the content may have: inode, size and time of change of a file and of its -wal.
 
         PostgreSQL has none, so its results are good for as long as this object lives.
         """
         if not self._is_file:
-            return (self.target, id(self))
+            return (self.target, self._born)
         try:
-            stat = os.stat(self.target)
+            stamp = _stamp(self.target)
         except OSError as error:
             raise DatabaseError(f"cannot open database {self.target}: {error.strerror}") from error
-        return (self.target, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        try:
+            log = _stamp(self.target + "-wal")
+        except OSError:
+            log = None
+        return (self.target, stamp, log)
 
     def _connect(self) -> Connection:
         try:
@@ -325,8 +334,8 @@ class Database:
             self._looked = now
             identity = self.identity()
             if identity != self._seen:
-                self._seen = identity
                 self.close()
+                self._seen = identity
         return self._seen
 
     def execute_as_seen(self, sql: str, limits: Limits) -> QueryResult:
@@ -347,14 +356,15 @@ class Database:
                     result = QueryResult("too_large", error=error)
                     break
                 time.sleep(0.03)
-        if result.status == "error" and self._is_file and self.identity() != self._seen:
+        if result.status == "error" and self._is_file and self.identity()[:2] != self._seen[:2]:
             raise DatabaseError(f"database {self.target} was changed while it was read: {result.error}")
         result.seconds = time.perf_counter() - start
         return result
 
     def _run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:
+        idle = self._idle
         try:
-            connection = self._idle.pop()
+            connection = idle.pop()
         except IndexError:
             connection = self._connect()
         _watchdog.watch(connection, deadline)
@@ -365,9 +375,9 @@ class Database:
             connection.close()
             raise
         _watchdog.forget(connection)
-        if len(self._idle) < IDLE_CONNECTIONS:
-            self._idle.append(connection)
-        else:
+        if idle is self._idle and len(idle) < IDLE_CONNECTIONS:
+            idle.append(connection)
+        else:  # enough are kept, or the file was replaced since
             connection.close()
         return result
 
@@ -377,8 +387,14 @@ class Database:
 
     def close(self) -> None:
         """Close the idle connections; the object can still be used and opens new ones."""
-        while self._idle:
-            self._idle.pop().close()
+        idle, self._idle = self._idle, []
+        while idle:
+            idle.pop().close()
+
+
+def _stamp(path: str) -> tuple[int, int, int]:
+    stat = os.stat(path)
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def is_postgres(target: str) -> bool:

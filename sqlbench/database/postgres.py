@@ -1,17 +1,22 @@
 """The PostgreSQL half of `sqlbench.database.engine`: one statement as a cursor of a read-only transaction.
 
 DECLARE CURSOR takes only SELECT, VALUES and TABLE without data-modifying WITH, and the extended protocol takes only one
-statement; ``statement_timeout`` ends it, and a cancel request follows if it does not. A login that could reach server
-files or programs steps down to ``pg_read_all_data``. Since one function call could step up again and others run SQL
-from strings, calls of those names are refused before the server sees them.
+statement; ``statement_timeout`` ends it, a cancel request follows if it does not, and a server that still says nothing
+a second later is hung up on, which is an error and no timeout. A login that could reach server files or programs steps
+down to ``pg_read_all_data``. Since one function call could step up again and others run SQL from strings, calls of
+those names are refused before the server sees them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import marshal
 import math
+import os
 import re
+import socket
+import threading
 import time
 from decimal import Decimal
 from typing import Any
@@ -72,9 +77,17 @@ class PostgresConnection:
         self.cancelled = False
 
     def interrupt(self) -> None:
-        """Ask the server to stop, once, if its own timeout has not."""
-        if not self.cancelled and time.perf_counter() > self.deadline + 0.05:
+        """Ask the server to stop, once, if its own timeout has not; hang up if it does not answer within a second."""
+        late = time.perf_counter() - self.deadline
+        if late > 0.05 and not self.cancelled:
             self.cancelled = True
+            threading.Thread(target=self._cancel, daemon=True).start()  # a server that hangs would hold up the caller
+        elif late > 1.0:
+            with socket.socket(fileno=os.dup(self.raw.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
+
+    def _cancel(self) -> None:
+        with contextlib.suppress(psycopg.Error):
             self.raw.cancel_safe(timeout=1.0)
 
     def close(self) -> None:
@@ -96,6 +109,9 @@ class PostgresConnection:
         try:
             return self._fetch(sql, limits)
         except (errors.QueryCanceled, errors.LockNotAvailable):
+            if time.perf_counter() < deadline - 0.002:  # meant for the statement before, or somebody else's
+                self.raw.rollback()
+                return self.run(sql, limits, deadline)
             return QueryResult("timeout", error=f"no result within {limits.seconds:g} s")
         except (errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction, errors.FeatureNotSupported) as error:
             return QueryResult("rejected", error=_message(error))

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -138,3 +139,47 @@ def test_the_deadline_thread_sleeps_while_nothing_runs(path):
         time.sleep(0.01)
     assert not engine._watchdog.wake.is_set()
     assert not engine._watchdog.running
+
+
+def test_a_statement_that_outlives_its_file_leaves_nothing_of_it_behind(path):
+    slow = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
+    database, other = open_database(path), path.with_suffix(".new")
+    thread = threading.Thread(target=database.execute, args=(slow, Limits(seconds=0.4)))
+    thread.start()
+    time.sleep(0.1)
+    sqlite3.connect(other).executescript("CREATE TABLE t (id INTEGER); INSERT INTO t VALUES (1);")
+    os.replace(other, path)
+    time.sleep(2 * engine.LOOK_SECONDS)
+    assert database.execute("SELECT count(*) FROM t").rows == [(1,)]
+    thread.join()
+    assert [database.execute("SELECT count(*) FROM t").rows for _ in range(3)] == [[(1,)]] * 3
+
+
+def test_what_is_written_to_a_log_beside_the_file_is_seen(tmp_path):
+    path = tmp_path / "w.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("PRAGMA journal_mode = wal; CREATE TABLE t (x)")
+    database = open_database(path)
+    assert not path.with_name("w.sqlite-wal").exists()
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        for n in (1, 2, 3):
+            writer.execute("INSERT INTO t VALUES (1)")
+            time.sleep(2 * engine.LOOK_SECONDS)
+            assert database.execute("SELECT count(*) FROM t").rows == [(n,)]
+
+
+def test_a_connection_that_was_closed_meanwhile_does_not_end_the_deadlines_of_others(path):
+    closed, database = engine._SqliteConnection(str(path)), open_database(path)
+    closed.close()
+    engine._watchdog.watch(closed, 0.0)
+    time.sleep(0.1)
+    engine._watchdog.forget(closed)
+    slow = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT x FROM r LIMIT 1 OFFSET 30000000"
+    assert database.execute(slow, Limits(seconds=0.05)).status == "timeout"
+
+
+def test_two_databases_are_never_taken_for_one():
+    seen = set()
+    for _ in range(20):  # each is gone before the next one is made, and its place in memory is free
+        seen.add(open_database(":memory:").identity())
+    assert len(seen) == 20

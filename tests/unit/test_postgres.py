@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from sqlbench.database.engine import Limits, open_database
@@ -172,6 +175,38 @@ def test_verdicts(database, gold, pred, match):
 )
 def test_error_classes(database, sql, name):
     assert error_class(database.execute(sql).error) == name
+
+
+def test_somebody_elses_cancel_is_no_timeout(database, server):
+    with psycopg.connect(server, autocommit=True) as other:
+        cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'sqlbench'"
+        timer = threading.Timer(0.1, other.execute, args=(cancel,))
+        timer.start()
+        result = database.execute("SELECT count(*), pg_sleep(0.3) FROM stadium", Limits(seconds=3))
+        timer.join()
+    assert result.rows == [(3, "")] and result.seconds > 0.3
+
+
+def test_a_server_that_hangs_is_an_error_and_holds_up_no_other_deadline(tmp_path, server):
+    endless = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT x FROM r LIMIT 1 OFFSET 30000000"
+    database, other = open_database(server, LIMITS), open_database(":memory:")
+    with psycopg.connect(server) as connection:
+        postmaster = connection.execute("SELECT split_part(pg_read_file('postmaster.pid'), E'\n', 1)::int").fetchone()
+    processes = [psutil.Process(*postmaster), *psutil.Process(*postmaster).children()]
+    try:
+        for process in processes:
+            process.suspend()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(database.execute, "SELECT pg_sleep(9)")
+            for _ in range(3):
+                result = other.execute(endless, Limits(seconds=0.3))
+                assert result.status == "timeout" and result.seconds < 0.5
+            with pytest.raises(DatabaseError, match="lost the connection"):
+                waiting.result(timeout=5)
+    finally:
+        for process in processes:
+            process.resume()
+    assert database.execute("SELECT 1").rows == [(1,)]
 
 
 def test_what_cannot_be_reached_is_one_line_without_the_password():
