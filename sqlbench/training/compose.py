@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 
 TRACKERS = ("wandb", "mlflow", "tensorboard")
 """Backends of verl that can be chosen beside its console and file; each needs the package of its name."""
+COUNTS = {
+    "actor_rollout_ref.rollout.n",
+    "data.train_batch_size",
+    "sqlbench.execution_truncate",
+    "sqlbench.max_turns",
+    "sqlbench.table_info_truncate",
+    "sqlbench.validation_tasks",
+    "trainer.n_gpus_per_node",
+    "trainer.nnodes",
+    "trainer.total_epochs",
+    "trainer.total_training_steps",
+}
+"""Numbers below 1 here would break verl only after it has started."""
 
 
 def compose(
@@ -32,7 +45,7 @@ def compose(
     """The resolved configuration of a run: verl's defaults, the profile, the arguments, the overrides.
 
     Raises:
-        TrainingError: an override is no ``key=value``, or names a key that does not exist.
+        TrainingError: an override is no ``key=value``, names a key that does not exist, or gives no usable value.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -68,7 +81,8 @@ def compose(
     if spec is None or not spec.submodule_search_locations:
         raise TrainingError("verl is not installed; install sqlbench with the extra 'train'")
     defaults = Path(spec.submodule_search_locations[0]) / "trainer/config"
-    base = [f"++{key}={_literal(value)}" for key, value in flat(merged(profile.config, arguments)).items()]
+    given = flat(merged(profile.config, arguments))
+    base = [f"++{key}={_literal(value)}" for key, value in given.items()]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(defaults), version_base=None):
@@ -77,6 +91,17 @@ def compose(
     except (HydraException, OmegaConfBaseException) as error:
         message = str(error).strip().splitlines()[0]
         raise TrainingError(f"cannot compose the training configuration: {message}") from error
+    for key in sorted(COUNTS | {key for key, value in given.items() if type(value) in (int, float)}):
+        value = OmegaConf.select(config, key)
+        if value is None and (key not in COUNTS or key == "trainer.total_training_steps"):  # verl's own default
+            continue
+        if key in COUNTS and (type(value) is not int or value < 1):
+            raise TrainingError(f"{key}={value}: give a whole number of at least 1")
+        if type(value) not in (int, float):
+            raise TrainingError(f"{key}={value} is no number")
+    for key, default in given.items():
+        if isinstance(default, bool) and not isinstance(value := OmegaConf.select(config, key), bool):
+            raise TrainingError(f"{key}={value} is neither true nor false")
     return config
 
 
