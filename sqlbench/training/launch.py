@@ -26,7 +26,7 @@ from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, read_tr
 from sqlbench.training import checkpoints, processes
 from sqlbench.training.compose import compose, tracking
 from sqlbench.training.metrics import StepRecord, read_rows, write_rows
-from sqlbench.training.preflight import needs, planned_steps, preflight
+from sqlbench.training.preflight import ask_verl, needs, planned_steps, preflight
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -59,7 +59,7 @@ def train(
         results: where run folders are.
         random_reward: control: rewards are coin flips, so nothing can be learned.
         overwrite: start again where the run exists.
-        dry_run: print the resolved configuration and what it needs; run nothing.
+        dry_run: let verl check the resolved configuration, print it and what it needs; run nothing.
         track: one of `sqlbench.training.compose.TRACKERS`, to send metrics there too, with what its own environment
             variables say; without them tensorboard and mlflow write into the run folder. Keys belong into the
             environment and are never written.
@@ -87,6 +87,7 @@ def train(
     if dry_run:
         from omegaconf import OmegaConf
 
+        ask_verl(config)
         print(OmegaConf.to_yaml(config, resolve=True))
         print("\n".join(f"# needs {line}" for line in needs(chosen, config)))
         return folder

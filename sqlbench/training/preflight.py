@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import re
 import socket
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +100,26 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
     for task in {t.db_id: t for t in tasks}.values():
         dataset.database(task.db_id)
     return tasks, validation_tasks(dataset, headline, settings.validation_tasks)
+
+
+def ask_verl(config: DictConfig) -> None:
+    """Have verl's own classes look at a configuration; takes seconds, for verl is imported.
+
+    Raises:
+        TrainingError: verl refuses it.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        from verl.trainer.ppo.utils import need_critic, need_reference_policy
+        from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+        try:
+            validate_config(config, need_reference_policy(config), need_critic(config))
+            for section in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm):
+                omega_conf_to_dataclass(section)
+        except Exception as error:
+            message = " ".join(str(error).split())
+            raise TrainingError(f"verl refuses the configuration: {message or type(error).__name__}") from error
 
 
 def planned_steps(config: DictConfig, tasks: int) -> tuple[int, int]:

@@ -127,7 +127,9 @@ def test_overrides_win_over_the_profile_and_seed_the_data_order(tmp_path: Path) 
     assert merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
 
 
-@pytest.mark.parametrize("override", ["actor_rollout_ref.rolout.n=4", "nonsense", "trainer.nope=1"])
+@pytest.mark.parametrize(
+    "override", ["actor_rollout_ref.rolout.n=4", "nonsense", "trainer.nope=1", "sqlbench.random_reward=maybe"]
+)
 def test_a_wrong_override_is_one_line_that_names_it(override: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
         composed("laptop", tmp_path, override)
@@ -141,6 +143,12 @@ def test_dry_run_prints_the_config_and_the_needs_and_writes_nothing(
     out = capsys.readouterr().out
     assert "gpu_memory_utilization: 0.8" in out and "# needs 1 GPU(s)" in out and "# needs vllm" in out
     assert "downloaded from the Hugging Face hub" in out and not (tmp_path / "results").exists()
+
+
+def test_dry_run_refuses_what_verl_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TrainingError, match=r"verl refuses .*\(32\) must be >= actor.ppo_mini_batch_size \(64\)"):
+        train("gpu", "r", tmp_path, overrides=["actor_rollout_ref.actor.ppo_mini_batch_size=64"], dry_run=True)
+    assert not capsys.readouterr().out
 
 
 def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any], type[SqlbenchError], str]]:
