@@ -105,8 +105,7 @@ def ablate(
                 write_seed_tables(bench.folder)
         for name, error in failed.items():
             raise RunError(
-                f"{len(failed)} of {len(cells)} cells failed, first {name}: {error}; the others are done, and the same "
-                "call goes on from here"
+                f"{len(failed)} of {len(cells)} cells failed, first {name}: {error}; the same call goes on from here"
             ) from error
     return pd.DataFrame([{"cell": n, "state": bench.state(c), "folder": str(bench.cell(c))} for n, c in rows.items()])
 

@@ -1,8 +1,9 @@
 """The ``sqlbench`` command: every sub-command calls one function of the library.
 
-Whatever goes wrong ends in one line on standard error: ``error: ...`` and status 1 for what a user can act on, status
-130 for an interruption, and for a defect of sqlbench the place where its traceback was written. ``SQLBENCH_DEBUG=1``
-shows tracebacks instead. Heavy libraries are imported by the command that needs them.
+Whatever goes wrong ends in one line on standard error: ``error: ...`` and status 1 for what a user can act on (2 for an
+option that is wrong in itself), status 130 for an interruption, and for a defect of sqlbench the place where its
+traceback was written. ``SQLBENCH_DEBUG=1`` shows tracebacks instead. Heavy libraries are imported by the command that
+needs them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import threading
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
-from sqlbench.errors import DataError, SqlbenchError
+from sqlbench.errors import DataError, RunError, SqlbenchError
 
 LONGEST_STOP = 4
 """Seconds in which an interrupted command may end by itself."""
@@ -47,6 +48,8 @@ Track = Annotated[str | None, typer.Option(help="Send metrics to wandb, mlflow o
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what the run folder holds.")]
 POCKET = Path("data/pocket")
 RESULTS = Path("results")
+UsageError = cast(type[Exception], typer.BadParameter.__base__)
+"""A command line that makes no sense; typer has no public name for it."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 """A disk on which nothing can be written, for one reason or another."""
 
@@ -119,7 +122,7 @@ def eval_(
     strict: Annotated[bool, typer.Option(help="Close the reference evaluator's holes.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds a call to an endpoint may take.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.01, help="Seconds a call to an endpoint may take.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Prompt family if not the model's own: nano or chat.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Rollouts at a time.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many tasks.")] = None,
@@ -127,7 +130,10 @@ def eval_(
 ) -> None:
     """Run the agent over a split and write trajectories and a summary; goes on where it was interrupted."""
     from sqlbench.evaluation import evaluate
+    from sqlbench.profiles import PROFILES
 
+    if profile not in PROFILES:
+        raise RunError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
     summary = evaluate(
         data,
         split,
@@ -298,12 +304,18 @@ def chat(
 ) -> None:
     """Serve the chat as a web page, on this machine alone."""
     from sqlbench.data.tasks import DataSet
+    from sqlbench.models import open_model, policy_folder
+    from sqlbench.models.local import check_checkpoint
     from sqlbench.runs import run_path
     from sqlbench.widgets.page import serve_chat
 
     if data == POCKET and not data.exists():
         data_pocket()
     DataSet(data)
+    if model.startswith("openai:"):
+        open_model(model)
+    else:  # the page loads it; whether it is there can be said now
+        check_checkpoint(policy_folder(model))
     serve_chat(data, model, run_path(results, "laptop", run), port, reflection)
 
 
@@ -330,11 +342,13 @@ def main(arguments: list[str] | None = None) -> None:
     debug = os.environ.get("SQLBENCH_DEBUG") == "1"
     stop_when_told()
     try:
-        app(arguments, prog_name="sqlbench")
-    except SystemExit as end:
-        if end.code == 130:
+        status = app(arguments, prog_name="sqlbench", standalone_mode=False)
+        if status == 130:
             _interrupted()
-        raise
+        sys.exit(status or 0)
+    except UsageError as error:
+        _explain(error)
+        sys.exit(2)
     except SqlbenchError as error:
         if debug:
             raise
@@ -343,9 +357,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and (error.errno in FULL or error.filename):
             where = f"{error.filename or 'a file'}: {error.strerror}"
-            _say(f"error: cannot write {where}; see to it and give the same command again: what is written is kept")
+            what = "write" if error.errno in FULL else "use"
+            _say(f"error: cannot {what} {where}; see to it and give the same command again: what is written is kept")
             sys.exit(1)
         with tempfile.NamedTemporaryFile("w", prefix="sqlbench-error-", suffix=".log", delete=False) as file:
             traceback.print_exc(file=file)
@@ -368,6 +383,20 @@ def stop_when_told() -> None:
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job of a shell ignores it
         signal.signal(signal.SIGINT, interrupt)
+
+
+def _explain(error: Any) -> None:
+    """Say what is wrong with a command line, with the value where typer leaves it out; help where it is bare."""
+    from pydantic import ValidationError
+
+    text = error.format_message()
+    if error.ctx and text == error.ctx.get_help():
+        print(text, file=sys.stderr)
+        return
+    if isinstance(error.__cause__, ValidationError):
+        text += f", not {error.__cause__.errors()[0]['input']!r}"
+    command = error.ctx.command_path if error.ctx else "sqlbench"
+    _say(f"error: {text[0].lower()}{text[1:].rstrip('.')}; see '{command} --help'")
 
 
 def _interrupted() -> NoReturn:

@@ -201,8 +201,9 @@ def run_path(results: str | Path, profile: str, run: str) -> Path:
     Raises:
         RunError: that is no name for a run.
     """
-    if not run.strip() or Path(run).is_absolute() or ".." in Path(run).parts:
-        raise RunError(f"'{run}' is no name for a run; use letters, digits, '-' and '_'")
+    for what, name in (("profile", profile), ("run", run)):
+        if not name.strip() or not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise RunError(f"'{name}' is no name for a {what}; use letters, digits, '-' and '_'")
     return Path(results) / profile / run
 
 

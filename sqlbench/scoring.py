@@ -46,7 +46,11 @@ def score_pairs(
     if not folder.is_dir():
         raise DataError(f"no databases in {data}: it has no folder 'database' with <db_id>/<db_id>.sqlite in it")
     rows = list(_read(pairs))
-    if rows and not any(_databases(folder, row["db_id"]) for row in rows):
+    if not rows:
+        raise DataError(f"{pairs} holds no pairs; write one JSON object with db_id, gold and pred a line")
+    if out.exists() and out.samefile(pairs):
+        raise DataError(f"{out} holds the pairs themselves; choose another file with --out")
+    if not any(_databases(folder, row["db_id"]) for row in rows):
         raise DataError(f"none of the databases that {pairs} names is under {folder}, for example {rows[0]['db_id']!r}")
     counts: Counter[str] = Counter()
     if workers is None:  # forking is safe, and worth it, only from a process without threads

@@ -105,7 +105,8 @@ def check_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(
-            f"no checkpoint folder '{path}'; give a folder in Hugging Face format, 'nano' or 'openai:NAME'"
+            f"no checkpoint folder '{path}'; give 'nano' or a folder in Hugging Face format (an endpoint, where it "
+            "can be used, is openai:NAME)"
         )
     missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if not list(folder.glob("*.safetensors")):

@@ -77,6 +77,8 @@ def test_help_and_version_of_the_package_load_nothing_heavy():
         (["--model", "no/such/model"], "no checkpoint folder"),
         (["--results", "data/dataset.json"], "cannot write the run folder"),
         (["--run", "../../r"], "no name for a run"),
+        (["--run", "."], "no name for a run"),
+        (["--profile", "../p"], "no profile '../p'"),
         (["--prompts", "gpt"], "unknown prompt family"),
     ],
 )
@@ -86,9 +88,50 @@ def test_wrong_inputs_end_in_one_line(data, capsys, monkeypatch, options, messag
     assert message in fails(capsys, *given)
 
 
-def test_a_refusing_endpoint_stops_the_evaluation(data, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        (["eval"], "'--run'"),
+        (evaluate("--limit", "0"), "not '0'"),
+        (evaluate("--timeout", "nan"), "not 'nan'"),
+        (evaluate("--nosuch"), "--nosuch"),
+        (["train", "--run", "r", "--seed", "many"], "not 'many'"),
+        (["env", "--port", "70000"], "not '70000'"),
+        (["nosuch"], "'nosuch'"),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_the_value_and_where_help_is(capsys, arguments, seen):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1
+    assert line.startswith("error: ") and seen in line and "--help'" in line
+
+
+def test_a_command_without_its_command_shows_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2 and "  eval " in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in fails(capsys, "data", "pocket", "--out", str(tmp_path / "file"))
+
+
+def test_the_chat_page_is_not_served_without_its_model(data, capsys, monkeypatch):
+    assert "no checkpoint folder 'nosuch'" in fails(capsys, "chat", "--data", "data", "--model", "nosuch")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert "cannot use openai:m" in fails(capsys, "chat", "--data", "data", "--model", "openai:m")
+
+
+@pytest.mark.parametrize("tasks", ["3", "10"])
+def test_a_refusing_endpoint_stops_the_evaluation(data, capsys, monkeypatch, tasks):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    assert "cannot reach model 'm' at http://127.0.0.1:9/v1" in fails(capsys, *evaluate("--model", "openai:m"))
+    given = evaluate("--model", "openai:m", "--limit", tasks)
+    assert "cannot reach model 'm' at http://127.0.0.1:9/v1" in fails(capsys, *given)
+    assert not Path("results/laptop/r/summary.json").exists()
 
 
 def test_a_hanging_endpoint_stops_the_evaluation(data, capsys, monkeypatch, silent_port):

@@ -64,6 +64,7 @@ def test_modes_are_passed_on(data, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("", "holds no pairs"),
         ("{", "line 1: not JSON"),
         ('{"db_id": "club", "gold": "SELECT 1"}', "needs text in db_id, gold and pred"),
         ('["x"]', "needs text in db_id, gold and pred"),
@@ -85,3 +86,11 @@ def test_missing_inputs_are_refused(data, tmp_path):
     (tmp_path / "pairs.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match="cannot read"):
         score_pairs(data, tmp_path / "pairs.jsonl.gz", tmp_path / "o")
+
+
+def test_the_pairs_are_not_written_over(data, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", ROWS)
+    before = pairs.read_bytes()
+    with pytest.raises(DataError, match="choose another file"):
+        score_pairs(data, pairs, pairs)
+    assert pairs.read_bytes() == before
