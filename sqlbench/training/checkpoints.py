@@ -62,7 +62,7 @@ def checkpointed(run: str | Path) -> int:
 def latest_checkpoint(run: str | Path) -> Path:
     """Folder of a run's newest policy, ready for `sqlbench.models.local`."""
     policy = Path(run) / "policy"
-    return policy if policy.is_dir() else export_policy(run)
+    return policy if RunFolder(run).finished and policy.is_dir() else export_policy(run)
 
 
 def drop_others(run: str | Path, done: int, keep: int | None) -> None:

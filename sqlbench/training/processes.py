@@ -20,6 +20,7 @@ from sqlbench.profiles import Profile
 
 RAY_FOLDER = "sqlbench-ray-"
 """Prefix of Ray's temporary folders; the number of the launching process follows."""
+WORKER = "sqlbench.training.worker"
 STOP_SECONDS = 3
 """How long a stopped training may take to end before it is killed; nothing is lost by it."""
 
@@ -44,7 +45,7 @@ def training(
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sqlbench.training.worker", str(config_file), str(os.getpid()), str(ray_folder)],
+            [sys.executable, "-m", WORKER, str(config_file), str(os.getpid()), str(ray_folder)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -62,7 +63,7 @@ def end_earlier(config_file: Path) -> None:
     """End what a killed attempt left running; the run's lock says that nobody waits for it any more."""
     left = []
     for process in psutil.process_iter(["cmdline"]):
-        if str(config_file) in (process.info["cmdline"] or ()):
+        if {WORKER, str(config_file)} <= set(process.info["cmdline"] or ()):
             with contextlib.suppress(psutil.Error):
                 left += [process, *process.children(recursive=True)]
     for process in left:
@@ -133,8 +134,9 @@ def _clear_abandoned() -> None:
     """Clear the folders of trainings whose launching process is gone."""
     for folder in _temporary().glob(f"{RAY_FOLDER}*"):
         owner = folder.name.removeprefix(RAY_FOLDER).split("-")[0]
-        if owner.isdigit() and not _was_running(int(owner), folder.stat().st_mtime):
-            _clear(folder)
+        with contextlib.suppress(FileNotFoundError):  # another training that starts now clears it too
+            if owner.isdigit() and not _was_running(int(owner), folder.stat().st_mtime):
+                _clear(folder)
 
 
 def _was_running(number: int, moment: float) -> bool:

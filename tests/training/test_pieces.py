@@ -20,6 +20,8 @@ from sqlbench.data.tasks import DataSet
 from sqlbench.errors import DataError, ModelError, PromptTooLongError, RunError, SqlbenchError, TrainingError
 from sqlbench.models.nano import NANO_PATH
 from sqlbench.profiles import PROFILES, merged
+from sqlbench.training import processes
+from sqlbench.training.checkpoints import latest_checkpoint
 from sqlbench.training.compose import compose
 from sqlbench.training.launch import describe, train
 from sqlbench.training.metrics import StepRecord, TrajectoryReader, read_rows, write_rows
@@ -373,6 +375,36 @@ def test_metrics_of_a_repeated_step_are_replaced(tmp_path: Path) -> None:
     assert rows == {1: {"a": 1}, 2: {"a": 3, "b": 1}}
     write_rows(path, {1: rows[1]})
     assert read_rows(path) == {1: {"a": 1}}
+
+
+def test_the_newest_policy_of_a_run_that_goes_on_is_that_of_its_newest_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"config": {"sqlbench": {"model": "none"}}, "model_files": null}')
+    for step in (2, 10):
+        saved = tmp_path / f"checkpoints/global_step_{step}/actor/huggingface"
+        saved.mkdir(parents=True)
+        (saved / "model.safetensors").write_text(f"step {step}")
+        (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(step))
+        assert (latest_checkpoint(tmp_path) / "model.safetensors").read_text() == f"step {step}"
+
+
+def test_an_earlier_attempt_is_ended_and_who_looks_at_its_files_is_not(tmp_path: Path) -> None:
+    config, wait = tmp_path / "verl.yaml", "import time; time.sleep(60)"
+    reader = subprocess.Popen([sys.executable, "-c", wait, config])
+    earlier = subprocess.Popen([sys.executable, "-c", wait, "-m", processes.WORKER, config])
+    try:
+        processes.end_earlier(config)
+        earlier.wait(20)
+        assert reader.poll() is None
+    finally:
+        reader.kill()
+        reader.wait()
+
+
+def test_two_trainings_may_clear_the_same_abandoned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one has just removed it: it is listed, and gone."""
+    monkeypatch.setattr(processes, "_temporary", lambda: tmp_path)
+    (tmp_path / f"{processes.RAY_FOLDER}999999999-gone").symlink_to(tmp_path / "nowhere")
+    processes._clear_abandoned()
 
 
 def test_a_step_is_described_in_one_line() -> None:

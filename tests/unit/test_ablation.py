@@ -131,6 +131,19 @@ def test_tables_have_the_columns_of_the_seed_experiment(bench: Bench) -> None:
     assert time["Time (h)"] == pytest.approx((40 * 4 + 12) / 3600, abs=1e-3)
 
 
+def test_a_cell_of_which_no_times_are_known_can_be_read_again(bench: Bench) -> None:
+    """A kill between the save and the log of its only step leaves a row without them."""
+    cell = Cell(steps=1)
+    for name, outcomes in ((f"cells/{before_name(cell)}", "01"), (f"cells/{cell.name}/after", "11")):
+        evaluation(bench.folder / name, cell, rollouts(outcomes))
+    trainer = {"device": "cpu", "n_gpus_per_node": 1, "nnodes": 1}
+    with RunFolder(bench.cell(cell) / "train").open({"config": {"trainer": trainer}}) as folder:
+        write_rows(folder.root / "metrics.jsonl", {0: {"sqlbench/val_ex": 0.4}, 1: {"sqlbench/ex": 0.5}})
+        folder.finish({"steps": 1})
+    run_cell(cell, bench, Grid((cell,)))
+    assert pd.isna(write_tables(bench.folder)[1]["Time/Step (s)"][0])
+
+
 def test_tables_are_written_as_csv_and_markdown(bench: Bench) -> None:
     finished(bench, Cell(), "0011", "0111")
     accuracy, _ = write_tables(bench.folder)
