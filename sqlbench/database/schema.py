@@ -81,7 +81,15 @@ def _sqlite_tables(connection: sqlite3.Connection) -> tuple[Table, ...]:
         "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
         " ORDER BY type, rowid"
     )
-    info = {name: connection.execute(f"PRAGMA table_info({quote(name)})").fetchall() for (name,) in names.fetchall()}
+    info = {}
+    for (name,) in names.fetchall():
+        try:  # the last field says whether a column is hidden (1) or generated (2, 3)
+            found = connection.execute(f"PRAGMA table_xinfo({quote(name)})").fetchall()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+                raise
+            continue  # a view of something that is gone
+        info[name] = [column for column in found if column[6] != 1]
     keys = {
         name.lower(): [column[1] for column in sorted(rows, key=lambda c: c[5]) if column[5]]
         for name, rows in info.items()

@@ -26,6 +26,18 @@ def database(tmp_path_factory):
     return open_database(path)
 
 
+def test_generated_columns_are_columns_and_a_view_of_what_is_gone_is_left_out(tmp_path):
+    connection = sqlite3.connect(tmp_path / "x.sqlite")
+    connection.executescript(
+        "CREATE TABLE sale (price REAL, tax REAL AS (price / 5), gross REAL AS (price * 1.2) STORED);"
+        "CREATE TABLE t (x); CREATE VIEW gone AS SELECT x FROM t; DROP TABLE t;"
+    )
+    connection.close()
+    database = open_database(tmp_path / "x.sqlite")
+    assert schema_text(introspect(database)) == " sale: price, tax, gross"
+    assert database.execute("SELECT * FROM sale").columns == ("price", "tax", "gross")
+
+
 def test_introspection(database):
     schema = introspect(database)
     assert [t.name for t in schema.tables] == ["stadium", "singer", 'odd "one', "big"]
