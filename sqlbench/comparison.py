@@ -160,14 +160,17 @@ def _search(gold: Answer, pred: Answer) -> bool:
 
 
 def near(gold: Answer, pred: Answer) -> tuple[Answer, Answer] | None:
-    """Both tables with numbers that differ by less than `FLOAT_TOLERANCE` made equal; None where none do."""
+    """Both tables with numbers that differ by less than `FLOAT_TOLERANCE` made equal; None where none do.
+
+    Two integers are never made equal: nothing rounds them.
+    """
     if not (gold.has_floats or pred.has_floats):
         return None
     cells = chain.from_iterable(chain(gold.rows, pred.rows))
     stand_in: dict[float, float] = {}
     last = first = nan
     for number in sorted({cell for cell in cells if isinstance(cell, (int, float)) and cell == cell}):
-        if isclose(number, last, rel_tol=FLOAT_TOLERANCE):
+        if isclose(number, last, rel_tol=FLOAT_TOLERANCE) and float in (type(number), type(last)):
             stand_in[number] = first
         else:
             first = number

@@ -68,6 +68,8 @@ VERDICTS = [
     ("SELECT sum(weight) FROM player", "SELECT 0.4 + 0.3 + 0.2 + 0.1 + 1e-16", 1, 1, 1),
     ("SELECT 0.3", "SELECT 0.1 + 0.2", 0, 0, 1),
     ("SELECT 1, 10", "SELECT 1.0, 10", 0, 0, 1),
+    ("SELECT 4155550100, 1.5", "SELECT 4155550101, 1.5", 0, 0, 0),
+    ("SELECT 4155550100, 1.5", "SELECT 4155550100.000001, 1.5", 0, 0, 1),
     ("SELECT name FROM player", "", 0, 0, 0),
     ("SELECT name FROM player", "SELECT nam FROM player", 0, 0, 0),
 ]  # fmt: skip
