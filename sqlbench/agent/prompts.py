@@ -286,7 +286,10 @@ def _hint(message: str, schema: Schema | None) -> str:
     return f", use {' or '.join(close)}" if close else ""
 
 
-_TAG = re.compile(r"[ \t]*(?:(sql|sqlite|mysql|postgres|postgresql|pgsql)\b|[\w+-]*[ \t]*\n)", re.IGNORECASE)
+_TAG = re.compile(
+    r"[ \t]*(?:(sql|sqlite|mysql|postgres|postgresql|pgsql)\b|(?!(?:select|with|values)\b)[\w+-]*[ \t]*\n)",
+    re.IGNORECASE,
+)
 
 
 def extract_sql(text: str) -> str:

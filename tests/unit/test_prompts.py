@@ -40,6 +40,8 @@ def nano(**fields) -> str:
         ("```postgres\nSELECT 1\n```", "SELECT 1"),
         ("```sql SELECT 1```", "SELECT 1"),
         ("```SELECT 1```", "SELECT 1"),
+        ("```SELECT\nname FROM t```", "SELECT\nname FROM t"),
+        ("```with\nx AS (SELECT 1) SELECT * FROM x\n```", "with\nx AS (SELECT 1) SELECT * FROM x"),
         ("```sql\nSELECT name FROM", "SELECT name FROM"),
         ("```sql\n```\nSELECT 1", "```sql\n```\nSELECT 1"),
         ("<think>```sql\nSELECT 0\n```</think>SELECT 1", "SELECT 1"),
