@@ -49,9 +49,9 @@ async def rollout(
             error = failure("reward", problem)
         else:
             reward, reason = None if verdict.match is None else float(verdict.match), verdict.reason
-            if reason == "gold_error" and task.scorable:
-                changed = DatabaseError(f"the gold query of a scorable task fails; was {database.target} changed?")
-                error = failure("reward", changed)
+            if verdict.match is None and task.scorable:
+                broken = f"the gold query of a scorable task fails ({reason}); was {database.target} changed?"
+                error = failure("reward", DatabaseError(broken))
     return Trajectory(
         **_of(task),
         transitions=state.get("transitions", []),

@@ -81,9 +81,17 @@ def test_a_broken_model_has_no_reward_and_failed(run):
 
 
 @pytest.mark.parametrize("scorable", [True, False])
-def test_a_gold_query_that_does_not_run_has_no_reward_and_failed_where_it_had_run(run, scorable):
-    record = run("SELECT name FROM singer", gold="SELECT nothing FROM nowhere", scorable=scorable)
-    assert record.reward is None and record.failed == scorable and record.reason == "gold_error"
+@pytest.mark.parametrize(
+    ("gold", "reason"),
+    [
+        ("SELECT nothing FROM nowhere", "gold_error"),
+        ("DROP TABLE singer", "gold_rejected"),
+        ("SELECT zeroblob(100000000)", "gold_too_large"),
+    ],
+)
+def test_a_gold_query_that_does_not_run_has_no_reward_and_failed_where_it_had_run(run, scorable, gold, reason):
+    record = run("SELECT name FROM singer", gold=gold, scorable=scorable)
+    assert record.reward is None and record.failed == scorable and record.reason == reason
     assert not scorable or "changed?" in record.error
 
 
