@@ -72,7 +72,10 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
         if record.reward is None or not record.executions:
             continue
         database = cached_database(dataset.database(record.db_id))
-        right = {e.turn: bool(score(record.gold, e.sql, database).match) for e in record.executions}
+        verdicts = {e.turn: score(record.gold, e.sql, database).match for e in record.executions}
+        if None in verdicts.values():  # gold did not run this time, which says nothing of the queries
+            continue
+        right = {turn: match == 1 for turn, match in verdicts.items()}
         ran = {e.turn: e.status == "ok" for e in record.executions}
         first.append(right[record.executions[0].turn])
         last.append(right[record.executions[-1].turn])

@@ -34,6 +34,7 @@ def test_known_rollouts(pocket: DataSet) -> None:
         record(task, [OTHER], [RIGHT]),  # missed: it ran
         record(task, [BROKEN, BROKEN, task.gold], [WRONG, WRONG]),  # repeated, then mended
         record(task, [BROKEN], []).model_copy(update={"reward": None, "error": "model: Timeout: gone"}),
+        record(task, [OTHER], [RIGHT]).model_copy(update={"gold": BROKEN}),  # scored then, cannot be now
     ]
     found = correction(rollouts, pocket.root)
     assert (found.tasks, found.first, found.last) == (5, 2 / 5, 3 / 5)
