@@ -28,7 +28,7 @@ from sqlbench.data.domains import Domain, Inventor, fill, seen_domains, unseen_d
 from sqlbench.data.phrasing import EVERYDAY, FAMILIES, Skip
 from sqlbench.data.pretraining import connect, held_out
 from sqlbench.data.questions import WEIGHTS, Draft, draw
-from sqlbench.data.tasks import Task, write_split
+from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.errors import DataError
 from sqlbench.sqltree import hardness
 
@@ -190,10 +190,9 @@ def write_pocket(root: Path, seed: int = 1, progress: bool = True) -> None:
         DataError: the folder holds something else.
     """
     root = Path(root)
-    if root.exists() and any(root.iterdir()):
-        note = root / "dataset.json"
-        if not note.is_file() or json.loads(note.read_text()).get("name") != "pocket":
-            raise DataError(f"{root} exists and is no pocket data set; choose another folder or empty it")
+    filled = root.exists() and any(root.iterdir())
+    if filled and not ((root / "dataset.json").is_file() and DataSet(root).about.get("name") == "pocket"):
+        raise DataError(f"{root} exists and is no pocket data set; choose another folder or empty it")
     work = root.parent / f".{root.name}.partial"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

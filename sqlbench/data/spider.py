@@ -16,6 +16,7 @@ Not covered: a database that ``database/`` and ``test_database/`` hold under one
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import random
@@ -232,7 +233,7 @@ def download_spider(folder: str | Path, *, url: str = SPIDER_URL, timeout: float
     """
     folder = Path(folder)
     archive, record = folder / "spider_data.zip", folder / "spider_data.zip.sha256"
-    known = record.read_text().split()[0] if record.is_file() else None
+    known = record.read_text()[:64] or None if record.is_file() else None
     if archive.is_file() and known is not None:
         if _sha256(archive) != known:
             raise DataError(f"{archive} does not match the checksum in {record.name}; delete the archive and run again")
@@ -247,8 +248,8 @@ def download_spider(folder: str | Path, *, url: str = SPIDER_URL, timeout: float
                 while block := answer.read(_BLOCK):
                     file.write(block)
                     bar.update(len(block))
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", error)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error) or type(error).__name__
         raise DataError(f"cannot fetch Spider from {host}: {reason}; without network, {by_hand}") from error
     except OSError as error:
         raise DataError(f"cannot write {part}: {error}") from error

@@ -12,7 +12,10 @@ A data set is a folder, whatever it was made from::
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
@@ -50,10 +53,11 @@ class Task(BaseModel):
 
 
 def write_split(root: Path, split: str, tasks: list[Task]) -> Path:
-    """Write one split as Parquet and return its path; the same tasks always give the same bytes."""
-    path = root / f"{split}.parquet"
+    """Write one split as Parquet, whole or not at all, and return its path; the same tasks give the same bytes."""
+    path, new = root / f"{split}.parquet", root / f".{split}.parquet.new"
     frame = pd.DataFrame([t.model_dump() for t in tasks], columns=list(Task.model_fields))
-    frame.to_parquet(path, index=False)
+    frame.to_parquet(new, index=False)
+    os.replace(new, path)
     return path
 
 
@@ -66,11 +70,16 @@ class DataSet:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        if not (self.root / "dataset.json").is_file():
+        note = self.root / "dataset.json"
+        if not note.is_file():
             raise DataError(
                 f"no data set in {self.root}: it has no dataset.json; make one with "
                 f"'sqlbench data pocket --out {self.root}' or 'sqlbench data spider --from ZIP --out {self.root}'"
             )
+        try:
+            self.about: dict[str, Any] = dict(json.loads(note.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"cannot read {note}: {error}; remove the folder and write the data set again") from error
 
     def splits(self) -> list[str]:
         """Names of the splits, sorted."""

@@ -152,3 +152,6 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pocket data set"):
         write_pocket(tmp_path, progress=False)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "dataset.json").write_text("{torn")
+    with pytest.raises(DataError, match="remove the folder"):
+        write_pocket(tmp_path, progress=False)

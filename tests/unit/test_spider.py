@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import sqlite3
 import threading
 import zipfile
@@ -235,6 +236,25 @@ def test_a_host_that_does_not_give_the_archive_is_named(tmp_path, web, served):
         (folder / "spider.zip").write_bytes(served)
     with pytest.raises(DataError, match=r"127\.0\.0\.1.*by hand and pass it with --from"):
         download_spider(tmp_path / "got", url=f"{url}/spider.zip")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"no HTTP at all\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\nabc"]
+)
+def test_a_host_that_talks_nonsense_is_named(tmp_path, answer):
+    (tmp_path / "spider_data.zip").write_bytes(b"fetched, but the program was killed before it had noted the checksum")
+    (tmp_path / "spider_data.zip.sha256").touch()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            line, _ = server.accept()
+            with line:
+                line.recv(10_000)
+                line.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(DataError, match=r"cannot fetch Spider from 127\.0\.0\.1: \w"):
+            download_spider(tmp_path, url=f"http://127.0.0.1:{server.getsockname()[1]}/x")
 
 
 def test_without_network_the_way_out_is_named(tmp_path):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,12 +59,29 @@ def test_tasks_are_frozen_and_refuse_unknown_fields():
         (lambda root: DataSet(root / "nowhere"), "sqlbench data pocket"),
         (lambda root: DataSet(root).load("test"), "has no split 'test'; it has: dev"),
         (lambda root: DataSet(root).database("bank"), "no database 'bank'"),
+        (lambda root: (root / "dataset.json").write_text("{torn") and DataSet(root), "write the data set again"),
+        (lambda root: (root / "dataset.json").write_text("[1]") and DataSet(root), "write the data set again"),
     ],
 )
 def test_what_is_missing_is_named_in_one_line(tmp_path, use, says):
     with pytest.raises(DataError) as caught:
         use(folder(tmp_path))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_split_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
+    folder(tmp_path)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if the disk were full after 1000 bytes
+        try:
+            write_split(tmp_path, "dev", TASKS * 100)
+        except OSError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert DataSet(tmp_path).load("dev") == TASKS and DataSet(tmp_path).splits() == ["dev"]
 
 
 def test_a_damaged_split_is_a_data_error(tmp_path):
