@@ -9,7 +9,6 @@ endpoint), the evaluation stops instead of failing a thousand times. Memory does
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import time
@@ -26,7 +25,7 @@ from sqlbench.agent.trajectory import Record, Trajectory
 from sqlbench.config import EvalConfig, RolloutConfig
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import cached_database
-from sqlbench.errors import DataError, ModelError
+from sqlbench.errors import DataError, ModelError, RunError
 from sqlbench.models import open_model
 from sqlbench.models.base import ChatModel
 from sqlbench.rollout import failed_rollout, rollout
@@ -162,7 +161,7 @@ def evaluate(
     """
     folder = RunFolder(run_path(results, profile, run))
     dataset = DataSet(data)
-    tasks = dataset.load(_headline(dataset) if split == "headline" else split)
+    tasks = dataset.load(dataset.about.get("headline", split) if split == "headline" else split)
     chosen = [task for task in tasks if task.scorable][:limit]
     if not chosen:
         raise DataError(f"split '{split}' of {data} has no scorable task")
@@ -353,12 +352,21 @@ async def _run(
 
 
 def _not_yet_run(tasks: list[Task], folder: RunFolder) -> list[Task]:
-    """The tasks without a good rollout in the folder; failed rollouts are taken out of it."""
+    """The tasks without a good rollout in the folder; failed rollouts are taken out of it.
+
+    Raises:
+        RunError: it has rollouts of tasks that are not among these.
+    """
     have: Counter[str] = Counter()
     failed = 0
     for t in folder.trajectories():
         failed += t.failed
         have[t.task_key] += not t.failed
+    if strange := (+have).keys() - {task.key for task in tasks}:
+        raise RunError(
+            f"the run {folder.root} has rollouts of {len(strange)} tasks that the split does not have, so the data set "
+            "was changed; choose another name, or ask to overwrite it"
+        )
     if failed:
         folder.rewrite(TRAJECTORIES, (t for t in folder.trajectories() if not t.failed))
     left = []
@@ -368,14 +376,6 @@ def _not_yet_run(tasks: list[Task], folder: RunFolder) -> list[Task]:
         else:
             left.append(task)
     return left
-
-
-def _headline(dataset: DataSet) -> str:
-    """The split that the data set calls its headline."""
-    try:
-        return str(json.loads((dataset.root / "dataset.json").read_text(encoding="utf-8")).get("headline", "headline"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {dataset.root / 'dataset.json'}: {error}") from error
 
 
 def _weights(model: ChatModel) -> str | None:

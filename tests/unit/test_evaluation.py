@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sqlbench.agent.trajectory import Completion
-from sqlbench.data.tasks import Task, write_split
+from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.errors import DataError, ModelError, RunError
 from sqlbench.evaluation import evaluate
 from sqlbench.runs import RunFolder
@@ -113,6 +113,16 @@ def test_failed_rollouts_run_again_on_resume(data):
         run(data, Oracle(broken={f"1: {COUNT}"}, stop_after=15), concurrency=1)
     summary = run(data, Oracle())
     assert (summary.score.n, summary.failed) == (20, 0)
+
+
+def test_rollouts_of_another_data_set_are_not_continued(data):
+    with pytest.raises(KeyboardInterrupt):
+        run(data, Oracle(stop_after=7), concurrency=2)
+    tasks = DataSet(data).load("dev")
+    write_split(data, "dev", [task.model_copy(update={"question": f"9{task.question}"}) for task in tasks])
+    with pytest.raises(RunError, match="the data set was changed"):
+        run(data, Oracle())
+    assert run(data, Oracle(), overwrite=True).rollouts == 20
 
 
 def test_other_settings_do_not_continue_a_run(data):
