@@ -370,4 +370,5 @@ _PATTERNS = [
 
 def error_class(message: str) -> str:
     """The class of a database's error message (SQLite or PostgreSQL), one of `ERROR_CLASSES`."""
-    return next((name for name, pattern in _PATTERNS if pattern.search(message)), "other")
+    told = re.sub(r'".*"', '""', message, flags=re.DOTALL)[:1000]  # without the query's own words, which may be many
+    return next((name for name, pattern in _PATTERNS if pattern.search(told)), "other")

@@ -132,6 +132,8 @@ FAILING = {
     "SELEC a FROM t": "syntax",
     "SELECT a FROM t WHERE": "syntax",
     "SELECT a FROM t WHERE a = 'x": "syntax",
+    "SELECT a FROM t WHERE a = 'function a does not exist": "syntax",
+    "SELECT a FROM t WHERE a = '" + "type and " * 5000: "syntax",
     "SELECT a FROM t JOIN u": "ambiguous_column",
     "SELECT nosuch(a) FROM t": "function",
     "SELECT abs() FROM t": "function",
