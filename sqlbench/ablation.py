@@ -31,7 +31,7 @@ from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evaluation import evaluate
 from sqlbench.grid import GRIDS, Cell, Grid, slug
 from sqlbench.profiles import PROFILES
-from sqlbench.runs import RunFolder, differences, lock, write_whole
+from sqlbench.runs import RunFolder, differences, lock, run_path, write_whole
 from sqlbench.tables import (
     CELL,
     CellResult,
@@ -122,7 +122,7 @@ class Bench:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.results) / self.profile / self.run
+        return run_path(self.results, self.profile, self.run)
 
     def cell(self, cell: Cell) -> Path:
         """A cell's folder."""

@@ -96,9 +96,9 @@ def data_audit(data: Data = POCKET) -> None:
 @nano_app.command("train")
 def nano_train(
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
-    minutes: Annotated[float, typer.Option(help="Time budget, as if --threads processors were free.")] = 10.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time budget, as if --threads processors were free.")] = 10.0,
     seed: Seed = 0,
-    threads: Annotated[int, typer.Option(help="Processors to use.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Processors to use.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train the embedded policy from nothing."""

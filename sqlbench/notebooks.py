@@ -28,7 +28,7 @@ import nbformat
 
 from sqlbench.checks import versions
 from sqlbench.errors import DataError, NotebookError
-from sqlbench.runs import METRICS, TRAJECTORIES, lock
+from sqlbench.runs import METRICS, TRAJECTORIES, lock, run_path
 from sqlbench.training.metrics import read_rows
 
 Value = str | int | float | bool | None | list | dict
@@ -236,7 +236,7 @@ def run_notebooks(
         raise NotebookError(f"unknown profile '{profile}'; choose one of {', '.join(PRESETS)}")
     paths = _select(Path(folder), [name for item in only for name in item.split(",")])
     root = Path(results) / "smoke" if profile == "smoke" else Path(results)
-    base = root / ("gpu" if profile == "gpu" else "laptop") / run
+    base = run_path(root, "gpu" if profile == "gpu" else "laptop", run)
     plan = _plan(paths, {"run": run, "results": str(root)}, PRESETS[profile], list(parameters))
     try:
         (base / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -268,7 +268,10 @@ def _select(folder: Path, only: list[str]) -> list[Path]:
     if not paths:
         raise NotebookError(f"no notebooks in {folder}; run from the project folder or name it with --folder")
     if not only:
-        return [paths[name] for name in ORDER if name in paths]
+        ours = [paths[name] for name in ORDER if name in paths]
+        if not ours:
+            raise NotebookError(f"{folder} has none of the ordered notebooks; name what to run with --only")
+        return ours
     chosen = []
     for name in only:
         match = [p for stem, p in paths.items() if stem == name or stem.split("_")[0] == name.zfill(2)]

@@ -200,6 +200,8 @@ def test_unknown_grid_cell_and_profile_are_refused(bench: Bench) -> None:
         ablate(grid="smoke", only="t9", results=bench.results)
     with pytest.raises(RunError, match="no profile 'tpu'"):
         ablate("tpu", results=bench.results)
+    with pytest.raises(RunError, match=r"'../x' is no name for a run"):
+        ablate(run="../x", results=bench.results)
     with pytest.raises(DataError, match="no trained cell"):
         load_results(bench.folder)
 

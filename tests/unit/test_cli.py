@@ -97,6 +97,8 @@ def test_wrong_inputs_end_in_one_line(data, capsys, monkeypatch, options, messag
         (evaluate("--nosuch"), "--nosuch"),
         (["train", "--run", "r", "--seed", "many"], "not 'many'"),
         (["env", "--port", "70000"], "not '70000'"),
+        (["nano", "train", "--out", "x", "--minutes", "nan"], "not 'nan'"),
+        (["nano", "train", "--out", "x", "--threads", "0"], "not '0'"),
         (["nosuch"], "'nosuch'"),
     ],
 )

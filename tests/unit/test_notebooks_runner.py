@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from sqlbench.errors import NotebookError
+from sqlbench.errors import NotebookError, RunError
 from sqlbench.notebooks import check_parameters, run_notebook, run_notebooks, source_hash
 
 PARAMETERS = """\
@@ -114,3 +114,12 @@ def test_a_results_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(NotebookError, match="cannot write the results folder"):
         run_notebooks(folder=notebook.parent, results=tmp_path / "file")
+
+
+def test_a_run_stays_below_its_profile_and_runs_something(tmp_path: Path) -> None:
+    notebook = write(tmp_path / "nb" / "01_own.ipynb")
+    with pytest.raises(NotebookError, match="none of the ordered notebooks; name what to run with --only"):
+        run_notebooks(folder=notebook.parent, results=tmp_path / "results")
+    with pytest.raises(RunError, match=r"'../x' is no name for a run"):
+        run_notebooks(run="../x", only=["01"], folder=notebook.parent, results=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
