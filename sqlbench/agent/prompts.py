@@ -287,7 +287,7 @@ def _hint(message: str, schema: Schema | None) -> str:
 
 
 _TAG = re.compile(
-    r"[ \t]*(?:(sql|sqlite|mysql|postgres|postgresql|pgsql)\b|(?!(?:select|with|values)\b)[\w+-]*[ \t]*\n)",
+    r"[ \t]*+(?:(sql|sqlite|mysql|postgres|postgresql|pgsql)\b|(?!(?:select|with|values)\b)[\w+-]*+[ \t]*+\n)",
     re.IGNORECASE,
 )
 
