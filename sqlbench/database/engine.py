@@ -228,7 +228,7 @@ class _SqliteConnection:
         while True:
             try:
                 return self._fetch(sql, limits)
-            except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+            except (sqlite3.Error, ValueError) as error:
                 message = str(error)
                 if message.startswith("Could not decode to UTF-8"):
                     try:
@@ -362,17 +362,20 @@ class Database:
         return result
 
     def _run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:
-        idle = self._idle
+        idle, kept = self._idle, True
         try:
             connection = idle.pop()
         except IndexError:
-            connection = self._connect()
+            connection, kept = self._connect(), False
         _watchdog.watch(connection, deadline)
         try:
             result = connection.run(sql, limits, deadline)
-        except BaseException:
+        except BaseException as error:
             _watchdog.forget(connection)
             connection.close()
+            if kept and isinstance(error, DatabaseError) and time.perf_counter() < deadline:
+                self.close()  # it was lost while nothing ran, and the others with it
+                return self._run(sql, limits, deadline)
             raise
         _watchdog.forget(connection)
         if idle is self._idle and len(idle) < IDLE_CONNECTIONS:

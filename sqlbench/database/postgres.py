@@ -127,7 +127,7 @@ class PostgresConnection:
             return QueryResult("rejected" if several else "error", error=message)
         finally:
             self.deadline = math.inf
-            if not self.raw.closed:
+            with contextlib.suppress(psycopg.Error):  # if it is lost, the next statement will say so
                 self.raw.rollback()
 
     def _fetch(self, sql: str, limits: Limits) -> QueryResult:

@@ -187,6 +187,18 @@ def test_somebody_elses_cancel_is_no_timeout(database, server):
     assert result.rows == [(3, "")] and result.seconds > 0.3
 
 
+def test_connections_that_were_lost_while_nothing_ran_are_opened_anew(server):
+    database = open_database(server, LIMITS)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(database.execute, ["SELECT pg_sleep(0.1)"] * 2))
+    with psycopg.connect(server) as other:
+        other.execute(
+            "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity "
+            "WHERE application_name = 'sqlbench' AND state = 'idle'"
+        )
+    assert [database.execute("SELECT 1").rows for _ in range(3)] == [[(1,)]] * 3
+
+
 def test_a_server_that_hangs_is_an_error_and_holds_up_no_other_deadline(tmp_path, server):
     endless = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT x FROM r LIMIT 1 OFFSET 30000000"
     database, other = open_database(server, LIMITS), open_database(":memory:")
