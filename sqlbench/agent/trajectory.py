@@ -90,8 +90,9 @@ class Trajectory(Record):
     """Why the rollout failed, as ``where: Type: message``; None when it did not."""
     seconds: float = 0.0
     step: int | None = None
-    """Trainer step (None outside training); -1 is never used, validation rollouts carry ``validation=True``."""
+    """Trainer step; None outside training."""
     validation: bool = False
+    """Whether a training made it to measure, not to learn from."""
     sample: int = 0
     """Index within the group of rollouts of one task."""
 

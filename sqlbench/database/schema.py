@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,7 +48,6 @@ class Schema:
     tables: tuple[Table, ...]
     dialect: str = "sqlite"
     name: str = ""
-    samples: dict[str, list[tuple]] = field(default_factory=dict, compare=False)
 
 
 def introspect(database: Database) -> Schema:
