@@ -371,8 +371,9 @@ def main(arguments: list[str] | None = None) -> None:
 def stop_when_told() -> None:
     """See to it that this process ends within seconds of Ctrl-C, also where the exception for it is lost.
 
-    Python drops an exception that is raised while an object is being cleared away, and some libraries catch it. Leaving
-    at once costs nothing that was written.
+    Python drops an exception that is raised while an object is being cleared away, as at the end of every task of an
+    event loop and of every import: it is raised again. Some libraries catch it: the process then leaves by itself. That
+    costs nothing that was written.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -381,8 +382,15 @@ def stop_when_told() -> None:
         timer.start()
         signal.default_int_handler(number, frame)
 
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()  # right now, it would be dropped here
+        else:
+            sys.__unraisablehook__(dropped)
+
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job of a shell ignores it
         signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = again
 
 
 def _explain(error: Any) -> None:

@@ -182,6 +182,32 @@ while True:
     assert time.monotonic() - started < 5
 
 
+def test_an_interruption_that_python_drops_is_raised_again():
+    code = """
+import time
+from sqlbench.cli import stop_when_told
+class Slow:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(60)
+stop_when_told()
+Slow()
+time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "ready\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert err.endswith("\nKeyboardInterrupt\n") and time.monotonic() - started < 3
+
+
 def test_an_interruption_says_how_to_go_on(data, silent_port):
     environment = os.environ | {
         "OPENAI_BASE_URL": f"http://127.0.0.1:{silent_port}/v1",
