@@ -62,7 +62,7 @@ def connect(target: str | Path) -> Connection:
     text = str(target).strip()
     scheme = re.match(r"(\w+)(\+\w+)?:/", text)
     if not text or (scheme and not is_postgres(text)):
-        what = f"a database of kind '{scheme[1]}' is not supported" if scheme else "no database given"
+        what = f"a database of kind '{scheme[0].rstrip(':/')}' is not supported" if scheme else "no database given"
         raise DatabaseError(f"{what}; give {_KINDS_OF_TARGET}")
     try:
         path = text if is_postgres(text) or text == ":memory:" else str(Path(text).expanduser())

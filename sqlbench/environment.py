@@ -435,10 +435,12 @@ def create(episodes: Episodes) -> FastAPI:
 
     @made.middleware("http")
     async def strict(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Refuse what OpenEnv's models would turn into a number: ``true``, or a text."""
+        """Refuse what OpenEnv's models would turn into a number, ``true`` or a text, and what FastAPI breaks on."""
         if request.url.path in ("/reset", "/step"):
             try:
-                body = json.loads(await request.body())
+                body = json.loads((await request.body()).decode())
+            except UnicodeDecodeError as error:
+                return JSONResponse({"detail": f"the request is no UTF-8: {error}"}, 400)
             except (ValueError, RecursionError):
                 body = None  # no JSON: the route says so
             for name in ("seed", "timeout_s"):

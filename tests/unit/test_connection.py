@@ -135,6 +135,7 @@ def test_examples_of_a_model_are_kept_when_they_run_and_filled_up_when_they_do_n
     [
         ("", "no database given; give the path"),
         ("mysql://me:secret@localhost/shop", "a database of kind 'mysql' is not supported; give"),
+        ("postgresql+psycopg://me:secret@localhost/shop", r"kind 'postgresql\+psycopg' is not supported; give"),
         ("no/such/file.sqlite", "cannot open database no/such/file.sqlite: No such file"),
         ("host=db user=me password=secret", r"cannot open database host=db"),
         ("postgresql://me:secret@localhost:1/x", r"cannot open postgresql://me@localhost:1/x: .*refused"),

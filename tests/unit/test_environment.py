@@ -233,6 +233,12 @@ def test_a_request_that_cannot_be_answered_says_why(server, path, body, status, 
     assert got == status and message in json.dumps(answer), answer
 
 
+def test_a_body_that_is_no_text_is_refused(server):
+    with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+        urllib.request.urlopen(f"{server.url}/reset", b"\xff\xfe", timeout=60)
+    assert "no UTF-8" in caught.value.read().decode()
+
+
 def test_an_id_in_use_is_refused_and_one_that_is_done_can_be_used_again(server):
     task = server.tasks[5]
     assert server.reset(episode_id="mine", task_id=task.task_id)["episode_id"] == "mine"
