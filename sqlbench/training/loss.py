@@ -3,6 +3,7 @@
 Both are verl's clipped objective. ``token_mean`` weighs every trained token alike, so a rollout with five transitions
 counts five times as much as one with one. ``per_rollout_mean`` weighs every rollout alike: the mean over rollouts of
 the mean over a rollout's trained tokens, exact for one optimizer step a batch, however rows are cut into micro-batches.
+With credit by transition (`sqlbench.training.credit`) each transition stands for itself and weighs the same.
 Both report the largest difference between the probabilities of the sampled tokens in the rollout engine and in the
 trainer, as a mean over micro-batches; with one optimizer step a batch, and no separate old-log-probability pass, that
 is the agreement of the two.

@@ -72,7 +72,7 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
         raise TrainingError(
             f"sqlbench.trained_agents={settings.trained_agents} is no regular expression: {error}"
         ) from error
-    if not matched or ((matched == ["rewrite"] or matched == ["check"]) and settings.max_turns == 1):
+    if not matched or ("write" not in matched and settings.max_turns == 1):
         raise TrainingError(
             f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
             f"the sub-agents are {', '.join(AGENTS)}"

@@ -134,15 +134,19 @@ def _serve(server: socket.socket, driver: int) -> int:
             for key, _ in selector.select():
                 if key.fileobj is server:
                     connection, _ = server.accept()
-                    clients[_start_worker(connection)] = connection
+                    if pid := _start_worker(connection):
+                        clients[pid] = connection
                 else:
                     os.read(wakeup, 4096)
 
 
 def _start_worker(connection: socket.socket) -> int:
+    """Fork what the client asks for; 0 where it was killed before it had asked."""
     message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 2)
     while not message.endswith(b"\0"):
-        message += connection.recv(1 << 20)
+        if not (more := connection.recv(1 << 20)):
+            return 0
+        message += more
     pid = _fork()
     if pid == 0:
         request = json.loads(message[:-1])

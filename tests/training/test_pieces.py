@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -166,13 +167,20 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
         "model": ({"data": data, "model": "no/such"}, ModelError, "no checkpoint folder"),
         "half model": ({"data": data, "model": str(broken)}, ModelError, "no complete Hugging Face checkpoint"),
         "agents": ({"data": data, "overrides": ["sqlbench.trained_agents=reader"]}, TrainingError, "trains nothing"),
+        "turns": (
+            {"data": data, "overrides": ["sqlbench.trained_agents='check|^rewrite'", "sqlbench.max_turns=1"]},
+            TrainingError,
+            "1 turn.* trains nothing",
+        ),
         "regex": ({"data": data, "overrides": ["sqlbench.trained_agents='('"]}, TrainingError, "no regular expression"),
         "batch": ({"data": data, "overrides": ["data.train_batch_size=9999"]}, TrainingError, "a batch takes 9999"),
         "finished": ({"data": data, "run": "finished"}, RunError, "is finished"),
     }
 
 
-@pytest.mark.parametrize("case", ["profile", "data", "model", "half model", "agents", "regex", "batch", "finished"])
+@pytest.mark.parametrize(
+    "case", ["profile", "data", "model", "half model", "agents", "turns", "regex", "batch", "finished"]
+)
 def test_what_cannot_work_is_refused_before_anything_starts(case: str, tmp_path: Path, pocket: DataSet) -> None:
     arguments, error, text = refusals(tmp_path, pocket)[case]
     with pytest.raises(error, match=text):
@@ -432,6 +440,8 @@ def test_fork_client_passes_output_and_status_of_the_forked_process(tmp_path: Pa
 
         while not address.exists():
             time.sleep(0.05)
+        with socket.socket(socket.AF_UNIX) as killed:  # before it could ask for anything
+            killed.connect(str(address))
         client = Path(sqlbench.training.__file__).with_name("fork_client.py")
         done = subprocess.run(
             [sys.executable, "-S", "-E", client, address, script, "you"],
