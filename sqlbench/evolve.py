@@ -433,7 +433,8 @@ class _Adapter:
         places = asyncio.Semaphore(CONCURRENCY)
 
         async def one(x: _Example) -> _Trace:
-            task = Task(task_id="", db_id=x.db, question=x.question, gold=x.gold or x.rejected, split="feedback")
+            fields = {"question": x.question, "gold": x.gold or x.rejected, "split": "feedback"}
+            task = Task(task_id="", db_id=x.db, scorable=bool(x.gold), **fields)  # what was rejected need not run
             database, config = self.evolution.database(x.db), self.evolution.config
             async with places:
                 done = await rollout(task, database, self.model, prompts, config, self.evolution.repair)
