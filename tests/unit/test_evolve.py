@@ -354,9 +354,10 @@ def test_answers_marked_right_are_the_held_out_questions_of_a_database_without_t
     assert not [t for t in right if f"Question: {t.question}\n" in "".join(world.endpoint.reflections)]
 
 
-def test_an_answer_that_did_not_even_run_can_be_learned_from(world):
+def test_answers_that_did_not_even_run_can_be_learned_from(world, monkeypatch):
+    monkeypatch.setitem(globals(), "WRONG", "SELECT nothing FROM nowhere")
     evolution = world.evolution(tasks=())
-    failed = world.asked(evolution, 1, sql="SELECT nothing FROM nowhere")
+    failed = world.asked(evolution, 1)
     for task in [t for t in world.tasks[:60] if world.endpoint.group[t.question] < 2 and t not in failed][:6]:
         evolution.record(Feedback(question=task.question, db=world.db, sql=task.gold, verdict="right"))
     assert evolution.evolve().number == 1
