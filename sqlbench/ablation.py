@@ -199,8 +199,13 @@ def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:
     if bench.profile == "gpu":
         train_cell(cell, bench, grid)
         checks = [t for t in RunFolder(place / "train").trajectories() if t.validation]
-        steps = [t.step or 0 for t in checks]
-        sides = [[t for t in checks if (t.step or 0) == step] for step in (min(steps), max(steps))]
+        ends = (0, read_metrics(place / "train").index.max())
+        sides = [[t for t in checks if t.step == step] for step in ends]
+        if not all(sides):
+            raise RunError(
+                f"the training {place / 'train'} was not validated before its first step and after its last; leave "
+                "trainer.val_before_train and trainer.test_freq on, and choose another run name"
+            )
     else:
         before = evaluate_before(cell, bench, grid)
         train_cell(cell, bench, grid)

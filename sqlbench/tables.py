@@ -276,7 +276,7 @@ def seed_comparison(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
     for table, columns in ((accuracy_table, list(published.columns[5:10])), (efficiency_table, published.columns[10:])):
         lines = []
         for name, cell in GRIDS["seed"].rows.items():
-            same = [r for r in results if (r.cell, r.split) == (cell, GRIDS["seed"].split)]
+            same = [r for r in results if (r.cell, r.split, r.steps) == (cell, GRIDS["seed"].split, cell.steps)]
             ours = table(same).iloc[0] if same else {}
             labels = {"Row": name, **published.loc[name, keys]}
             lines.append({**labels, "Source": "published", **published.loc[name, columns], "Tasks": SEED_TASKS})

@@ -144,6 +144,26 @@ def test_a_cell_of_which_no_times_are_known_can_be_read_again(bench: Bench) -> N
     assert pd.isna(write_tables(bench.folder)[1]["Time/Step (s)"][0])
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_on_a_gpu_both_sides_are_the_trainers_own_validation(first: int, tmp_path: Path) -> None:
+    """Before the first step and after the last; another step does not stand for them."""
+    bench, cell = Bench(profile="gpu", results=str(tmp_path)), Cell(steps=4)
+    trainer = {"device": "cuda", "n_gpus_per_node": 2, "nnodes": 1}
+    with RunFolder(bench.cell(cell) / "train").open({"config": {"trainer": trainer}}) as folder:
+        for step, outcomes in ((first, "01"), (3, "00"), (4, "11")):
+            for record in rollouts(outcomes):
+                folder.append(TRAJECTORIES, record.model_copy(update={"step": step, "validation": True}))
+        folder.append(TRAJECTORIES, rollouts("0")[0].model_copy(update={"step": 4}))
+        write_rows(folder.root / "metrics.jsonl", {step: {"sqlbench/ex": 0.5} for step in range(1, 5)})
+        folder.finish({"steps": 4})
+    if first:
+        with pytest.raises(RunError, match="was not validated before its first step"):
+            run_cell(cell, bench, Grid((cell,)))
+    else:
+        result = run_cell(cell, bench, Grid((cell,)))
+        assert (result.initial.outcomes, result.final.outcomes, result.gpus) == ("01", "11", 2)
+
+
 def test_tables_are_written_as_csv_and_markdown(bench: Bench) -> None:
     finished(bench, Cell(), "0011", "0111")
     accuracy, _ = write_tables(bench.folder)

@@ -156,6 +156,7 @@ def test_what_was_run_stands_below_what_was_published(tmp_path: Path) -> None:
     finish(bench, result(ROWS["qwen-3b"]))
     finish(bench, result(ROWS["qwen-3b-4096"], split="headline"))
     finish(bench, result(ROWS["llama-1b"].model_copy(update={"steps": 10})))
+    finish(bench, result(ROWS["llama-3b"]).model_copy(update={"steps": 10}))  # cut short by an override
     accuracy, efficiency = write_seed_tables(bench.folder)
     ours = accuracy[accuracy["Source"] == "sqlbench"].set_index("Row")
     assert ours.loc["qwen-3b", ["Acc (Initial)", "Acc (Final)", "Tasks"]].tolist() == [60.0, 60.0, 500]
