@@ -392,7 +392,11 @@ class Evolution:
 
     @contextmanager
     def _locked(self, wait: bool = False) -> Iterator[None]:
-        with open(self.folder / ".lock", "a") as lock:
+        try:
+            lock = open(self.folder / ".lock", "a")  # noqa: SIM115
+        except OSError as error:
+            raise RunError(f"cannot write {self.folder}: {error.strerror}; see to it and try again") from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:

@@ -282,6 +282,8 @@ class ChatView(w.VBox):
         assert self.session is not None
         builtin = self.session.builtin if self.session.builtin and name in self.session.builtin.names else None
         if builtin and name not in self._opened:
+            self.connection = None  # no question goes to the one before, now or where this one cannot be opened
+            self._offer(())
             self._opened[name] = await in_thread(builtin.connect, name)
         if self._databases.value != name:  # another one was chosen meanwhile
             return

@@ -7,6 +7,7 @@ with the run. A run that was killed looks like one between two steps, so the age
 from __future__ import annotations
 
 import base64
+import contextlib
 import threading
 import time
 from datetime import timedelta
@@ -144,7 +145,8 @@ class Monitor(w.VBox):
 
     def _watch(self) -> None:
         while not self._ended.wait(self.every):
-            self.refresh()
+            with contextlib.suppress(OSError, ValueError):  # a file that is being written or replaced: look again
+                self.refresh()
 
     def __repr__(self) -> str:
         return f"{self.folder}: {self.status()}"

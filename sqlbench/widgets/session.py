@@ -26,6 +26,7 @@ from sqlbench.config import RolloutConfig
 from sqlbench.connection import LARGE, SMALL, Connection, Example, connect
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import Database, cached_database
+from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evolve import Evolution, Feedback
 from sqlbench.models.base import ChatModel
 from sqlbench.rollout import answer, rollout
@@ -279,25 +280,32 @@ class ChatSession:
             SqlbenchError: it cannot be kept.
         """
         exchange.verdict, exchange.remark = "right" if right else "wrong", remark.strip()
-        self._learn(exchange, float(right))
-        if feedback := exchange.feedback():
-            self.evolution.record(feedback)
+        try:
+            self._learn(exchange, float(right))
+            if feedback := exchange.feedback():
+                self.evolution.record(feedback)
+        except SqlbenchError:
+            exchange.verdict = None  # it can be given again
+            raise
 
     def _learn(self, exchange: Exchange, solved: float) -> None:
         if exchange.learned or "error" in exchange.state:
             return
-        exchange.learned = True
         classes = [failure_class(e) for e in exchange.state["executions"]]
         if len(exchange.choices) == len(classes):  # the first query, too, followed a choice: it was a retry
             classes = [exchange.choices[0][0].error_class, *classes]
-        with open(self.folder / ".bandit.lock", "a") as lock:
+        try:
+            lock = open(self.folder / ".bandit.lock", "a")  # noqa: SIM115
+        except OSError as error:
+            raise RunError(f"cannot write {self.folder}: {error.strerror}; see to it and try again") from error
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             bandit = self._bandit()  # with what other pages of the chat learned meanwhile
             bandit.choices = max(bandit.choices, self.bandit.choices)
             for (situation, strategy), reward in zip(exchange.choices, shaped(classes, solved)[1:], strict=True):
                 bandit.learn(situation, strategy, reward)
             bandit.save(self._saved)
-        self.bandit = bandit
+        self.bandit, exchange.learned = bandit, True
 
     def learned_html(self) -> Markup:
         """What the bandit has learned: by failure class and strategy, how often and with which mean reward."""
@@ -359,7 +367,7 @@ class BuiltIn:
     """The databases of a data set, whose questions have known answers.
 
     Raises:
-        DataError: there is no data set, or it is damaged.
+        DataError: there is no data set, it is damaged, or none of its questions can be offered.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -370,6 +378,10 @@ class BuiltIn:
             for task in self.data.load(split):
                 if task.scorable and task.hardness in LEVELS:
                     self._tasks[task.db_id][task.key] = task
+        if not self._tasks:
+            raise DataError(
+                f"{root} has no question of the levels {', '.join(LEVELS)}; 'sqlbench data audit' finds levels"
+            )
         self.names = sorted(self._tasks)
 
     def tasks(self) -> list[Task]:

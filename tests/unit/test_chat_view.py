@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.trajectory import Completion, Message
-from sqlbench.data.tasks import DataSet
-from sqlbench.errors import ModelError
+from sqlbench.data.tasks import DataSet, Task, write_split
+from sqlbench.errors import DataError, ModelError
 from sqlbench.widgets.chat import Card, ChatView, diff_html
 from sqlbench.widgets.session import PER_LEVEL, BuiltIn, ChatSession
 
@@ -204,6 +205,53 @@ def test_whatever_breaks_is_one_line_and_the_view_goes_on(tmp_path: Path, shop: 
         assert "stopped: " in card.transcript.conclusion and "No such file" in card.transcript.conclusion
 
     drive(tmp_path, steps, answer)
+
+
+def test_a_verdict_that_could_not_be_kept_can_be_given_again(tmp_path: Path, shop: Path) -> None:
+    async def steps(view: ChatView) -> None:
+        view.connect(str(shop))
+        await view.wait()
+        card = await ask(view, "Who?")
+        for name in (".bandit.lock", "feedback.jsonl"):  # as on a disk that is full, or a folder that was removed
+            kept = tmp_path / "state" / name
+            kept.rename(tmp_path / "away") if kept.exists() else None
+            kept.mkdir()
+            card.judge(True)
+            assert "cannot write" in view._message.value and card.exchange and card.exchange.verdict is None
+            kept.rmdir()
+            (tmp_path / "away").rename(kept) if (tmp_path / "away").exists() else None
+        card.judge(True)
+        assert card.exchange.verdict == "right" and "Marked right" in card._verdict.value
+
+    drive(tmp_path, steps)
+    assert feedback(tmp_path)[-1]["verdict"] == "right"
+
+
+def test_no_question_goes_to_another_database_than_the_one_chosen(tmp_path: Path, pocket: DataSet) -> None:
+    shutil.copytree(pocket.root, tmp_path / "data")
+    broken = tmp_path / "data/database/concert/concert.sqlite"
+    broken.write_text("no database " * 100)
+
+    async def steps(view: ChatView) -> None:
+        assert view.connection is not None
+        view.choose("concert")
+        await view.wait()
+        assert "file is not a database" in view._message.value
+        view.ask("Who?")
+        assert not view.cards and view._ask.disabled and not view._examples.children
+        view.choose(next(name for name in view._databases.options if name != "concert"))
+        await view.wait()
+        assert view.connection is not None and not view._ask.disabled
+
+    drive(tmp_path, steps, builtin=BuiltIn(tmp_path / "data"))
+
+
+def test_a_data_set_without_questions_of_a_level_is_refused_in_one_line(tmp_path: Path, shop: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset.json").write_text("{}")
+    write_split(tmp_path / "data", "mine", [Task(task_id="1", db_id="shop", question="?", gold="SELECT 1", split="m")])
+    with pytest.raises(DataError, match="sqlbench data audit"):
+        BuiltIn(tmp_path / "data")
 
 
 def test_a_table_of_500_columns_is_announced_and_asked(tmp_path: Path) -> None:

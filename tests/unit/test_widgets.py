@@ -497,6 +497,20 @@ def test_a_monitor_follows_a_run_to_its_end(tmp_path: Path) -> None:
     assert monitor._repr_mimebundle_()["text/plain"].endswith("run: finished after 2 steps")
 
 
+def test_a_monitor_survives_files_that_are_being_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    monitor = Monitor(folder, every=0.05)
+    (folder / "data").mkdir(parents=True)
+    tasks = folder / "data/train.parquet"
+    tasks.write_bytes(b"PAR1")
+    training(folder, steps=None)
+    write_rows(folder / METRICS, {1: step_row(1)})
+    time.sleep(0.5)
+    pd.DataFrame({"task": range(14)}).to_parquet(tasks)
+    wait_until(lambda: "step 1 of 6" in monitor.children[0].value, 5)
+    monitor.close()
+
+
 def wait_until(true, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not true():
