@@ -3,7 +3,7 @@
 Rollouts are written as they finish; a run that was interrupted goes on where it stopped, by the content of its tasks
 and not by row number. Failed rollouts and tasks that cannot be scored are counted and left out of the accuracy; an
 evaluation that is repeated runs its failed rollouts again, a finished one too. Where every rollout fails (a dead
-endpoint), the evaluation stops instead of failing a thousand times. Memory does not grow with the number of rollouts.
+endpoint), the evaluation stops instead of failing a thousand times. Of a rollout only a few numbers stay in memory.
 """
 
 from __future__ import annotations
@@ -349,6 +349,11 @@ async def _run(
                     group.create_task(worker())
         except BaseExceptionGroup as problems:
             raise problems.exceptions[0] from None
+    if len(recent) == total and all(recent):  # fewer than it takes to stop, and none that could be scored
+        raise ModelError(
+            f"stopped: all {total} rollouts failed, the last with: {recent[-1]} (what is done is kept; the same "
+            "command goes on from there)"
+        )
 
 
 def _not_yet_run(tasks: list[Task], folder: RunFolder) -> list[Task]:
