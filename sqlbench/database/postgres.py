@@ -24,6 +24,7 @@ from typing import Any
 import psycopg
 import psycopg.conninfo
 from psycopg import errors
+from psycopg.types.string import TextLoader
 
 from sqlbench.database.engine import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits, QueryResult
 from sqlbench.database.schema import Column, ForeignKey, Table
@@ -36,12 +37,13 @@ _COMMAND = re.compile(
     r"comment|refresh|import|security|discard|checkpoint|show|abort|end|release|reassign|close|move|unlisten)\b",
     re.IGNORECASE,
 )
-# Calls that change the session, outlive the transaction, or run SQL held in a string. U&"..." could spell any of them.
+# Calls that change the session, outlive the transaction, or run SQL held in a string, and tables of passwords, which
+# `pg_read_all_data` may read too. U&"..." could spell any of them.
 _REFUSED = re.compile(
     r"set_config|session_authorization|(query|cursor|table|schema|database)_to_xml|ts_stat|ts_rewrite|dblink|crosstab|"
     r"connectby|xpath_table|lo_(import|export|creat|unlink|put|get|open|from_bytea|trunc|lseek|tell)|lowrite|loread|"
     r"pg_(read_|ls_|stat_file|file_|(try_)?advisory|terminate|cancel|export|logical|create_|reload|rotate|switch|promote|"
-    r"backup|start_|stop_|wal_|drop_|replication|notify|log_)|U&\s*\"",
+    r"backup|start_|stop_|wal_|drop_|replication|notify|log_|authid|shadow|user_mapping|subscription)|U&\s*\"",
     re.IGNORECASE,
 )
 _STEP_DOWN = """SELECT rolsuper OR pg_has_role(current_user, 'pg_read_server_files', 'member')
@@ -52,6 +54,8 @@ _SETTINGS = (
     "SET LOCAL statement_timeout = {ms}; SET LOCAL lock_timeout = {ms}; SET LOCAL work_mem = '16MB'; "
     "SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0"
 )
+_TIMES = ("date", "time", "timetz", "timestamp", "timestamptz", "interval")
+"""Types read as the server writes them: Python has no infinite date, no year before Christ and no 24 o'clock."""
 _PLAIN = (int, str, float, bytes, type(None))
 
 
@@ -64,6 +68,8 @@ class PostgresConnection:
             row = self.raw.execute(_STEP_DOWN).fetchone()
             if row and row[0]:
                 self.raw.execute("SET ROLE pg_read_all_data")
+            for name in _TIMES:
+                self.raw.adapters.register_loader(name, TextLoader)
             self.raw.autocommit = False
             self.raw.read_only = True
         except errors.UndefinedObject as error:

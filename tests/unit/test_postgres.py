@@ -82,6 +82,8 @@ HOSTILE = {
     "set_config of the role": ("SELECT set_config('role', 'none', false)", REFUSED),
     "set_config in a string": ("SELECT query_to_xml('SELECT set_' || 'config(''role'', ''none'', false)', true, true, '')", REFUSED),  # noqa: E501
     "terminate": ("SELECT pg_terminate_backend(pg_backend_pid())", REFUSED),
+    "passwords": ("SELECT rolpassword FROM pg_authid", REFUSED),
+    "passwords, as a view": ("SELECT passwd FROM pg_catalog.\"pg_shadow\"", REFUSED),
     "advisory lock": ("SELECT pg_advisory_lock(1)", REFUSED),
     "empty": ("", REFUSED),
     "comment": ("-- SELECT 1", REFUSED),
@@ -126,6 +128,15 @@ def test_values_can_be_compared_and_written_as_json(database):
         "SELECT 1.50::numeric, 2::numeric, DATE '2024-02-29', ARRAY[1, 2], 'NaN'::float8, true, NULL, '\\x6162'::bytea"
     )
     assert database.execute(sql).rows == [(1.5, 2, "2024-02-29", "[1, 2]", "nan", True, None, b"ab")]
+
+
+def test_times_that_python_does_not_have_are_values_all_the_same(database):
+    sql = (
+        "SELECT 'infinity'::date, '0044-03-15 BC'::date, '-infinity'::timestamp, TIME '24:00', TIMESTAMP '2024-02-29',"
+        " INTERVAL '1 year 2 days'"
+    )
+    rows = [("infinity", "0044-03-15 BC", "-infinity", "24:00:00", "2024-02-29 00:00:00", "1 year 2 days")]
+    assert database.execute(sql).rows == rows
 
 
 def test_introspection(database):
