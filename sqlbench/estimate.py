@@ -5,7 +5,8 @@ With P parameters, N GPUs on n nodes, tensor parallelism T, and 4 bytes for verl
 | where | what | bytes |
 |---|---|---|
 | each GPU, update | weights, gradients, Adam's two moments, sharded | (4 + 4 + 8) P / N |
-| | longest micro-batch: layer inputs kept for recomputing, logits and their gradient | tokens (2 D L + 2 x 2 V) |
+| | longest micro-batch: layer inputs kept for recomputing | tokens 2 D L |
+| | and, without `use_fused_kernels`: logits, float32 log-probabilities, gradient | tokens (2 + 4 + 2) V |
 | each GPU, rollout | vLLM's copy of the weights | 2 P / T |
 | | KV cache: what `gpu_memory_utilization` leaves | share x memory - weights |
 | each node | offloaded weights; offloaded moments | 4 P / n; 8 P / n |
@@ -145,6 +146,7 @@ def estimate(config: Any, steps: int, gpu_bytes: float = GPU_BYTES) -> Estimate 
     parallel = rollout.tensor_model_parallel_size
     tokens = actor.ppo_micro_batch_size_per_gpu * (config.data.max_prompt_length + config.data.max_response_length)
     layers = shape.hidden_size * shape.num_hidden_layers
+    logits = 0 if config.actor_rollout_ref.model.use_fused_kernels else 8 * shape.vocab_size
     off_weights, off_moments = actor.fsdp_config.param_offload, actor.fsdp_config.optimizer_offload
     cache = max(0.0, rollout.gpu_memory_utilization * gpu_bytes - 2 * p / parallel)
 
@@ -161,7 +163,7 @@ def estimate(config: Any, steps: int, gpu_bytes: float = GPU_BYTES) -> Estimate 
             "weights": 4 * p / gpus,
             "gradients": 4 * p / gpus,
             "Adam": 8 * p / gpus,
-            "longest micro-batch": tokens * (2 * layers + 4 * shape.vocab_size),
+            "longest micro-batch": tokens * (2 * layers + logits),
         },
         rollout={"weights": 2 * p / parallel, "KV cache": cache}
         | ({} if off_weights else {"trainer's weights": 4 * p / gpus})

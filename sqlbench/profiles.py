@@ -82,7 +82,6 @@ _COMMON: dict[str, Any] = {
             "use_kl_loss": False,
             "kl_loss_coef": 0.0,
             "entropy_coeff": 0,
-            "calculate_entropy": True,
             "clip_ratio_low": 0.2,
             "clip_ratio_high": 0.3,
             "policy_loss": {"loss_mode": "token_mean"},
@@ -117,6 +116,7 @@ _LAPTOP: dict[str, Any] = {
     "actor_rollout_ref": {
         "actor": {
             "strategy": "fsdp2",
+            "calculate_entropy": True,  # the pass over old log-probabilities, which has it too, is left out
             "ppo_mini_batch_size": 16,
             "ppo_micro_batch_size_per_gpu": 16,
             "use_torch_compile": False,

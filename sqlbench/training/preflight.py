@@ -79,6 +79,11 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
         )
     if settings.credit not in ("rollout", "transition"):
         raise TrainingError(f"sqlbench.credit={settings.credit} is neither 'rollout' nor 'transition'")
+    if config.trainer.save_freq < 1 or "hf_model" not in config.actor_rollout_ref.actor.checkpoint.save_contents:
+        raise TrainingError(
+            "this training would leave no policy, which is taken from its last checkpoint; give trainer.save_freq=1 or "
+            "more, and hf_model among actor_rollout_ref.actor.checkpoint.save_contents"
+        )
     _reach(str(config.ray_kwargs.ray_init.get("address")))
     if profile.device == "cuda":
         missing = [line for line in needs(profile, config) if "NOT" in line]

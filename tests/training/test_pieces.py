@@ -174,12 +174,13 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
         ),
         "regex": ({"data": data, "overrides": ["sqlbench.trained_agents='('"]}, TrainingError, "no regular expression"),
         "batch": ({"data": data, "overrides": ["data.train_batch_size=9999"]}, TrainingError, "a batch takes 9999"),
+        "no policy": ({"data": data, "overrides": ["trainer.save_freq=-1"]}, TrainingError, "leave no policy"),
         "finished": ({"data": data, "run": "finished"}, RunError, "is finished"),
     }
 
 
 @pytest.mark.parametrize(
-    "case", ["profile", "data", "model", "half model", "agents", "turns", "regex", "batch", "finished"]
+    "case", ["profile", "data", "model", "half model", "agents", "turns", "regex", "batch", "no policy", "finished"]
 )
 def test_what_cannot_work_is_refused_before_anything_starts(case: str, tmp_path: Path, pocket: DataSet) -> None:
     arguments, error, text = refusals(tmp_path, pocket)[case]

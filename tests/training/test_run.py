@@ -222,7 +222,7 @@ def test_too_many_failed_rollouts_stop_the_run_with_their_reason(pocket: DataSet
 
 def test_a_rollout_worker_that_the_system_kills_ends_the_run(pocket: DataSet, tmp_path: Path) -> None:
     """verl waits for ever for what such a worker will not answer any more."""
-    endless = [*TINY, "trainer.total_training_steps=1000", "trainer.val_before_train=false", "trainer.save_freq=-1"]
+    endless = [*TINY, "trainer.total_training_steps=1000", "trainer.val_before_train=false", "trainer.save_freq=99"]
     arguments = [str(pocket.root), str(tmp_path), json.dumps(endless)]
     launcher = subprocess.Popen([sys.executable, "-c", CALL, *arguments], stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "laptop/run/metrics.jsonl"

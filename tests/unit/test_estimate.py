@@ -61,8 +61,8 @@ def test_bytes_of_the_seed_experiment_on_one_gpu() -> None:
     assert found is not None
     p = 3_085_938_688
     assert (found.update["weights"], found.update["gradients"], found.update["Adam"]) == (4 * p, 4 * p, 8 * p)
-    # 4 rows of 4096 + 2048 tokens: 2 bytes for each layer's input, 4 for each logit and its gradient
-    assert found.update["longest micro-batch"] == 24576 * (2 * 2048 * 36 + 4 * 151936)
+    # 4 rows of 4096 + 2048 tokens: 2 bytes for each layer's input, 8 for each logit, its log-probability and gradient
+    assert found.update["longest micro-batch"] == 24576 * (2 * 2048 * 36 + 8 * 151936)
     assert found.rollout == {"weights": 2 * p, "KV cache": pytest.approx(0.8 * 80e9 - 2 * p)}
     assert found.kv_tokens == int((64e9 - 2 * p) // 36864)  # 36 layers x 2 heads x 128 x (key, value) x 2 bytes
     assert found.host == {"weights": 4 * p, "Adam": 8 * p, "saving": 6 * p}
@@ -78,6 +78,8 @@ def test_bytes_follow_the_configuration() -> None:
     p = 3_085_938_688
     two = estimate(composed("trainer.nnodes=2", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"), 436)
     assert two is not None
+    fused = estimate(composed("actor_rollout_ref.model.use_fused_kernels=true"), 436)
+    assert fused is not None and fused.update["longest micro-batch"] == 24576 * 2 * 2048 * 36
     assert two.update["Adam"] == 4 * p and two.host["Adam"] == 4 * p and two.rollout["weights"] == p
     stays = estimate(
         composed(
