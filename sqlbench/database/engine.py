@@ -207,6 +207,8 @@ class _SqliteConnection:
         ):
             raw.execute(f"PRAGMA {pragma}").fetchall()
         raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        with contextlib.suppress(sqlite3.OperationalError):  # made now, since making them later asks for CREATE TABLE
+            raw.execute("SELECT 1 FROM json_each('[]'), json_tree('[]')").fetchall()
         for limit, value in _LIMITS.items():
             raw.setlimit(limit, value)
         self.bounds = (0, 0)

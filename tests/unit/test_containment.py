@@ -148,6 +148,10 @@ HOSTILE = {
         "FROM item a, item b) SELECT " + " + ".join(["instr(s, u)"] * 120) + " FROM t",
         {"too_large", "error"},
     ),
+    "json_tree of json_tree": (
+        "SELECT count(*) FROM json_tree('[" + "1," * 900 + "1]') a, json_tree('[" + "1," * 900 + "1]') b, item, item c",
+        {"timeout"},
+    ),
     "deep json": ("SELECT json('" + "[" * 40_000 + "')", {"error", "too_large"}),
 }  # fmt: skip
 
@@ -177,6 +181,11 @@ def test_hostile_statement(database, home, name):
 )
 def test_one_statement_with_comments_is_fine(database, sql):
     assert database.execute(sql).rows == [(1,)]
+
+
+def test_the_elements_of_a_json_value_can_be_asked_for(database):
+    assert database.execute("SELECT value FROM json_each('[7, 8]')").rows == [(7,), (8,)]
+    assert database.execute("SELECT sum(atom) FROM json_tree('{\"a\": [7, 8]}')").rows == [(15,)]
 
 
 @pytest.mark.parametrize(
