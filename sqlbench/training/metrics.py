@@ -7,14 +7,13 @@ checkpoint is replaced by what the resumed attempt logs.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.errors import PromptTooLongError
-from sqlbench.runs import RunFolder
+from sqlbench.runs import RunFolder, read_jsonl
 
 
 class TrajectoryReader:
@@ -80,10 +79,13 @@ def _mean(values: list[Any]) -> float | None:
 
 
 def read_rows(path: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step; of a step that was logged twice the later values win, and a torn last line is dropped."""
+    """Metrics by step; of a step that was logged twice the later values win, and a torn last line is dropped.
+
+    Raises:
+        DataError: a line before the last is no JSON object.
+    """
     rows: dict[int, dict[str, float]] = {}
-    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
-        record = json.loads(line)
+    for record in read_jsonl(path):
         rows.setdefault(record["step"], {}).update(record["data"])
     return rows
 

@@ -14,6 +14,7 @@ from typing import Any
 import ipywidgets as w
 import pandas as pd
 from markupsafe import Markup
+from traitlets import TraitError
 
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.data.tasks import DataSet
@@ -102,10 +103,14 @@ class Inspector(w.VBox):
             if name in CHOICES and value not in (known := self._controls[name].options):
                 raise DataError(f"filter {name}={value!r}: choose one of {', '.join(map(str, known))}")
         self._quiet = True
-        for name, control in self._controls.items():
-            control.value = values.get(name, self._defaults[name])
-        self._quiet = False
-        self._filtered()
+        try:
+            for name, control in self._controls.items():
+                control.value = values.get(name, self._defaults[name])
+        except TraitError as error:
+            raise DataError(f"filter {name}={values[name]!r}: {error}") from error
+        finally:
+            self._quiet = False
+            self._filtered()
         return self
 
     def select(self, number: int) -> Inspector:

@@ -92,16 +92,17 @@ class Monitor(w.VBox):
 
     def total_steps(self) -> int | None:
         """Steps that the run was asked for; None where its folder does not say."""
-        config = self._config().get("config")
-        if config is None:
-            return None
         tasks = self.folder / "data/train.parquet"
-        if steps := config["trainer"]["total_training_steps"]:
-            return int(steps)
-        if not tasks.is_file():
+        try:
+            config = self._config()["config"]
+            if steps := config["trainer"]["total_training_steps"]:
+                return int(steps)
+            if not tasks.is_file():
+                return None
+            epoch = read_metadata(tasks).num_rows // config["data"]["train_batch_size"]
+            return int(epoch * config["trainer"]["total_epochs"])
+        except KeyError:
             return None
-        epoch = read_metadata(tasks).num_rows // config["data"]["train_batch_size"]
-        return int(epoch * config["trainer"]["total_epochs"])
 
     def seconds_left(self) -> float | None:
         """From the time of the latest steps, and the share of validation and saving in all; None before the first."""

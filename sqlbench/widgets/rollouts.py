@@ -141,10 +141,20 @@ class RunFacts:
 
     @classmethod
     def of(cls, folder: Path) -> RunFacts:
-        """As the run's config says, where there is one."""
+        """As the run's config says, where there is one.
+
+        Raises:
+            DataError: it is none of ours, or damaged.
+        """
         if not (folder / CONFIG).is_file():
             return cls()
-        config = RunFolder(folder).config()
+        try:
+            return cls._of(folder, RunFolder(folder).config())
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{folder / CONFIG} is no config of a run ({error!r}); move it away") from error
+
+    @classmethod
+    def _of(cls, folder: Path, config: dict[str, Any]) -> RunFacts:
         if config.get("kind") != "training":
             return cls(Path(config["data"]), _tokenizer(folder, config["model"]), config["rollout"]["strict"])
         ours, algorithm = config["config"]["sqlbench"], config["config"]["algorithm"]

@@ -21,7 +21,7 @@ from sqlbench import __version__
 from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
 from sqlbench.checks import capabilities
 from sqlbench.cli import main
-from sqlbench.curves import agent_graph, styled
+from sqlbench.curves import agent_graph, read_metrics, styled
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, ModelError
 from sqlbench.evaluation import evaluate
@@ -176,6 +176,29 @@ def test_an_unknown_filter_or_value_is_refused_with_the_choices(run: Path) -> No
         Inspector(run).filter(verdict="right")
     with pytest.raises(DataError, match="outcome='correct': choose one of all, right, wrong, failed"):
         Inspector(run).filter(outcome="correct")
+    inspector = Inspector(run)
+    for wrong in ({"turns": "two"}, {"turns": (5, 1)}, {"text": 5}):
+        with pytest.raises(DataError, match=f"filter {next(iter(wrong))}="):
+            inspector.filter(**wrong)
+    inspector._controls["outcome"].value = "wrong"
+    assert "wrong" in repr(inspector) and "right" not in repr(inspector)  # the menus go on working
+
+
+@pytest.mark.parametrize("config", [{}, {"kind": "training"}, {"kind": "training", "config": {"sqlbench": None}}])
+def test_a_config_that_is_none_of_ours_is_named(run: Path, tmp_path: Path, config: dict) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / TRAJECTORIES).write_bytes((run / TRAJECTORIES).read_bytes())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"config\.json is no config of a run"):
+        Inspector(tmp_path / "copy")
+    Monitor(tmp_path / "copy", every=60).close()
+
+
+def test_metrics_that_are_damaged_are_named(tmp_path: Path) -> None:
+    training(tmp_path / "run")
+    (tmp_path / "run" / METRICS).write_text("no json\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 1, is no JSON"):
+        read_metrics(tmp_path / "run")
 
 
 def test_the_selection_is_the_trajectory_on_disk(run: Path) -> None:
