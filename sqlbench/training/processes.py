@@ -153,7 +153,8 @@ def reason(log: Path, status: int) -> str:
         return "it was killed (signal 9); was the memory used up?"
     lines = _tail(log)
     errors = [line for line in lines if re.match(r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b: ?", line)]
-    text = errors[-1] if errors else (lines[-1] if lines else "no output")
+    ray = [line for line in lines if "Raylet is terminated" in line]  # followed by the end of its own log
+    text = (errors or ray or lines or ["no output"])[-1]
     return re.sub(r"^[\w.]*\.(?=\w+:)", "", text)[:500]
 
 

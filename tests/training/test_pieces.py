@@ -416,6 +416,25 @@ def test_two_trainings_may_clear_the_same_abandoned_folder(tmp_path: Path, monke
     processes._clear_abandoned()
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["Traceback", "a.b.SomeError: why", "more"], "SomeError: why"),
+        (
+            ["\x1b[33m(raylet)\x1b[0m Raylet is terminated. Why", "    [2026] its log"],
+            "(raylet) Raylet is terminated. Why",
+        ),
+        (["only this"], "only this"),
+        ([], "no output"),
+    ],
+)
+def test_the_reason_of_a_failure_is_read_off_the_end_of_the_log(
+    lines: list[str], expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "log").write_text("\n".join(lines))
+    assert processes.reason(tmp_path / "log", 1) == expected
+
+
 def test_a_step_is_described_in_one_line() -> None:
     assert describe(0, {"sqlbench/val_ex": 0.5}) == "step   0  validation EX 50.0%"
 
