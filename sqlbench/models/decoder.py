@@ -27,6 +27,7 @@ class Decoder:
         rope = config.rope_parameters or {}
         known = (
             config.model_type in FAMILIES
+            and model.dtype == torch.float32  # the general code mixes precisions with more care
             and config.hidden_act == "silu"
             and rope.get("rope_type", "default") == "default"
             and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}

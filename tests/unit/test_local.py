@@ -130,6 +130,17 @@ def test_other_families_agree_with_a_plain_forward_pass_too(checkpoint: Path, tm
     assert (Decoder.of(engine.model) is None) == (family == "Phi3")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_agrees_with_a_plain_forward_pass_as_far_as_it_goes(checkpoint: Path, dtype: str) -> None:
+    engine = LocalEngine(checkpoint, dtype=dtype, max_model_len=128)
+    for request, answer in zip(requests(1.0), engine.generate(requests(1.0)), strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *answer.token_ids]])
+        with torch.inference_mode():
+            logp = engine.model(ids).logits[0, len(request.prompt_ids) - 1 : -1].float().log_softmax(-1)
+        expected = logp.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
+        assert torch.allclose(expected, torch.tensor(answer.logprobs, dtype=torch.float32), atol=0.1)
+
+
 def test_a_seeded_request_gives_the_same_tokens_in_any_batch(engine: LocalEngine) -> None:
     batch = requests(1.0)
     together = engine.generate(batch)
