@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 
@@ -80,9 +81,12 @@ def _verdicts(jobs: Iterator[tuple], workers: int) -> Iterator[Verdict]:
         yield from map(_verdict, jobs)
         return
     # Short statements are mostly Python time, so a second core needs a second process.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        for chunk in pool.map(_verdict_chunk, iter(lambda: list(islice(jobs, 50)), [])):
-            yield from chunk
+    try:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+            for chunk in pool.map(_verdict_chunk, iter(lambda: list(islice(jobs, 50)), [])):
+                yield from chunk
+    except BrokenProcessPool as error:
+        raise DataError("a scoring process was killed, perhaps for memory; free some and score again") from error
 
 
 def _verdict_chunk(jobs: list[tuple]) -> list[Verdict]:

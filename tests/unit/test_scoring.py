@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import sqlite3
+import threading
+import time
 
 import pytest
 
@@ -86,6 +89,23 @@ def test_missing_inputs_are_refused(data, tmp_path):
     (tmp_path / "pairs.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match="cannot read"):
         score_pairs(data, tmp_path / "pairs.jsonl.gz", tmp_path / "o")
+
+
+def test_a_scoring_process_that_is_killed_is_one_line(data, tmp_path):
+    endless = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
+    pairs = write(tmp_path / "pairs.jsonl", [{"db_id": "club", "gold": "SELECT 1", "pred": endless}])
+
+    def kill():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        children[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(DataError, match="was killed"):
+        score_pairs(data, pairs, tmp_path / "out.jsonl", workers=2)
+    killer.join()
 
 
 def test_the_pairs_are_not_written_over(data, tmp_path):
