@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -293,9 +293,10 @@ class Evolution:
 
     def _cycle(self) -> _Cycle:
         if self._pending.is_file():
-            cycle = _Cycle.model_validate_json(self._pending.read_bytes())
-            if cycle.after == len(self._steps) and self._open({x.db for x in (*cycle.train, *cycle.held_out)}):
-                return cycle
+            with suppress(ValidationError):  # of another version: begin anew
+                cycle = _Cycle.model_validate_json(self._pending.read_bytes())
+                if cycle.after == len(self._steps) and self._open({x.db for x in (*cycle.train, *cycle.held_out)}):
+                    return cycle
         asked = self.store.all()
         train, held_out = self._examples(asked)
         last, digest = self._steps[-1], _digest(*held_out)

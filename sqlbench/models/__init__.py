@@ -25,8 +25,11 @@ def open_model(
     """
     limits: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
     if spec.startswith("openai:"):
+        from sqlbench.errors import ModelError
         from sqlbench.models.chat import EndpointChatModel
 
+        if spec == "openai:":
+            raise ModelError("'openai:' names no model; write openai:NAME, as the endpoint calls it")
         deadline: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         return EndpointChatModel(spec.removeprefix("openai:"), temperature=temperature, **limits, **deadline)
     from sqlbench.models.local import LocalChatModel, checkpoint_family

@@ -190,6 +190,8 @@ def test_without_address_and_key_nothing_is_called(serve, monkeypatch):
 def test_an_unknown_model_is_refused_with_what_is_possible():
     with pytest.raises(ModelError, match="no checkpoint folder 'no/such/model'"):
         open_model("no/such/model")
+    with pytest.raises(ModelError, match="'openai:' names no model"):
+        open_model("openai:")
 
 
 @pytest.fixture

@@ -177,6 +177,13 @@ def test_the_next_cycle_goes_on_from_the_same_candidates_and_their_pareto_front(
     assert all(best in front for front in state.program_at_pareto_front_valset.values())
 
 
+def test_a_cycle_that_cannot_be_read_is_begun_anew(world):
+    evolution = world.evolution()
+    world.asked(evolution, 1)
+    (evolution.folder / "cycle.json").write_text('{"after": 1}')
+    assert evolution.evolve() is not None and evolution.generation == 1
+
+
 def test_a_useless_rewrite_leaves_the_prompts_as_they_are(world):
     evolution = world.evolution()
     world.endpoint.reflect = lambda prompt, part: f"{part}\n- {USELESS}"
