@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 class Record(BaseModel):
     """Base of everything written to disk: immutable, unknown fields refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Of a policy that diverged, log-probabilities may be no numbers: written as null they could not be read again.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Message(Record):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
 import pytest
 
-from sqlbench.agent.trajectory import Trajectory
+from sqlbench.agent.trajectory import Completion, Trajectory, Transition
 from sqlbench.errors import DataError, RunError
-from sqlbench.runs import RunFolder, read_jsonl, read_trajectories
+from sqlbench.runs import RunFolder, append_line, read_jsonl, read_trajectories
 
 
 def trajectory(number: int, **fields) -> Trajectory:
@@ -26,6 +27,14 @@ def test_what_is_appended_is_read_back(tmp_path):
     assert list(again.trajectories()) == records == list(read_trajectories(again.root))
     assert list(again.metrics()) == [{"step": 1}]
     assert again.config() == {"seed": 1}
+
+
+def test_the_rollout_of_a_policy_that_diverged_can_be_read_again(tmp_path):
+    done = Completion(text="x", response_ids=[1, 2], logprobs=[-math.inf, math.nan])
+    record = trajectory(0, transitions=[Transition(agent="write", turn=1, messages=[], completion=done)])
+    append_line(tmp_path / "trajectories.jsonl", record)
+    (again,) = read_trajectories(tmp_path)
+    assert repr(again) == repr(record)
 
 
 def test_a_torn_last_line_is_dropped_and_overwritten_by_the_next(tmp_path):
