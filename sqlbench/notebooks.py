@@ -11,6 +11,7 @@ Not covered: the hash of a notebook does not see the library's own code, so afte
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import logging
@@ -461,11 +462,13 @@ class _Reporter:
 
     def _activity(self) -> str:
         """The run that was written last since this notebook began, and how far it is."""
-        files = [p for name in (METRICS, TRAJECTORIES) for p in self.run_folder.rglob(name)]
-        files = [p for p in files if p.stat().st_mtime >= self._begin]
-        if not files:
+        written: dict[Path, float] = {}
+        for file in (p for name in (METRICS, TRAJECTORIES) for p in self.run_folder.rglob(name)):
+            with contextlib.suppress(FileNotFoundError):  # a run that begins anew removes what it finds
+                written[file] = file.stat().st_mtime
+        if not written or max(written.values()) < self._begin:
             return ""
-        run = max(files, key=lambda p: p.stat().st_mtime).parent
+        run = max(written, key=written.__getitem__).parent
         name = run.relative_to(self.run_folder)
         if (run / METRICS).is_file():
             steps = read_rows(run / METRICS)

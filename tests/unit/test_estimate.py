@@ -108,6 +108,15 @@ def test_disk_follows_what_is_saved_and_kept(overrides: list[str], steps: int, l
     assert found is not None and found.disk[label] == times * found.parameters
 
 
+def test_the_validation_before_training_counts_where_it_is_the_only_one() -> None:
+    some, none = (
+        estimate(composed("trainer.test_freq=-1", f"trainer.val_before_train={first}"), 436) for first in (True, False)
+    )
+    assert some is not None and none is not None
+    more = some.disk["trajectories, at most"] - none.disk["trajectories, at most"]
+    assert more == 500 * 6 * (3 * (2048 + 2048 + 1500) + 35 * 320)
+
+
 def test_weights_that_do_not_fit_leave_no_cache() -> None:
     found = estimate(composed(), 436, gpu_bytes=6e9)
     assert found is not None and found.kv_tokens == 0 and found.rollout["KV cache"] == 0

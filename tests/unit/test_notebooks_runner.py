@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from sqlbench.errors import NotebookError, RunError
-from sqlbench.notebooks import check_parameters, run_notebook, run_notebooks, source_hash
+from sqlbench.notebooks import _Reporter, check_parameters, run_notebook, run_notebooks, source_hash
 
 PARAMETERS = """\
 from typing import Literal
@@ -123,3 +123,14 @@ def test_a_run_stays_below_its_profile_and_runs_something(tmp_path: Path) -> Non
     with pytest.raises(RunError, match=r"'../x' is no name for a run"):
         run_notebooks(run="../x", only=["01"], folder=notebook.parent, results=tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_file_that_is_removed_while_it_is_looked_at_is_left_out(tmp_path: Path) -> None:
+    """It is listed, and gone."""
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
+    reporter = _Reporter("title", tmp_path, tmp_path / "partial.ipynb")
+    reporter._begin = 0.0
+    assert reporter._activity() == ""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 3, "data": {}}\n')
+    assert reporter._activity() == "run: step 3"
