@@ -10,7 +10,7 @@ Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync
 - Failed rollouts are counted, and above a stated share the run stops, before it trains on the rest.
 - A training ends where one of its processes is gone: verl waits for ever for a rollout worker that the system killed.
 - Every step logs what ``trajectories.jsonl`` says about its rollouts.
-- Rollout and trainer probabilities are compared by verl's own check at the first step and at every validation.
+- Rollout and trainer probabilities are compared by verl's own check at the first step and at each ``test_freq``-th.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ class SqlTrainer(PPOTrainerSync):
         self.replay_buffer.poll_interval = POLL_SECONDS
         self.settings = config.sqlbench
         self.reader = TrajectoryReader(Path(self.settings.run_folder) / "trajectories.jsonl")
-        self.checked_step: int | None = None
 
     def fit(self, agent_loop_manager: Any) -> None:  # noqa: D102
         ended = threading.Event()
@@ -193,11 +192,11 @@ class SqlTrainer(PPOTrainerSync):
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
         frequency = self.config.trainer.test_freq
-        check = self.checked_step is None or (frequency > 0 and self.global_steps % frequency == 0)
+        # By the step alone: what is compared trains on the trainer's probabilities, and resumed it has to as well.
+        check = self.global_steps == 1 or (frequency > 0 and self.global_steps % frequency == 0)
         correction = self.config.algorithm.rollout_correction
         if not check or not correction.bypass_mode:
             return super()._compute_old_log_prob(batch, metrics)
-        self.checked_step = self.global_steps
         with changed(correction, bypass_mode=False):
             return super()._compute_old_log_prob(batch, metrics)
 

@@ -233,3 +233,23 @@ def test_a_rollout_worker_that_the_system_kills_ends_the_run(pocket: DataSet, tm
     worker.kill()
     errors = launcher.communicate(timeout=60)[1]
     assert launcher.returncode == 1 and "a process of the training is gone (agent_loop_worker_0" in errors
+
+
+def test_a_resumed_training_ends_with_the_weights_of_one_that_was_not(pocket: DataSet, tmp_path: Path) -> None:
+    steps = [
+        "trainer.total_training_steps=3",
+        "trainer.save_freq=2",
+        "trainer.test_freq=-1",
+        "sqlbench.random_reward=true",
+    ]
+    overrides = [*TINY, *steps, "trainer.val_before_train=false"]
+
+    def weights() -> bytes:
+        train("laptop", "run", pocket.root, results=tmp_path, overrides=overrides)
+        return (tmp_path / "laptop/run/policy/model.safetensors").read_bytes()
+
+    undisturbed = weights()
+    assert read_rows(tmp_path / "laptop/run/metrics.jsonl")[3]["actor/grad_norm"] > 0
+    (tmp_path / "laptop/run/summary.json").unlink()  # as a kill between two checkpoints leaves it
+    (tmp_path / "laptop/run/checkpoints/latest_checkpointed_iteration.txt").write_text("2")
+    assert weights() == undisturbed and RunFolder(tmp_path / "laptop/run").summary()["resumed_at"] == 2
