@@ -316,7 +316,9 @@ def chat(
         open_model(model)
     else:  # the page loads it; whether it is there can be said now
         check_checkpoint(policy_folder(model))
-    serve_chat(data, model, run_path(results, "laptop", run), port, reflection)
+    folder = run_path(results, "laptop", run)
+    folder.mkdir(parents=True, exist_ok=True)
+    serve_chat(data, model, folder, port, reflection)
 
 
 @app.command("graph")

@@ -123,6 +123,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
 
 def test_the_chat_page_is_not_served_without_its_model(data, capsys, monkeypatch):
     assert "no checkpoint folder 'nosuch'" in fails(capsys, "chat", "--data", "data", "--model", "nosuch")
+    Path("file").touch()
+    assert "file/laptop" in fails(capsys, "chat", "--data", "data", "--results", "file")
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert "cannot use openai:m" in fails(capsys, "chat", "--data", "data", "--model", "openai:m")
