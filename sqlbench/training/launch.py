@@ -22,7 +22,7 @@ from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
 from sqlbench.models.local import check_checkpoint
 from sqlbench.profiles import PROFILES, Profile
-from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, read_trajectories, run_path
+from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, lock, read_trajectories, run_path
 from sqlbench.training import checkpoints, processes
 from sqlbench.training.compose import compose, tracking
 from sqlbench.training.metrics import StepRecord, read_rows, write_rows
@@ -137,6 +137,8 @@ class _Run:
             "config": _portable(OmegaConf.to_container(self.config, resolve=True)),
         }
         folder = RunFolder(self.folder)
+        with lock(self.folder):  # so nobody waits any more for what an earlier attempt left running, and still writes
+            processes.end_earlier(self.config_file)
         with folder.open(record, overwrite=overwrite):
             try:
                 self._train(folder)
@@ -149,7 +151,6 @@ class _Run:
 
     def _train(self, folder: RunFolder) -> None:
         started = time.time()
-        processes.end_earlier(self.config_file)
         done, validate = self._rewind()
         self._write_data()
         if done < self.total or validate:

@@ -26,7 +26,7 @@ from sqlbench.runs import RunFolder
 from sqlbench.training.checkpoints import latest_checkpoint
 from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows
-from sqlbench.training.processes import RAY_FOLDER
+from sqlbench.training.processes import RAY_FOLDER, WORKER
 from sqlbench.widgets.monitor import Monitor
 
 pytestmark = pytest.mark.training
@@ -253,3 +253,23 @@ def test_a_resumed_training_ends_with_the_weights_of_one_that_was_not(pocket: Da
     (tmp_path / "laptop/run/summary.json").unlink()  # as a kill between two checkpoints leaves it
     (tmp_path / "laptop/run/checkpoints/latest_checkpointed_iteration.txt").write_text("2")
     assert weights() == undisturbed and RunFolder(tmp_path / "laptop/run").summary()["resumed_at"] == 2
+
+
+def test_an_earlier_attempt_that_still_writes_leaves_nothing_in_a_run_that_begins_anew(
+    pocket: DataSet, tmp_path: Path
+) -> None:
+    run = tmp_path / "laptop/run"
+    writes = "while True: time.sleep(0.005); note.parent.mkdir(parents=True, exist_ok=True); note.write_text('2')"
+    code = f"import sys, time, pathlib\nnote = pathlib.Path(sys.argv[1])\n{writes}"
+    note = run / "checkpoints/latest_checkpointed_iteration.txt"
+    earlier = subprocess.Popen([sys.executable, "-c", code, note, "-m", WORKER, run / "data/verl.yaml"])
+    refused = [*TINY, "actor_rollout_ref.actor.ppo_mini_batch_size=3"]  # by verl, as soon as it starts
+    try:
+        while not note.exists():
+            time.sleep(0.01)
+        with pytest.raises(TrainingError, match="must be >= actor"):
+            train("laptop", "run", pocket.root, results=tmp_path, overrides=refused, overwrite=True)
+    finally:
+        earlier.kill()
+        earlier.wait()
+    assert not note.exists()
