@@ -26,9 +26,12 @@ def capabilities(data: Path | str = "data") -> pd.DataFrame:
         data: folder of data sets.
     """
     gpu = "" if Path("/dev/nvidiactl").exists() else "a GPU with CUDA"
-    settings = {**dotenv_values(find_dotenv(usecwd=True)), **os.environ}
-    named = settings.get("OPENAI_BASE_URL") or settings.get("OPENAI_API_KEY")
-    endpoint = "" if named else "an endpoint: OPENAI_BASE_URL or OPENAI_API_KEY in .env"
+    try:
+        settings = {**dotenv_values(find_dotenv(usecwd=True)), **os.environ}
+        named = settings.get("OPENAI_BASE_URL") or settings.get("OPENAI_API_KEY")
+        endpoint = "" if named else "an endpoint: OPENAI_BASE_URL or OPENAI_API_KEY in .env"
+    except UnicodeDecodeError:
+        endpoint = f"{find_dotenv(usecwd=True)} is not UTF-8: save it as such"
     spider = "" if (Path(data) / "spider/dataset.json").is_file() else "sqlbench data spider --download"
     browser = "" if find_browser() else "Chromium on the PATH"
     needs = {

@@ -28,13 +28,17 @@ class EndpointChatModel:
     """A model behind ``OPENAI_BASE_URL`` (default: OpenAI itself), with ``OPENAI_API_KEY``; ``.env`` is read too.
 
     Raises:
-        ModelError: neither an address nor a key is set.
+        ModelError: neither an address nor a key is set, or ``.env`` cannot be read.
     """
 
     def __init__(self, model: str, *, temperature: float = 0.0, max_tokens: int = 2048, timeout: float = 120.0) -> None:
         from dotenv import find_dotenv, load_dotenv
 
-        load_dotenv(find_dotenv(usecwd=True))
+        file = find_dotenv(usecwd=True)
+        try:
+            load_dotenv(file)
+        except UnicodeDecodeError as error:
+            raise ModelError(f"cannot read {file}: {error}; save it as UTF-8") from error
         self.name = f"openai:{model}"
         self.family = "chat"
         self.model = model

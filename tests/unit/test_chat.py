@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from sqlbench.agent.trajectory import Message
+from sqlbench.checks import capabilities
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import ModelError
 from sqlbench.evaluation import evaluate
@@ -179,6 +180,15 @@ def test_address_and_key_may_come_from_a_dotenv_file(serve, monkeypatch):
         assert ask().text == "SELECT 1"
     finally:
         monkeypatch.setenv("OPENAI_API_KEY", "")  # what the file set is undone with the fixture
+
+
+def test_a_dotenv_file_that_is_no_text_is_one_line(serve, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_bytes("# für mich\n".encode("latin-1"))
+    with pytest.raises(ModelError, match=r"cannot read .*\.env: .*save it as UTF-8"):
+        open_model("openai:m")
+    missing = capabilities(tmp_path).set_index("to")["missing"]
+    assert "not UTF-8" in missing["use a model behind an endpoint"]
 
 
 def test_without_address_and_key_nothing_is_called(serve, monkeypatch):
