@@ -388,8 +388,9 @@ def stop_when_told() -> None:
         if dropped.exc_type is KeyboardInterrupt:
             threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()  # right now, it would be dropped here
         else:
-            sys.__unraisablehook__(dropped)
+            usual(dropped)
 
+    usual = sys.unraisablehook
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job of a shell ignores it
         signal.signal(signal.SIGINT, interrupt)
         sys.unraisablehook = again
