@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,19 @@ def test_concurrent_requests_share_batches_and_a_bad_one_fails_alone(engine: Loc
         assert sizes[0] == len(answers) + 1
         assert isinstance(bad, ModelError)
         assert [answer.token_ids for answer in answers] == expected
+
+
+def test_event_loops_of_two_threads_can_ask_at_the_same_time(engine: LocalEngine) -> None:
+    """As where a page answers while prompts are evolved beside it."""
+    batched = BatchedEngine(engine, wait_ms=1)
+
+    async def ask() -> list[Generation]:
+        return [await batched.generate(request) for request in requests(1.0, max_tokens=3)]
+
+    expected = asyncio.run(ask())
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(asyncio.run, asyncio.wait_for(ask(), 60)) for _ in range(2)]
+        assert [future.result() for future in both] == [expected, expected]
 
 
 def test_chat_model_records_the_tokens_it_used(checkpoint: Path) -> None:
