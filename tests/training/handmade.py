@@ -53,6 +53,8 @@ def _failed(task: str, *samples: int) -> list[Made]:
     return [Made(task, sample) for sample in samples]
 
 
+STEP = 2
+"""A step at which probabilities are not compared."""
 ONE, TWO = (("write", 2),), (("write", 3), ("check", 1), ("rewrite", 2))
 MIXED = [
     Made("a", 0, 1.0, TWO, 1.1),
@@ -155,7 +157,7 @@ def record(model: Any, made: Made) -> Record:
         transitions=transitions,
         reward=made.reward,
         error=None if made.calls else "model: ModelError: gone",
-        step=1,
+        step=STEP,
         sample=made.sample,
     )
 
@@ -181,7 +183,7 @@ def prepare(folder: Path, base: Any) -> None:
             rewards = [one.reward] * len(one.transitions)
             outputs = [] if one.failed else loop._outputs(one, rewards, steps, config.sqlbench.trained_agents)
             row = {"uid": f"{one.task_key}_x", "session_id": one.sample, "data_source": "", "reward_model": {}}
-            await worker._agent_loop_postprocess(outputs, False, global_steps=1, **row)
+            await worker._agent_loop_postprocess(outputs, False, global_steps=STEP, **row)
 
     class Workers:
         """In the place of verl's worker group: writes down what it is sent."""
@@ -197,7 +199,7 @@ def prepare(folder: Path, base: Any) -> None:
     for name, (rollouts, ranks, overrides) in BATCHES.items():
         config = settings(folder, *overrides)
         trainer = SqlTrainer(config)
-        trainer.tokenizer, trainer.global_steps, trainer.checked_step = SimpleNamespace(eos_token_id=2), 1, 1
+        trainer.tokenizer, trainer.global_steps = SimpleNamespace(eos_token_id=2), STEP
         trainer.actor_rollout_wg = workers = Workers(ranks)
         records = [record(model, made) for made in rollouts]
         with (folder / "run/trajectories.jsonl").open("a") as file:

@@ -195,4 +195,4 @@ def test_a_rollout_that_is_left_alone_in_its_group_never_trains(made: Any) -> No
 def test_above_the_stated_share_of_failed_rollouts_the_step_stops(made: Any) -> None:
     """4 of 16 are not more than a quarter, 5 are."""
     assert "error" not in made("per_rollout_mean.batch")
-    assert made("failed.batch")["error"].startswith("5 of 16 rollouts of step 1 failed, more than the share of 0.25")
+    assert made("failed.batch")["error"].startswith("5 of 16 rollouts of step 2 failed, more than the share of 0.25")
