@@ -89,6 +89,7 @@ CASES = {
     "train": Case(
         lambda run, data: [
             "train", "--run", run, "--data", str(data), *SMALLEST,
+            "actor_rollout_ref.rollout.n=8",  # so that groups differ and every step changes the weights
             "trainer.total_training_steps=4", "trainer.save_freq=1", "trainer.test_freq=2",
         ],
         trained,
