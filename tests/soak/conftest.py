@@ -53,14 +53,13 @@ class Figures:
         return "\n".join(["| part | what | value |", "|---|---|---|", *body]) if body else ""
 
 
-def _figures() -> Figures:
-    return Figures(Path(os.environ.get("SOAK_OUT", "build/soak.jsonl")))
+FIGURES = Figures(Path(os.environ.get("SOAK_OUT", "build/soak.jsonl")).absolute())  # tests go to other folders
 
 
 @pytest.fixture(scope="session")
 def figures() -> Figures:
     """`figures.record(part, what, value)`: one line of the table at the end."""
-    return _figures()
+    return FIGURES
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +156,6 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the table, ready for docs/reliability.md."""
-    if table := _figures().table():
+    if table := FIGURES.table():
         terminalreporter.write_sep("=", "figures")
         terminalreporter.write_line(table)
