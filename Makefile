@@ -90,7 +90,7 @@ test-vllm: .venv-vllm/.installed
 	mkdir -p $$info; printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $$v > $$info/METADATA
 	@touch $@
 
-# Kills, full disks, faults and load, for two or three hours; the table at the end is what docs/reliability.md quotes.
+# Kills, full disks, faults and load, for an hour and a half; the table at the end is what docs/reliability.md quotes.
 soak: export SOAK_TRIALS ?= 20
 soak: export SQLBENCH_LONG := 1
 soak: export SOAK_OUT ?= build/soak.jsonl

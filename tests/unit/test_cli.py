@@ -157,6 +157,22 @@ def test_a_zip_that_is_no_spider_release_is_refused(data, capsys):
     assert "either --from" in fails(capsys, "data", "spider")
 
 
+def interrupted(code: str) -> tuple[int, str, float]:
+    """Status, errors and seconds of a program that gets one SIGINT when it has printed "ready"."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "ready\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err, time.monotonic() - started
+
+
 def test_an_interruption_that_is_lost_ends_the_command_all_the_same():
     code = """
 import time
@@ -169,19 +185,8 @@ while True:
     except KeyboardInterrupt:
         pass
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout.readline() == "ready\n"
-    started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on where it stopped" in err
-    assert time.monotonic() - started < 5
+    status, err, seconds = interrupted(code)
+    assert status == 130 and "the same command goes on where it stopped" in err and seconds < 5
 
 
 def test_an_interruption_that_python_drops_is_raised_again():
@@ -196,18 +201,8 @@ stop_when_told()
 Slow()
 time.sleep(60)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout.readline() == "ready\n"
-    started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert err.endswith("\nKeyboardInterrupt\n") and time.monotonic() - started < 3
+    _, err, seconds = interrupted(code)
+    assert err.endswith("\nKeyboardInterrupt\n") and seconds < 3
 
 
 def test_an_interruption_says_how_to_go_on(data, silent_port):
