@@ -30,7 +30,7 @@ from sqlbench.curves import read_metrics, time_shares
 from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evaluation import evaluate
 from sqlbench.grid import GRIDS, Cell, Grid, slug
-from sqlbench.profiles import PROFILES
+from sqlbench.profiles import find_profile
 from sqlbench.runs import RunFolder, differences, lock, run_path, write_whole
 from sqlbench.tables import (
     CELL,
@@ -82,9 +82,7 @@ def ablate(
     cells = list(rows.values())
     if not cells:
         raise RunError(f"grid '{grid}' has no cell '{only}'; it has: {', '.join(GRIDS[grid].rows)}")
-    if profile not in PROFILES:
-        raise RunError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
-    bench = Bench(profile, run or grid, str(data or PROFILES[profile].data), str(results))
+    bench = Bench(profile, run or grid, str(data or find_profile(profile).data), str(results))
     chosen = replace(GRIDS[grid], overrides=(*GRIDS[grid].overrides, *overrides))
     if track:
         from sqlbench.training.compose import tracking

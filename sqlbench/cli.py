@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
-from sqlbench.errors import DataError, RunError, SqlbenchError
+from sqlbench.errors import DataError, SqlbenchError
 
 LONGEST_STOP = 4
 """Seconds in which an interrupted command may end by itself."""
@@ -130,10 +130,9 @@ def eval_(
 ) -> None:
     """Run the agent over a split and write trajectories and a summary; goes on where it was interrupted."""
     from sqlbench.evaluation import evaluate
-    from sqlbench.profiles import PROFILES
+    from sqlbench.profiles import find_profile
 
-    if profile not in PROFILES:
-        raise RunError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
+    find_profile(profile)
     summary = evaluate(
         data,
         split,

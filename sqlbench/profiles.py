@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlbench.errors import TrainingError
+from sqlbench.errors import RunError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -231,3 +231,14 @@ PROFILES = {
         published_tasks=7000,  # train_spider.json of Spider 1.0 (Yu et al., EMNLP 2018)
     ),
 }
+
+
+def find_profile(name: str) -> Profile:
+    """The profile of a name.
+
+    Raises:
+        RunError: there is none.
+    """
+    if name not in PROFILES:
+        raise RunError(f"no profile '{name}'; there are: {', '.join(PROFILES)}")
+    return PROFILES[name]

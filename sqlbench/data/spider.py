@@ -82,7 +82,10 @@ class _Zip:
         self.names = sorted(i.filename for i in archive.infolist() if not i.is_dir())
 
     def open(self, name: str) -> IO[bytes]:
-        return self.archive.open(name)
+        try:
+            return self.archive.open(name)
+        except RuntimeError as error:  # a password, or a compression that Python does not have
+            raise DataError(f"cannot read {self.archive.filename}: {error}; unpack it and give the folder") from error
 
 
 @contextmanager
@@ -93,7 +96,7 @@ def _opened(source: Path) -> Iterator[_Source]:
         try:
             with zipfile.ZipFile(source) as archive:
                 yield _Zip(archive)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise DataError(
                 f"{source} is no intact zip archive ({error}); fetch it again from {SPIDER_PAGE}"
             ) from error

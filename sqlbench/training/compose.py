@@ -91,6 +91,14 @@ def compose(
     except (HydraException, OmegaConfBaseException) as error:
         message = str(error).strip().splitlines()[0]
         raise TrainingError(f"cannot compose the training configuration: {message}") from error
+    _check_values(config, given)
+    return config
+
+
+def _check_values(config: DictConfig, given: dict[str, Any]) -> None:
+    """Refuse values of another kind than the profile's, which verl would take and then break."""
+    from omegaconf import OmegaConf
+
     for key in sorted(COUNTS | {key for key, value in given.items() if type(value) in (int, float)}):
         value = OmegaConf.select(config, key)
         if value is None and (key not in COUNTS or key == "trainer.total_training_steps"):  # verl's own default
@@ -102,7 +110,6 @@ def compose(
     for key, default in given.items():
         if isinstance(default, bool) and not isinstance(value := OmegaConf.select(config, key), bool):
             raise TrainingError(f"{key}={value} is neither true nor false")
-    return config
 
 
 def tracking(backend: str) -> list[str]:

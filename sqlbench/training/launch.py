@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
 from sqlbench.models.local import check_checkpoint
-from sqlbench.profiles import PROFILES, Profile
+from sqlbench.profiles import Profile, find_profile
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, lock, read_trajectories, run_path
 from sqlbench.training import checkpoints, processes
 from sqlbench.training.compose import compose, tracking
@@ -68,9 +68,7 @@ def train(
         TrainingError: the run cannot be composed or started, or had to be stopped; the message names the reason.
         SqlbenchError: data set, checkpoint or run folder are missing or unusable.
     """
-    chosen = PROFILES.get(profile)
-    if chosen is None:
-        raise TrainingError(f"no profile '{profile}'; there are: {', '.join(PROFILES)}")
+    chosen = find_profile(profile)
     if track:
         overrides = [*tracking(track), *overrides]
     folder = run_path(results, profile, run).absolute()

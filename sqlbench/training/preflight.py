@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import re
 import socket
 import warnings
@@ -101,7 +100,7 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
             f"{steps} steps do not fit into trainer.total_epochs={config.trainer.total_epochs} of {epoch} steps; "
             f"ask for {-(-steps // epoch)} epochs or fewer steps"
         )
-    headline = json.loads((dataset.root / "dataset.json").read_text()).get("headline", "dev")
+    headline = dataset.about.get("headline", "dev")
     for task in {t.db_id: t for t in tasks}.values():
         dataset.database(task.db_id)
     return tasks, validation_tasks(dataset, headline, settings.validation_tasks)

@@ -162,7 +162,7 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
     (finished / "summary.json").write_text("{}")
     data = pocket.root
     return {
-        "profile": ({"profile": "tpu", "data": data}, TrainingError, "no profile 'tpu'"),
+        "profile": ({"profile": "tpu", "data": data}, RunError, "no profile 'tpu'"),
         "data": ({"data": tmp_path / "none"}, DataError, "no data set in"),
         "model": ({"data": data, "model": "no/such"}, ModelError, "no checkpoint folder"),
         "half model": ({"data": data, "model": str(broken)}, ModelError, "no complete Hugging Face checkpoint"),

@@ -122,6 +122,19 @@ def bad_member(tmp_path: Path) -> Path:
     return archive
 
 
+def with_password(tmp_path: Path) -> Path:
+    archive = pack(make_release(tmp_path / "r"), tmp_path / "secret.zip")
+    raw = bytearray(archive.read_bytes())
+    with zipfile.ZipFile(archive) as file:
+        for info in file.infolist():  # bit 0 of the flags, after signature and version
+            raw[info.header_offset + 6] |= 1
+    at = -1
+    while (at := raw.find(b"PK\x01\x02", at + 1)) >= 0:
+        raw[at + 8] |= 1
+    archive.write_bytes(raw)
+    return archive
+
+
 def leading_outside(tmp_path: Path) -> Path:
     archive = pack(make_release(tmp_path / "r"), tmp_path / "evil.zip")
     with zipfile.ZipFile(archive, "a") as file:
@@ -154,6 +167,7 @@ def damaged_database(tmp_path: Path) -> Path:
         (no_release, "is no Spider release"),
         (cut_short, "no intact zip"),
         (bad_member, "no intact zip"),
+        (with_password, "is encrypted"),
         (leading_outside, "leads outside"),
         (not_json, "not JSON"),
         (no_query, "row 0 of dev.json"),
