@@ -33,10 +33,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pocket import NANO_PATH
+from pocket.nano import Recipe, train_nano
 from sqlbench.errors import SqlbenchError
 from sqlbench.estimate import SHAPES, Shape
 from sqlbench.grid import SMALLEST
-from sqlbench.models.nano import NANO_PATH, Recipe, train_nano
 from sqlbench.runs import CONFIG, METRICS, RunFolder
 from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows
@@ -108,7 +109,7 @@ MEASUREMENTS = {
 def policy(name: str, options: argparse.Namespace) -> Path:
     """What a measurement starts from; made where it is missing. Its note ``sqlbench.json`` is written last."""
     if name in ("local", "vllm-nano"):
-        return Path(NANO_PATH)
+        return NANO_PATH
     small, folder = options.device == "cpu", options.out / "models" / f"{name}-{options.device}"
     if not (folder / "sqlbench.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)

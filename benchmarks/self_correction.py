@@ -33,16 +33,17 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from pocket import NANO_PATH
+from pocket.domains import Domain
+from pocket.nano import END, answer_loss, prompt_text, word_pieces
+from pocket.pretraining import Example, Examples, connect, execute, same_result, schema_of
 from sqlbench.ablation import Bench, run_cell
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
 from sqlbench.agent.trajectory import Message
 from sqlbench.correction import correction, row
-from sqlbench.data.domains import Domain
-from sqlbench.data.pretraining import Example, Examples, connect, execute, same_result, schema_of
 from sqlbench.errors import SqlbenchError
 from sqlbench.grid import AGENTS, AGENTS_CHECK, Cell, Grid
 from sqlbench.models.local import GenerationRequest, LocalEngine, encode_chat
-from sqlbench.models.nano import END, NANO_PATH, answer_loss, prompt_text, word_pieces
 from sqlbench.runs import RunFolder
 from sqlbench.tables import markdown
 

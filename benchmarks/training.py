@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from sqlbench.models.nano import NANO_PATH
+from pocket import NANO_PATH
 from sqlbench.profiles import PROFILES
 from sqlbench.runs import METRICS
 from sqlbench.training.launch import train
@@ -120,7 +120,7 @@ def widened(parameters: int, out: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sqlbench.models.nano import Recipe, build_model, save_checkpoint
+    from pocket.nano import Recipe, build_model, save_checkpoint
 
     nano, tokenizer = (kind.from_pretrained(NANO_PATH) for kind in (AutoModelForCausalLM, AutoTokenizer))
     old = nano.config
@@ -178,7 +178,7 @@ def main() -> None:
     results = []
     for parameters in options.parameters:
         place = options.out / f"p{parameters}"
-        model = widened(parameters, place / "model") if parameters else Path(NANO_PATH)
+        model = widened(parameters, place / "model") if parameters else NANO_PATH
         folder, verl = measure_verl(options.data, model, place, options.steps, options.overrides)
         from bare_loop import measure_bare  # verl and torch, after the training that is measured with its imports
 

@@ -60,8 +60,8 @@ def data_pocket(
     seed: Seed = 1,
 ) -> None:
     """Write the embedded data set: generated databases, questions, splits, gold audit."""
+    from pocket.dataset import write_pocket
     from sqlbench.data.audit import audit_dataset
-    from sqlbench.data.pocket import write_pocket
 
     write_pocket(out, seed=seed)
     typer.echo(audit_dataset(out).summary())
@@ -102,7 +102,7 @@ def nano_train(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train the embedded policy from nothing."""
-    from sqlbench.models.nano import train_nano
+    from pocket.nano import train_nano
 
     train_nano(out, minutes=minutes, seed=seed, threads=threads, device=device)
     typer.echo(f"wrote {out}")

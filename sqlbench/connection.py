@@ -16,7 +16,6 @@ from pathlib import Path
 from sqlbench.agent.prompts import DIALECTS, extract_sql
 from sqlbench.agent.trajectory import Message
 from sqlbench.config import RolloutConfig
-from sqlbench.data.phrasing import plural
 from sqlbench.database.engine import Database, Limits, is_postgres, open_database
 from sqlbench.database.schema import Column, Schema, Table, introspect, quote, schema_text
 from sqlbench.errors import DatabaseError
@@ -144,6 +143,14 @@ def _words(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_+", " ", name).strip().lower()
 
 
+def _plural(words: str) -> str:
+    if words.endswith("s"):
+        return words
+    if re.search("[^aeiou]y$", words):
+        return words[:-1] + "ies"
+    return words + ("es" if words.endswith(("x", "ch", "sh")) else "s")
+
+
 def _columns(table: Table, *types: str) -> list[Column]:
     """Columns of these types that are no keys."""
     keys = {key.column for key in table.foreign_keys}
@@ -160,7 +167,7 @@ _NUMBERS, _TEXT = ("INT", "REAL", "NUM", "DEC", "DOUBLE", "FLOA", "MONEY"), ("CH
 
 def _questions(table: Table) -> list[Example | None]:
     """One question of each kind; None where the table has no columns for it."""
-    one, many, name = _words(table.name), plural(_words(table.name)), quote(table.name)
+    one, many, name = _words(table.name), _plural(_words(table.name)), quote(table.name)
     found: list[Example | None] = [Example(f"How many {many} are there?", f"SELECT count(*) FROM {name}")]
     labels, numbers = _columns(table, *_TEXT), _columns(table, *_NUMBERS)
     parent = next((k for k in table.foreign_keys if k.ref_column and k.ref_table != table.name), None)

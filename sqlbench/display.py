@@ -42,7 +42,7 @@ def ensure_data(data: Path | str, source: str = "pocket") -> DataSet:
     root = Path(data)
     if not (root / "dataset.json").is_file():
         if source == "pocket":
-            from sqlbench.data.pocket import write_pocket
+            from pocket.dataset import write_pocket
 
             write_pocket(root)
         else:

@@ -21,7 +21,7 @@ from sqlbench.agent.trajectory import Trajectory
 from sqlbench.config import Settings
 from sqlbench.errors import DataError
 from sqlbench.grid import GRIDS, Cell
-from sqlbench.models.nano import NANO_PATH
+from sqlbench.models import policy_folder
 from sqlbench.statistics import mcnemar, paired_bootstrap, wilson
 
 CELL = "cell.json"
@@ -104,7 +104,7 @@ def _mean(values: Sequence[int | None]) -> float:
 
 def model_size(model: str) -> str:
     """Parameters of a model as tables show them: counted where the weights are at hand, else read off its name."""
-    path = NANO_PATH if model == "nano" else Path(model)
+    path = policy_folder(model) if model == "nano" else Path(model)
     files = sorted(path.glob("*.safetensors"))
     if not files:
         named = re.search(r"(\d+(?:\.\d+)?)[bB](?![a-z])", model)

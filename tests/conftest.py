@@ -48,7 +48,7 @@ def heap() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     """The embedded data set, written once a session; read it, do not change it."""
-    from sqlbench.data.pocket import write_pocket
+    from pocket.dataset import write_pocket
     from sqlbench.data.tasks import DataSet
 
     root = tmp_path_factory.mktemp("pocket") / "pocket"

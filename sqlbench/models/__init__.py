@@ -47,9 +47,9 @@ def policy_folder(spec: str) -> Path:
         TrainingError: the run has no checkpoint yet.
     """
     if spec == "nano":
-        from sqlbench.models.nano import NANO_PATH
+        from pocket import NANO_PATH
 
-        return Path(NANO_PATH)
+        return NANO_PATH
     path = Path(spec)
     if (path / "policy").is_dir() or (path / "checkpoints").is_dir():
         from sqlbench.training.checkpoints import latest_checkpoint

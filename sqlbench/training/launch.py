@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
+from sqlbench.models import policy_folder
 from sqlbench.models.local import check_checkpoint
 from sqlbench.profiles import Profile, find_profile
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, lock, read_trajectories, run_path
@@ -95,9 +96,7 @@ def train(
 
 def _policy(model: str, profile: Profile) -> str:
     if model == "nano":
-        from sqlbench.models.nano import NANO_PATH
-
-        model = str(NANO_PATH)
+        model = str(policy_folder(model))
     if Path(model).is_dir() or profile.device == "cpu" or model.startswith((".", "/")):
         return str(check_checkpoint(model).absolute())
     return model

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.errors import DataError
-from sqlbench.models.nano import NANO_PATH
+from sqlbench.models import policy_folder
 from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder
 from sqlbench.widgets import view
 
@@ -164,7 +164,7 @@ class RunFacts:
 
 
 def _tokenizer(run: Path, model: str) -> Path | None:
-    folders = [NANO_PATH] if model == "nano" else [run / "policy", Path(model) / "policy", Path(model)]
+    folders = [policy_folder(model)] if model == "nano" else [run / "policy", Path(model) / "policy", Path(model)]
     return next((f / "tokenizer.json" for f in folders if (f / "tokenizer.json").is_file()), None)
 
 

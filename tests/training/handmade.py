@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from pocket import NANO_PATH
 from sqlbench.agent.trajectory import Completion, Transition
 from sqlbench.agent.trajectory import Trajectory as Record
 from sqlbench.errors import TrainingError
-from sqlbench.models.nano import NANO_PATH
 from sqlbench.profiles import PROFILES
 
 Agents = tuple[tuple[str, int], ...]

@@ -13,7 +13,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.padding import no_padding_2_padding
 
-from sqlbench.models.nano import NANO_PATH
+from pocket import NANO_PATH
 from sqlbench.training.cpu_engine import CpuEngine
 
 pytestmark = pytest.mark.training

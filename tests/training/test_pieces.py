@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from pocket import NANO_PATH
 from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transition
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import DataError, ModelError, PromptTooLongError, RunError, SqlbenchError, TrainingError
-from sqlbench.models.nano import NANO_PATH
 from sqlbench.profiles import PROFILES, merged
 from sqlbench.training import processes
 from sqlbench.training.checkpoints import latest_checkpoint

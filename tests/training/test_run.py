@@ -18,10 +18,10 @@ import pytest
 import recorder
 import torch
 
+from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import RunError, TrainingError
 from sqlbench.models.local import LocalEngine, checkpoint_family
-from sqlbench.models.nano import NANO_PATH
 from sqlbench.runs import RunFolder
 from sqlbench.training.checkpoints import latest_checkpoint
 from sqlbench.training.launch import train

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
 from sqlbench.estimate import Shape
 from sqlbench.grid import SMALLEST
-from sqlbench.models.nano import NANO_PATH
 from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows
 

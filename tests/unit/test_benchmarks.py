@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
 from sqlbench.models.local import GenerationRequest, LocalEngine
-from sqlbench.models.nano import NANO_PATH
 
 
 @pytest.fixture(autouse=True)

@@ -207,7 +207,7 @@ def test_an_unknown_model_is_refused_with_what_is_possible():
 @pytest.fixture
 def served_nano(tmp_path, monkeypatch) -> Iterator[str]:
     """The embedded policy behind a real OpenAI-compatible server; gives the model's name there."""
-    from sqlbench.models.nano import NANO_PATH
+    from pocket import NANO_PATH
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from pocket import NANO_PATH
 from sqlbench.estimate import LEFT_OUT, SHAPES, Shape, estimate
-from sqlbench.models.nano import NANO_PATH
 from sqlbench.profiles import PROFILES
 from sqlbench.training.compose import compose
 

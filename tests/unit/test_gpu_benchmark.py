@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pocket import NANO_PATH
+from pocket.nano import train_nano
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import ModelError, TrainingError
 from sqlbench.estimate import Shape
 from sqlbench.models.local import GenerationRequest, LocalEngine, checkpoint_family
-from sqlbench.models.nano import NANO_PATH, train_nano
 from sqlbench.profiles import PROFILES
 from sqlbench.training.launch import train
 

@@ -10,14 +10,15 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from pocket import NANO_PATH
+from pocket.domains import fill, seen_domains
+from pocket.nano import END, Recipe, prompt_text, train_nano
+from pocket.pretraining import Example, Examples, connect, schema_of
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for
-from sqlbench.data.domains import fill, seen_domains
-from sqlbench.data.pretraining import Example, Examples, connect, schema_of
 from sqlbench.database.engine import open_database
 from sqlbench.database.schema import introspect, schema_text
 from sqlbench.errors import ModelError
 from sqlbench.models.local import GenerationRequest, LocalEngine, encode_chat
-from sqlbench.models.nano import END, NANO_PATH, Recipe, prompt_text, train_nano
 
 
 @pytest.fixture(scope="module")

@@ -90,13 +90,14 @@ def imported(folder: Path) -> set[str]:
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module.split(".")[0])
-    return modules - sys.stdlib_module_names - {"sqlbench"}
+    return modules - sys.stdlib_module_names - {"sqlbench", "pocket"}
 
 
 @pytest.mark.parametrize(
     ("folder", "groups"),
     [
         ("sqlbench", {"core", "local", "train", "gpu", "agent", "environment", "notebooks"}),
+        ("pocket", {"core", "local"}),
         ("tests", {"core", "local", "train", "gpu", "agent", "environment", "notebooks", "test"}),
     ],
 )
@@ -154,5 +155,5 @@ def test_the_shipped_files_are_declared_as_package_data(repo):
     import sqlbench
 
     package = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "assets/**/*" in package["package-data"]["sqlbench"]
+    assert all("assets/**/*" in package["package-data"][p] for p in ("sqlbench", "pocket"))
     assert metadata.version("sqlbench") == sqlbench.__version__

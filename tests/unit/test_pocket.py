@@ -15,11 +15,11 @@ from random import Random
 
 import pytest
 
-from sqlbench.data.domains import NOVEL_WORDS, Inventor, fill, seen_domains, unseen_domains
-from sqlbench.data.phrasing import FAMILIES, LEXICON
-from sqlbench.data.pocket import CELLS, write_pocket
-from sqlbench.data.pretraining import Examples, held_out
-from sqlbench.data.questions import CONSTRUCTS, draw
+from pocket.dataset import CELLS, write_pocket
+from pocket.domains import NOVEL_WORDS, Inventor, fill, seen_domains, unseen_domains
+from pocket.phrasing import FAMILIES, LEXICON
+from pocket.pretraining import Examples, held_out
+from pocket.questions import CONSTRUCTS, draw
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.errors import DataError
 
@@ -35,7 +35,7 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def test_another_process_with_another_hash_seed_writes_the_same_bytes(pocket: DataSet, tmp_path: Path) -> None:
-    code = "import sys; from sqlbench.data.pocket import write_pocket; write_pocket(sys.argv[1], progress=False)"
+    code = "import sys; from pocket.dataset import write_pocket; write_pocket(sys.argv[1], progress=False)"
     env = {**os.environ, "PYTHONHASHSEED": "4711"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "again")], check=True, env=env)
     assert digests(tmp_path / "again") == digests(pocket.root)

@@ -20,10 +20,10 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from pocket import NANO_PATH
 from sqlbench.cli import main
 from sqlbench.data.tasks import DataSet
 from sqlbench.evaluation import evaluate
-from sqlbench.models.nano import NANO_PATH
 from sqlbench.runs import RunFolder
 
 SQLBENCH = [sys.executable, "-c", "from sqlbench.cli import main; main()"]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from tokenizers import Tokenizer
 
+from pocket import NANO_PATH
 from sqlbench import __version__
 from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
 from sqlbench.checks import capabilities
@@ -25,7 +26,6 @@ from sqlbench.curves import agent_graph, read_metrics, styled
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, ModelError
 from sqlbench.evaluation import evaluate
-from sqlbench.models.nano import NANO_PATH
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder
 from sqlbench.statistics import mcnemar
 from sqlbench.training.metrics import write_rows

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
 from sqlbench.evaluation import evaluate
-from sqlbench.models.nano import NANO_PATH
 from sqlbench.runs import RunFolder
 from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows

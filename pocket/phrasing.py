@@ -1,6 +1,6 @@
 """How a question is said: the words of each phrasing family for an operation, and a sentence's slots being filled.
 
-Families differ in sentence frames (`sqlbench.data.questions`) and in the words for operations:
+Families differ in sentence frames (`pocket.questions`) and in the words for operations:
 
 - ``A``: the only one used in pretraining;
 - ``B``, ``C``: first met in reinforcement learning;
@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from random import Random
 
-from sqlbench.data.domains import Domain
+from pocket.domains import Domain
 
 FAMILIES = ("A", "B", "C", "D")
 Filler = Callable[[Random], str]

@@ -2,7 +2,7 @@
 
 `train_nano` is the whole recipe: a tokenizer made for copying identifiers, made-up and hand-written schemas, a
 curriculum of three levels and a last phase of disturbed wording, Muon for the matrices and AdamW for the rest, a cosine
-schedule over the time given. The checkpoint that ships with the package (`NANO_PATH`) was made by it; its folder holds
+schedule over the time given. The shipped checkpoint (`pocket.NANO_PATH`) was made by it; its folder holds
 the recipe, the training log and what was measured. It has learnt one phrasing family and is meant to be improved by
 reinforcement learning.
 
@@ -21,11 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlbench.data.pretraining import Example, Examples
+from pocket.pretraining import Example, Examples
 from sqlbench.errors import ModelError
-
-NANO_PATH = Path(__file__).parent.parent / "assets" / "nano"
-"""The checkpoint shipped with the package."""
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (

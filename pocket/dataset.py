@@ -1,6 +1,6 @@
 """The embedded data set: generated questions on 63 small databases of our own, byte for byte the same for a seed.
 
-Splits cross schemas (seen or unseen in pretraining) with phrasing families (`sqlbench.data.phrasing`): ``train`` has
+Splits cross schemas (seen or unseen in pretraining) with phrasing families (`pocket.phrasing`): ``train`` has
 the seen schemas, made-up ones, and families A, B and C; ``dev_<seen|unseen>_<pretrain|train|never>`` have family A,
 families B and C, and family D. The headline split is unseen schemas with phrasing outside pretraining. No (database,
 gold) pair of the dev splits occurs in pretraining or in ``train``.
@@ -24,10 +24,10 @@ from random import Random
 
 from tqdm.auto import tqdm
 
-from sqlbench.data.domains import Domain, Inventor, fill, seen_domains, unseen_domains
-from sqlbench.data.phrasing import EVERYDAY, FAMILIES, Skip
-from sqlbench.data.pretraining import connect, held_out
-from sqlbench.data.questions import WEIGHTS, Draft, draw
+from pocket.domains import Domain, Inventor, fill, seen_domains, unseen_domains
+from pocket.phrasing import EVERYDAY, FAMILIES, Skip
+from pocket.pretraining import connect, held_out
+from pocket.questions import WEIGHTS, Draft, draw
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.errors import DataError
 from sqlbench.sqltree import hardness

@@ -1,7 +1,7 @@
 """Questions with their gold query: constructs (what is asked) crossed with phrasing families (how it is said).
 
 A construct builds the query and the slots of a sentence from a domain with rows; a family says the sentence
-(`sqlbench.data.phrasing`). `draw` is deterministic in the state of its random generator.
+(`pocket.phrasing`). `draw` is deterministic in the state of its random generator.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from sqlbench.data.domains import Domain
-from sqlbench.data.phrasing import COMPARE, EVERYDAY, FAMILIES, LEXICON, Filler, Scope, Skip, literal, plural, say
+from pocket.domains import Domain
+from pocket.phrasing import COMPARE, EVERYDAY, FAMILIES, LEXICON, Filler, Scope, Skip, literal, plural, say
 
 _EVERYDAY_FRAME = 0.985
 """How often families other than A use a frame of A: there are too many frames to learn each of them from a few hundred

@@ -12,10 +12,10 @@ import sqlite3
 from dataclasses import dataclass
 from random import Random
 
+from pocket.domains import Domain, Inventor, fill, seen_domains
+from pocket.questions import Draft, draw
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
 from sqlbench.agent.trajectory import Execution, Message
-from sqlbench.data.domains import Domain, Inventor, fill, seen_domains
-from sqlbench.data.questions import Draft, draw
 from sqlbench.database.schema import Column, ForeignKey, Schema, Table, schema_text
 
 _SWAPS = (
