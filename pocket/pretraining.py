@@ -16,7 +16,8 @@ from pocket.domains import Domain, Inventor, fill, seen_domains
 from pocket.questions import Draft, draw
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
 from sqlbench.agent.trajectory import Execution, Message
-from sqlbench.database.schema import Column, ForeignKey, Schema, Table, schema_text
+from sqlbench.database.schema import schema_text
+from sqlbench.database.types import Column, ForeignKey, Schema, Table
 
 _SWAPS = (
     ("DESC", "ASC"), ("ASC", "DESC"), (">", "<"), ("<", ">"), ("count(*)", "*"), ("max", "min"), ("min", "max"),

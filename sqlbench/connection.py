@@ -16,8 +16,9 @@ from pathlib import Path
 from sqlbench.agent.prompts import DIALECTS, extract_sql
 from sqlbench.agent.trajectory import Message
 from sqlbench.config import RolloutConfig
-from sqlbench.database.engine import Database, Limits, is_postgres, open_database
-from sqlbench.database.schema import Column, Schema, Table, introspect, quote, schema_text
+from sqlbench.database.engine import Database, is_postgres, open_database
+from sqlbench.database.schema import introspect, quote, schema_text
+from sqlbench.database.types import Column, Limits, Schema, Table
 from sqlbench.errors import DatabaseError
 from sqlbench.models.base import ChatModel
 

@@ -24,7 +24,8 @@ from sqlparse.engine import FilterStack
 from sqlparse.lexer import tokenize
 
 from sqlbench.comparison import Answer, SearchLimit, near, rows_sort_alike, same_bag, same_list
-from sqlbench.database.engine import NO_STATEMENT, Database, Limits, QueryResult, in_thread
+from sqlbench.database.engine import Database, in_thread
+from sqlbench.database.types import NO_STATEMENT, Limits, QueryResult
 
 
 @dataclass(frozen=True, eq=False)

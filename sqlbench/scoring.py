@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from sqlbench.database.engine import Limits, cached_database
+from sqlbench.database.engine import cached_database
+from sqlbench.database.types import Limits
 from sqlbench.errors import DataError
 from sqlbench.reward import Verdict, score
 

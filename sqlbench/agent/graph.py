@@ -29,8 +29,8 @@ from sqlbench.agent.prompts import Prompts, extract_sql, parse_verdict, render_e
 from sqlbench.agent.repair import RepairPolicy, Situation, situation
 from sqlbench.agent.trajectory import Execution, Message, Transition
 from sqlbench.config import RolloutConfig
-from sqlbench.database.engine import Database, QueryResult
-from sqlbench.database.schema import Schema
+from sqlbench.database.engine import Database
+from sqlbench.database.types import QueryResult, Schema
 from sqlbench.models.base import ChatModel
 from sqlbench.sqltree import error_class
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from sqlbench.agent.trajectory import Execution, Message, Record
-from sqlbench.database.schema import Schema
+from sqlbench.database.types import Schema
 from sqlbench.errors import ModelError
 
 CORRECT, INCORRECT = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"

@@ -59,7 +59,7 @@ class Execution(Record):
     turn: int
     sql: str
     status: str
-    """``ok``, ``error``, ``timeout``, ``too_large`` or ``rejected`` (see `sqlbench.database.engine.QueryResult`)."""
+    """``ok``, ``error``, ``timeout``, ``too_large`` or ``rejected`` (see `sqlbench.database.types.QueryResult`)."""
     error: str | None = None
     columns: list[str] = []
     rows: list[list[str | int | float | None]] = []

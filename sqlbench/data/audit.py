@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.database.engine import Database, Limits, cached_database
+from sqlbench.database.engine import Database, cached_database
+from sqlbench.database.types import Limits
 from sqlbench.errors import DataError
 from sqlbench.reward import GOLD_ROWS, score
 from sqlbench.sqltree import hardness, outer_order

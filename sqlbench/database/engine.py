@@ -26,53 +26,18 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits, QueryResult
 from sqlbench.errors import DatabaseError
 
 HEAP_BYTES = 64 << 20
 """Hard limit of SQLite's heap in this process."""
-CHUNK_BYTES = 32 << 20
-"""Largest amount of row data that is fetched between two looks at the size of the result."""
-SQL_BYTES = 100_000
-"""Longest statement that is looked at."""
 IDLE_CONNECTIONS = 2
 """Kept open for each database: one takes about 150 kB of the heap that all databases of the process share."""
 LOOK_SECONDS = 0.01
 """How soon a replaced file is noticed: looking at it for every statement would cost a sixth of a small one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one statement may use."""
-
-    seconds: float = 5.0
-    rows: int = 10_000
-    result_bytes: int = 32 << 20
-    """Serialised size of all rows together."""
-
-
-@dataclass(slots=True)
-class QueryResult:
-    """What became of one statement."""
-
-    status: str
-    """``ok``; ``error`` (the database refused it); ``timeout``; ``too_large`` (rows, bytes or memory; `rows` then holds
-    what came before the limit); ``rejected`` (not one read-only statement)."""
-    columns: tuple[str, ...] = ()
-    rows: list[tuple] = field(default_factory=list)
-    error: str | None = None
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        """Whether the statement ran to its end."""
-        return self.status == "ok"
-
-
-NO_STATEMENT = "there is no statement: the text is empty or only a comment"
 
 
 class Connection(Protocol):

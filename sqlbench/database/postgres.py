@@ -26,8 +26,7 @@ import psycopg.conninfo
 from psycopg import errors
 from psycopg.types.string import TextLoader
 
-from sqlbench.database.engine import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits, QueryResult
-from sqlbench.database.schema import Column, ForeignKey, Table
+from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Column, ForeignKey, Limits, QueryResult, Table
 from sqlbench.errors import DatabaseError
 
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)

@@ -5,49 +5,12 @@ from __future__ import annotations
 import re
 import sqlite3
 from contextlib import closing
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from sqlbench.database.engine import Database
+from sqlbench.database.types import Column, ForeignKey, Schema, Table
 from sqlbench.errors import DatabaseError
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column; `type` is the declared type in upper case ('' where none is declared)."""
-
-    name: str
-    type: str = ""
-    nullable: bool = True
-    primary_key: bool = False
-
-
-@dataclass(frozen=True)
-class ForeignKey:
-    """`column` of the owning table refers to `ref_table.ref_column`."""
-
-    column: str
-    ref_table: str
-    ref_column: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table or view, columns in declared order."""
-
-    name: str
-    columns: tuple[Column, ...]
-    foreign_keys: tuple[ForeignKey, ...] = ()
-
-
-@dataclass(frozen=True)
-class Schema:
-    """All tables of one database, in a stable order; `dialect` is ``sqlite`` or ``postgresql``."""
-
-    tables: tuple[Table, ...]
-    dialect: str = "sqlite"
-    name: str = ""
 
 
 def introspect(database: Database) -> Schema:

@@ -10,7 +10,7 @@ import html
 import re
 from dataclasses import dataclass
 
-from sqlbench.database.schema import Column, Schema, Table
+from sqlbench.database.types import Column, Schema, Table
 
 MAX_TABLES, MAX_COLUMNS = 80, 14
 _ROW, _HEAD, _GAP_X, _GAP_Y, _CHAR = 18, 24, 70, 24, 6.7

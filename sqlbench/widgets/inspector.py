@@ -18,7 +18,8 @@ from traitlets import TraitError
 
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.data.tasks import DataSet
-from sqlbench.database.engine import NO_STATEMENT, Database, QueryResult, cached_database
+from sqlbench.database.engine import Database, cached_database
+from sqlbench.database.types import NO_STATEMENT, QueryResult
 from sqlbench.errors import DatabaseError, DataError
 from sqlbench.reward import REFERENCE, STRICT, prepare
 from sqlbench.sqltree import HARDNESS

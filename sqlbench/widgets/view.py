@@ -27,7 +27,7 @@ from tokenizers.decoders import DecodeStream
 from sqlbench.agent.prompts import parse_verdict
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.comparison import Answer, near
-from sqlbench.database.engine import QueryResult
+from sqlbench.database.types import QueryResult
 
 SHOWN_ROWS = 100
 REASONS = {

@@ -16,7 +16,7 @@ import pytest
 
 from sqlbench.agent.trajectory import Completion
 from sqlbench.connection import connect, model_examples
-from sqlbench.database.schema import Column, ForeignKey, Schema, Table
+from sqlbench.database.types import Column, ForeignKey, Schema, Table
 from sqlbench.errors import DatabaseError
 from sqlbench.widgets.diagram import MAX_COLUMNS, MAX_TABLES, er_svg
 

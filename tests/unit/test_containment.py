@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from sqlbench.database.engine import Limits, open_database
+from sqlbench.database.engine import open_database
+from sqlbench.database.types import Limits
 
 LIMITS = Limits(seconds=0.3, rows=1000)
 COUNT = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r)"

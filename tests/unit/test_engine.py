@@ -12,7 +12,8 @@ from contextlib import closing
 import pytest
 
 from sqlbench.database import engine
-from sqlbench.database.engine import Limits, cached_database, open_database
+from sqlbench.database.engine import cached_database, open_database
+from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError
 
 

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from sqlbench.database.engine import Limits, open_database
-from sqlbench.database.schema import ForeignKey, introspect, sample_rows, schema_text
+from sqlbench.database.engine import open_database
+from sqlbench.database.schema import introspect, sample_rows, schema_text
+from sqlbench.database.types import ForeignKey, Limits
 from sqlbench.errors import DatabaseError
 from sqlbench.reward import score
 from sqlbench.sqltree import error_class

@@ -6,7 +6,7 @@ import pytest
 
 from sqlbench.agent.prompts import Prompts, extract_sql, parse_verdict, prompts_for, render_execution, truncate
 from sqlbench.agent.trajectory import Execution
-from sqlbench.database.schema import Column, Schema, Table
+from sqlbench.database.types import Column, Schema, Table
 from sqlbench.errors import ModelError
 
 SCHEMA = Schema(

@@ -31,8 +31,9 @@ from sqlbench.agent.prompts import CORRECT, INCORRECT, extract_sql, parse_verdic
 from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
 from sqlbench.connection import connect
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.database.engine import Limits, QueryResult, open_database
-from sqlbench.database.schema import Column, Schema, Table, introspect, mermaid_er, quote, sample_rows, schema_text
+from sqlbench.database.engine import open_database
+from sqlbench.database.schema import introspect, mermaid_er, quote, sample_rows, schema_text
+from sqlbench.database.types import Column, Limits, QueryResult, Schema, Table
 from sqlbench.reward import score
 from sqlbench.runs import TRAJECTORIES, RunFolder, read_trajectories
 from sqlbench.training.metrics import StepRecord

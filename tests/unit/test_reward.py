@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from sqlbench import reward
-from sqlbench.database.engine import LOOK_SECONDS, Limits, open_database
+from sqlbench.database.engine import LOOK_SECONDS, open_database
+from sqlbench.database.types import Limits
 from sqlbench.reward import REFERENCE, STRICT, ascore, clear_gold_cache, score
 
 ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"

@@ -8,7 +8,8 @@ import zipfile
 
 import pytest
 
-from sqlbench.database.engine import Limits, cached_database
+from sqlbench.database.engine import cached_database
+from sqlbench.database.types import Limits
 from sqlbench.reward import score
 from sqlbench.scoring import score_pairs
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqlbench.database.engine import open_database
-from sqlbench.database.schema import ForeignKey, introspect, mermaid_er, sample_rows, schema_text
+from sqlbench.database.schema import introspect, mermaid_er, sample_rows, schema_text
+from sqlbench.database.types import ForeignKey
 from sqlbench.errors import DatabaseError
 
 
