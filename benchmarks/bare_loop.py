@@ -22,10 +22,12 @@ from sqlbench.agent.trajectory import Completion, Message, Trajectory
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import DataSet
 from sqlbench.database.engine import cached_database
-from sqlbench.models.local import BatchedEngine, GenerationRequest, LocalEngine, completion, encode_chat
+from sqlbench.models.local import completion, encode_chat
 from sqlbench.rollout import rollout
 from sqlbench.runs import TRAJECTORIES, RunFolder, read_trajectories
 from sqlbench.training.agent_loop import stable_number, trained_transitions
+from verl_cpu.batching import BatchedEngine
+from verl_cpu.engine import GenerationRequest, LocalEngine
 
 
 class Clock:

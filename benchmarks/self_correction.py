@@ -43,9 +43,10 @@ from sqlbench.agent.trajectory import Message
 from sqlbench.correction import correction, row
 from sqlbench.errors import SqlbenchError
 from sqlbench.grid import AGENTS, AGENTS_CHECK, Cell, Grid
-from sqlbench.models.local import GenerationRequest, LocalEngine, encode_chat
+from sqlbench.models.local import encode_chat
 from sqlbench.runs import RunFolder
 from sqlbench.tables import markdown
+from verl_cpu.engine import GenerationRequest, LocalEngine
 
 QUESTIONS, STEPS, RATE, BATCH_TOKENS = 8000, 900, 3e-4, 4096
 REPLACED = 0.35

@@ -78,7 +78,7 @@ class Meter(threading.Thread):
             return "other"
         if command[0].startswith("ray::"):
             return command[0].removeprefix("ray::").split(".")[0]
-        known = {"sqlbench.training.worker": "driver", "raylet": "raylet", "gcs_server": "gcs_server"}
+        known = {"verl_cpu.forkserver": "driver", "raylet": "raylet", "gcs_server": "gcs_server"}
         return next((role for text, role in known.items() if any(part.endswith(text) for part in command)), "other")
 
 

@@ -304,7 +304,7 @@ def chat(
     """Serve the chat as a web page, on this machine alone."""
     from sqlbench.data.tasks import DataSet
     from sqlbench.models import open_model, policy_folder
-    from sqlbench.models.local import check_checkpoint
+    from sqlbench.models.checkpoint import check_checkpoint
     from sqlbench.runs import run_path
     from sqlbench.widgets.page import serve_chat
 

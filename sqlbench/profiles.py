@@ -127,7 +127,7 @@ _LAPTOP: dict[str, Any] = {
             "optim": {"lr": 2e-4},
         },
         "model": {
-            "external_lib": "sqlbench.training.cpu_engine",
+            "external_lib": ["sqlbench.training.loss", "verl_cpu.fsdp_engine"],
             "use_remove_padding": False,
             "enable_gradient_checkpointing": False,
             "override_config": {"attn_implementation": "sdpa"},
@@ -212,7 +212,7 @@ PROFILES = {
         config=merged(_COMMON, _LAPTOP, {"sqlbench": SQLBENCH}),
         environment={
             "VERL_PLATFORM": "cpu",
-            "VERL_USE_EXTERNAL_MODULES": "sqlbench.training.cpu_plugin",
+            "VERL_USE_EXTERNAL_MODULES": "verl_cpu.platform",
             # More threads than that are slower: rollout, trainer and agents share the cores already.
             "OMP_NUM_THREADS": "1",
             "TQ_NUM_THREADS": "1",

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from sqlbench.errors import ModelError, ServerError
 from sqlbench.models import policy_folder
-from sqlbench.models.local import check_checkpoint, checkpoint_family
+from sqlbench.models.checkpoint import check_checkpoint, checkpoint_family
 
 ENGINES = {"vllm": "vllm.entrypoints.cli.main", "transformers": "transformers.cli.transformers"}
 """The module of each server's command line."""

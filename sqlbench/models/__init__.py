@@ -32,7 +32,8 @@ def open_model(
             raise ModelError("'openai:' names no model; write openai:NAME, as the endpoint calls it")
         deadline: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         return EndpointChatModel(spec.removeprefix("openai:"), temperature=temperature, **limits, **deadline)
-    from sqlbench.models.local import LocalChatModel, checkpoint_family
+    from sqlbench.models.checkpoint import checkpoint_family
+    from sqlbench.models.local import LocalChatModel
 
     path = policy_folder(spec)
     if checkpoint_family(path) != "nano":  # long prompts, long answers, large weights

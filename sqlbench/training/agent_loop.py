@@ -14,7 +14,6 @@ import hashlib
 import re
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,11 +31,12 @@ from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import DatabaseError, ModelError, PromptTooLongError
-from sqlbench.models.local import BatchedEngine, Generation, GenerationRequest, encode_chat
+from sqlbench.models.local import encode_chat
 from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, append_line
 from sqlbench.training.credit import group_and_key, transition_rewards
-from sqlbench.training.local_server import server_name
+from verl_cpu.client import LocalClient
+from verl_cpu.engine import EngineError
 
 
 def stable_number(*parts: object) -> int:
@@ -140,7 +140,12 @@ class _ServerModel:
         if self._seed is not None:
             sampling["seed"] = stable_number(self._seed, self._calls)
         self._calls += 1
-        answer = await loop.server_manager.generate(request_id=uuid4().hex, prompt_ids=ids, sampling_params=sampling)
+        try:
+            answer = await loop.server_manager.generate(
+                request_id=uuid4().hex, prompt_ids=ids, sampling_params=sampling
+            )
+        except EngineError as error:
+            raise ModelError(str(error)) from error
         length = min(limits.response_length, (limits.max_model_len or room + limits.response_length) - len(ids))
         tokens = answer.token_ids[:length]
         if not tokens or answer.log_probs is None:
@@ -156,57 +161,6 @@ class _ServerModel:
             finish_reason="length" if len(tokens) >= length and tokens[-1] != tokenizer.eos_token_id else "stop",
             seconds=time.perf_counter() - start,
         )
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """verl's ``TokenOutput``, by shape."""
-
-    token_ids: list[int]
-    log_probs: list[float]
-    stop_reason: str
-    extra_fields: dict[str, Any]
-
-
-class _RemoteEngine:
-    """The servers of `sqlbench.training.local_server` in the place of a `LocalEngine`, one batch to each in turn."""
-
-    def __init__(self, servers: int) -> None:
-        self.servers = [ray.get_actor(server_name(rank)) for rank in range(servers)]
-        self.steps = 0
-        self._turn = 0
-
-    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
-        self._turn += 1
-        server = self.servers[self._turn % len(self.servers)]
-        answers, self.steps = ray.get(server.generate_batch.remote(requests))
-        return answers
-
-
-class LocalClient:
-    """verl's client of rollout servers, for local ones: collects prompts into batches."""
-
-    def __init__(self, config: Any, servers: int) -> None:
-        self.config, self.servers = config, servers
-        self._batched: BatchedEngine | None = None
-
-    async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any]) -> _Answer:
-        """Sample one answer."""
-        rollout = self.config.actor_rollout_ref.rollout
-        if self._batched is None:
-            self._engine = _RemoteEngine(self.servers)
-            self._batched = BatchedEngine(self._engine, rollout.max_num_seqs)  # type: ignore[arg-type]
-        request = GenerationRequest(
-            tuple(prompt_ids),
-            rollout.response_length,
-            sampling_params["temperature"],
-            sampling_params["top_p"],
-            sampling_params["top_k"],
-            sampling_params.get("seed"),
-        )
-        answer = await self._batched.generate(request)
-        steps = dict.fromkeys(("global_steps", "min_global_steps", "max_global_steps"), self._engine.steps)
-        return _Answer(answer.token_ids, answer.logprobs, answer.finish_reason, steps)
 
 
 class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):

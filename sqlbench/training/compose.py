@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlbench.errors import TrainingError
-from sqlbench.models.local import checkpoint_family
+from sqlbench.models.checkpoint import checkpoint_family
 from sqlbench.profiles import Profile, merged
 from sqlbench.runs import flat
 

@@ -3,7 +3,7 @@
 Guarantees: the configuration in ``config.json`` is complete and is what ran; whatever would fail for a reason known
 beforehand is refused in one line before anything starts; the same call again goes on at the last checkpoint; nothing
 is left running when the call returns, however it returns. verl runs in a process of its own
-(`sqlbench.training.worker`) with its output in ``logs/train.log``; call from a thread that lives as long as the
+(`verl_cpu.forkserver`) with its output in ``logs/train.log``; call from a thread that lives as long as the
 training.
 """
 
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
 from sqlbench.models import policy_folder
-from sqlbench.models.local import check_checkpoint
+from sqlbench.models.checkpoint import check_checkpoint
 from sqlbench.profiles import Profile, find_profile
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, lock, read_trajectories, run_path
 from sqlbench.training import checkpoints, processes
@@ -207,7 +207,7 @@ class _Run:
         (self.folder / "data/agent_loop.yaml").write_text(
             "- name: sqlbench\n  _target_: sqlbench.training.agent_loop.SqlAgentLoop\n"
         )
-        (self.folder / "data/router.yaml").write_text("router_class: sqlbench.training.local_server.Router\n")
+        (self.folder / "data/router.yaml").write_text("router_class: verl_cpu.server.Router\n")
 
     def _write_config(self, validate: bool) -> None:
         """Write the configuration of this attempt: a resumed one has been validated at its first step already."""

@@ -20,7 +20,9 @@ from sqlbench.profiles import Profile
 
 RAY_FOLDER = "sqlbench-ray-"
 """Prefix of Ray's temporary folders; the number of the launching process follows."""
-WORKER = "sqlbench.training.worker"
+WORKER = "verl_cpu.forkserver"
+MODULES = ("sqlbench.training.trainer",)
+"""What registers our trainer mode with verl."""
 STOP_SECONDS = 3
 """How long a stopped training may take to end before it is killed; nothing is lost by it."""
 
@@ -45,7 +47,7 @@ def training(
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(config_file), str(os.getpid()), str(ray_folder)],
+            [sys.executable, "-m", WORKER, str(config_file), str(os.getpid()), str(ray_folder), *MODULES],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -90,7 +92,7 @@ def _environment(profile: Profile, run: Path, metrics_file: Path) -> dict[str, s
     here = Path(__file__).resolve().parent
     paths = [str(here.parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
     if profile.device == "cpu":
-        paths.insert(0, str(here / "startup"))
+        paths.insert(0, str(here.parents[1] / "verl_cpu/startup"))
     return {
         **defaults,
         **environment,

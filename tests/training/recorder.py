@@ -17,7 +17,7 @@ import transfer_queue as tq
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-import sqlbench.training.cpu_engine  # noqa: F401 (the profile's engine, and the losses that are wrapped here)
+import verl_cpu.fsdp_engine  # noqa: F401 (the profile's engine, and the losses that are wrapped here)
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.training.agent_loop import trained_transitions
 

@@ -14,7 +14,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.padding import no_padding_2_padding
 
 from pocket import NANO_PATH
-from sqlbench.training.cpu_engine import CpuEngine
+from verl_cpu.fsdp_engine import CpuEngine
 
 pytestmark = pytest.mark.training
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import verl_cpu
 from pocket import NANO_PATH
 from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transition
 from sqlbench.data.tasks import DataSet
@@ -317,8 +318,9 @@ def test_agent_loop_engine_and_auto_tokenizer_give_the_same_ids() -> None:
     from transformers import AutoTokenizer
     from verl.utils.tokenizer import hf_tokenizer
 
-    from sqlbench.models.local import LocalEngine, encode_chat
+    from sqlbench.models.local import encode_chat
     from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel
+    from verl_cpu.engine import LocalEngine
 
     tokenizer = hf_tokenizer(str(NANO_PATH))
     config = rollout_limits(640, 96, 768)
@@ -439,30 +441,28 @@ def test_a_step_is_described_in_one_line() -> None:
     assert describe(0, {"sqlbench/val_ex": 0.5}) == "step   0  validation EX 50.0%"
 
 
-def test_fork_client_passes_output_and_status_of_the_forked_process(tmp_path: Path) -> None:
+def test_forkserver_stub_passes_output_and_status_of_the_forked_process(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text("import os, sys; print('hello', sys.argv[1], os.environ['WORD']); sys.exit(3)")
     server = tmp_path / "server.py"
     server.write_text(
         "import os, socket, sys, time\n"
-        "from sqlbench.training import worker\n"
+        "from verl_cpu import forkserver\n"
         "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n"
-        "driver = worker._fork()\n"
-        "if driver == 0: worker._leave(lambda: sys.stdin.read())\n"
-        "sys.exit(worker._serve(s, driver))\n"
+        "driver = forkserver._fork()\n"
+        "if driver == 0: forkserver._leave(lambda: sys.stdin.read())\n"
+        "sys.exit(forkserver._serve(s, driver))\n"
     )
     address = tmp_path / "fork"
     process = subprocess.Popen([sys.executable, server, address], stdin=subprocess.PIPE)
     try:
         import time
 
-        import sqlbench.training
-
         while not address.exists():
             time.sleep(0.05)
         with socket.socket(socket.AF_UNIX) as killed:  # before it could ask for anything
             killed.connect(str(address))
-        client = Path(sqlbench.training.__file__).with_name("fork_client.py")
+        client = Path(verl_cpu.__file__).with_name("forkserver_stub.py")
         done = subprocess.run(
             [sys.executable, "-S", "-E", client, address, script, "you"],
             env={"WORD": "there"},

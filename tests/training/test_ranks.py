@@ -17,11 +17,11 @@ import torch
 
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.data.tasks import DataSet
-from sqlbench.models.local import LocalEngine
 from sqlbench.runs import RunFolder
 from sqlbench.training.checkpoints import latest_checkpoint
 from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows
+from verl_cpu.engine import LocalEngine
 
 pytestmark = pytest.mark.training
 

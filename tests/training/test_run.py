@@ -21,13 +21,14 @@ import torch
 from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import RunError, TrainingError
-from sqlbench.models.local import LocalEngine, checkpoint_family
+from sqlbench.models.checkpoint import checkpoint_family
 from sqlbench.runs import RunFolder
 from sqlbench.training.checkpoints import latest_checkpoint
 from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows
 from sqlbench.training.processes import RAY_FOLDER, WORKER
 from sqlbench.widgets.monitor import Monitor
+from verl_cpu.engine import LocalEngine
 
 pytestmark = pytest.mark.training
 

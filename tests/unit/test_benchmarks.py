@@ -8,7 +8,7 @@ import pytest
 
 from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
-from sqlbench.models.local import GenerationRequest, LocalEngine
+from verl_cpu.engine import GenerationRequest, LocalEngine
 
 
 @pytest.fixture(autouse=True)

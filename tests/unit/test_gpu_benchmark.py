@@ -14,9 +14,10 @@ from pocket.nano import train_nano
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import ModelError, TrainingError
 from sqlbench.estimate import Shape
-from sqlbench.models.local import GenerationRequest, LocalEngine, checkpoint_family
+from sqlbench.models.checkpoint import checkpoint_family
 from sqlbench.profiles import PROFILES
 from sqlbench.training.launch import train
+from verl_cpu.engine import GenerationRequest, LocalEngine
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ def test_without_a_gpu_cuda_is_refused_in_one_line(pocket: DataSet, tmp_path: Pa
 def test_a_profile_is_moved_to_cuda_and_nowhere_else() -> None:
     moved = PROFILES["laptop"].on("cuda")
     assert moved.device == "cuda" and "VERL_PLATFORM" not in moved.environment  # verl finds the GPU itself
-    assert moved.environment["VERL_USE_EXTERNAL_MODULES"] == "sqlbench.training.cpu_plugin"  # has our engine
+    assert moved.environment["VERL_USE_EXTERNAL_MODULES"] == "verl_cpu.platform"  # has our engine
     assert PROFILES["laptop"].on("cpu") is PROFILES["laptop"]
     for profile, device in (("laptop", "cuda:1"), ("gpu", "cpu")):
         with pytest.raises(TrainingError, match=f"trainer.device={device} does not go with"):

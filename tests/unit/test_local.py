@@ -15,16 +15,9 @@ import torch
 
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError
-from sqlbench.models.local import (
-    BatchedEngine,
-    Generation,
-    GenerationRequest,
-    LocalChatModel,
-    LocalEngine,
-    TextPieces,
-    encode_chat,
-    shared_prefixes,
-)
+from sqlbench.models.local import LocalChatModel, TextPieces, encode_chat
+from verl_cpu.batching import BatchedEngine
+from verl_cpu.engine import EngineError, Generation, GenerationRequest, LocalEngine, shared_prefixes
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n {{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -105,7 +98,7 @@ def test_other_families_agree_with_a_plain_forward_pass_too(checkpoint: Path, tm
     """Qwen2 has biases, Qwen3 norms of queries and keys; Phi3 is not known to the decoder and takes the general way."""
     import transformers
 
-    from sqlbench.models.decoder import Decoder
+    from verl_cpu.decoder import Decoder
 
     shutil.copytree(checkpoint, tmp_path / "m")
     torch.manual_seed(1)
@@ -178,7 +171,7 @@ def test_top_k_and_top_p_leave_only_the_likeliest_tokens(engine: LocalEngine) ->
 
 
 def test_a_prompt_is_never_cut(engine: LocalEngine) -> None:
-    with pytest.raises(ModelError, match="a prompt has 128 tokens, the model takes 1 to 127"):
+    with pytest.raises(EngineError, match="a prompt has 128 tokens, the model takes 1 to 127"):
         engine.generate([GenerationRequest((5,) * 128, 1)])
     nearly = engine.generate([GenerationRequest((5,) * 120, 50, 1.0, seed=3)])[0]
     assert len(nearly.token_ids) <= 8
@@ -199,7 +192,7 @@ def test_load_replaces_weights_and_changes_the_checksum(checkpoint: Path) -> Non
     name = "model.layers.0.mlp.up_proj.weight"
     engine.load([(name, engine.model.state_dict()[name] + 1)])
     assert engine.checksum() != before == LocalEngine(checkpoint).checksum()
-    with pytest.raises(ModelError, match="does not belong"):
+    with pytest.raises(EngineError, match="does not belong"):
         engine.load([("nonsense", torch.zeros(1))])
 
 
@@ -221,7 +214,7 @@ def test_concurrent_requests_share_batches_and_a_bad_one_fails_alone(engine: Loc
         sizes.clear()
         *answers, bad = asyncio.run(run())
         assert sizes[0] == len(answers) + 1
-        assert isinstance(bad, ModelError)
+        assert isinstance(bad, EngineError)
         assert [answer.token_ids for answer in answers] == expected
 
 
@@ -299,4 +292,4 @@ def test_an_incomplete_checkpoint_is_refused_with_what_is_missing(
             if file.name != missing:
                 (folder / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ModelError, match=r"no checkpoint folder" if not missing else r"has no .*(config|safetensors)"):
-        LocalEngine(folder)
+        LocalChatModel(folder)

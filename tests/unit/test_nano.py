@@ -18,7 +18,8 @@ from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for
 from sqlbench.database.engine import open_database
 from sqlbench.database.schema import introspect, schema_text
 from sqlbench.errors import ModelError
-from sqlbench.models.local import GenerationRequest, LocalEngine, encode_chat
+from sqlbench.models.local import encode_chat
+from verl_cpu.engine import GenerationRequest, LocalEngine
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
-"""The process that runs verl: ``python -m sqlbench.training.worker CONFIG PARENT FOLDER``, started by `processes`.
+"""The process that runs verl: ``python -m verl_cpu.forkserver CONFIG PARENT FOLDER [MODULE...]``.
 
 Everything that runs below it dies with it, and it dies with its parent. verl and Ray use about ten Python processes,
 each of which would import torch, transformers, Ray and verl for 7 s of processor time; on a laptop those imports were
 most of a short training. So, on a CPU, this process imports them once and forks: the driver, and through Ray's
-``py_executable`` setting (`fork_client`) the Ray workers. It starts no thread before it forks and holds no state but
-modules. verl's task runner runs in the driver instead of in an actor of its own, for the same reason.
+``py_executable`` setting (`forkserver_stub`) the Ray workers. It starts no thread before it forks and holds no state
+but modules. verl's task runner runs in the driver instead of in an actor of its own, for the same reason.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ PRELOAD = (
     "transfer_queue",
     "verl.trainer.main_ppo",
     "verl.workers.engine_workers",
-    "sqlbench.training.trainer",
-    "sqlbench.training.local_rollout",
+    "verl_cpu.replica",
 )
 BORN_AS = {"RAY_JOB_ID": "01000000"}
 """Ray's library reads its worker settings when it is loaded, which is before they exist: every cluster's first job has
@@ -39,8 +38,15 @@ this number, and a worker lives as long as this process, which therefore stands 
 PR_SET_PDEATHSIG = 1
 
 
-def main(config_file: str, parent: int, folder: str) -> None:
-    """Train as the resolved configuration says, with everything that Ray writes in `folder`."""
+def main(config_file: str, parent: int, folder: str, modules: list[str]) -> None:
+    """Train as the resolved configuration says.
+
+    Args:
+        config_file: verl's resolved configuration.
+        parent: process whose end ends this one.
+        folder: where Ray writes everything.
+        modules: what registers the caller's own parts with verl; imported before the training starts.
+    """
     from omegaconf import OmegaConf
 
     _die_with(parent, signal.SIGTERM)
@@ -49,42 +55,42 @@ def main(config_file: str, parent: int, folder: str) -> None:
     if options.get("address") == "local":
         options["_temp_dir"] = folder
     if config.trainer.device != "cpu" or options.get("address") != "local":  # a cluster starts its own workers
-        _drive(config)
+        _drive(config, modules)
         return
     # The ranks meet at a file: verl would pick a free port, which another program may take before they listen on it.
     os.environ["DIST_INIT_METHOD"] = f"file://{folder}/ranks"
     os.environ.update(BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
     kind = json.loads(Path(config.actor_rollout_ref.model.path, "config.json").read_text())["model_type"]
-    for name in (*PRELOAD, f"transformers.models.{kind}.modeling_{kind}"):
+    for name in (*PRELOAD, *modules, f"transformers.models.{kind}.modeling_{kind}"):
         importlib.import_module(name)
     for name in (*BORN_AS, "RAY_RAYLET_PID"):
         del os.environ[name]
     server = socket.socket(socket.AF_UNIX)
     server.bind(f"{folder}/fork")
     server.listen(64)
-    client = Path(__file__).with_name("fork_client.py")
+    client = Path(__file__).with_name("forkserver_stub.py")
     options.runtime_env = {"py_executable": f"{sys.executable} -S -E {client} {folder}/fork"}
     gc.freeze()
     driver = _fork()
     if driver == 0:
         server.close()
         _die_with(os.getppid(), signal.SIGTERM)
-        _leave(lambda: _drive(config))
+        _leave(lambda: _drive(config, modules))
     status = _serve(server, driver)
     if os.getppid() != parent:  # nobody is left to do it
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(status)
 
 
-def _drive(config: Any) -> None:
+def _drive(config: Any, modules: list[str]) -> None:
     """verl's own main, after its command line."""
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    import sqlbench.training.trainer  # noqa: F401 (registers the trainer mode)
-
+    for name in modules:
+        importlib.import_module(name)
     signal.signal(signal.SIGTERM, _end)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     try:
@@ -207,4 +213,4 @@ def _die_with(parent: int, sign: signal.Signals = signal.SIGKILL) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:])

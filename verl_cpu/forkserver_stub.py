@@ -1,6 +1,7 @@
-"""Stands for one Ray worker that `sqlbench.training.worker` has forked: passes its output through, ends when it ends.
+"""Stands for one Ray worker that `verl_cpu.forkserver` has forked: passes its output through, ends when it ends.
 
-Ray runs this in place of Python, as ``fork_client.py SOCKET default_worker.py ARGUMENTS``. It imports next to nothing.
+Ray runs this in place of Python, as ``forkserver_stub.py SOCKET default_worker.py ARGUMENTS``. It imports next to
+nothing.
 """
 
 import json

@@ -16,8 +16,6 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-import sqlbench.training.loss  # noqa: F401 (registers the policy losses)
-
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
 class CpuEngine(FSDPEngineWithLMHead):

@@ -24,7 +24,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 @cache
 def _device_module() -> types.ModuleType:
     """``torch.cpu`` with the members of ``torch.cuda`` that verl calls without asking; memory is this process's."""
-    module = types.ModuleType("sqlbench_torch_cpu")
+    module = types.ModuleType("verl_cpu_torch_cpu")
     for name in dir(torch.cpu):
         setattr(module, name, getattr(torch.cpu, name))
 
@@ -142,13 +142,13 @@ if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
 
 
 def _local_replica() -> type:
-    from sqlbench.training.local_rollout import LocalReplica
+    from verl_cpu.replica import LocalReplica
 
     return LocalReplica
 
 
 def _vllm_replica() -> type:
-    from sqlbench.training.vllm_cpu import Replica
+    from verl_cpu.vllm_replica import Replica
 
     return Replica
 
@@ -156,4 +156,4 @@ def _vllm_replica() -> type:
 RolloutReplicaRegistry.register("local", _local_replica)
 if os.environ.get("VERL_PLATFORM", "").lower() == "cpu":
     RolloutReplicaRegistry.register("vllm", _vllm_replica)
-_ROLLOUT_REGISTRY[("local", "async")] = "sqlbench.training.local_rollout.LocalAdapter"
+_ROLLOUT_REGISTRY[("local", "async")] = "verl_cpu.replica.LocalAdapter"

@@ -1,7 +1,7 @@
-"""Ray actors of the laptop profile that do without verl, so that they start quickly: the sampling server, the router.
+"""Ray actors that do without verl, so that they start quickly: the sampling server, the router.
 
-`LocalServer` answers whole batches, which the agent loop's worker collects
-(`sqlbench.training.agent_loop.LocalClient`): one remote call a batch instead of three a prompt. The other methods are
+`LocalServer` answers whole batches, which `verl_cpu.client.LocalClient`
+collects: one remote call a batch instead of three a prompt. The other methods are
 those that verl's synchronous trainer calls on a rollout server. Calls are served one after another, so weights never
 change under a batch. `Router` is what verl wants as a load balancer; the client does not ask it.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sqlbench.models.local import Generation, GenerationRequest
+    from verl_cpu.engine import Generation, GenerationRequest
 
 
 def server_name(rank: int) -> str:
     """Ray name of the server of one rank."""
-    return f"sqlbench_local_{rank}"
+    return f"verl_cpu_server_{rank}"
 
 
 class LocalServer:
@@ -25,7 +25,7 @@ class LocalServer:
     def __init__(
         self, path: str, max_model_len: int, dtype: str = "float32", device: str = "cpu", threads: int = 1
     ) -> None:
-        from sqlbench.models.local import LocalEngine
+        from verl_cpu.engine import LocalEngine
 
         self.engine = LocalEngine(path, device, dtype, threads, max_model_len)
         self.steps = 0

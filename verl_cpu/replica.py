@@ -1,4 +1,4 @@
-"""`sqlbench.models.local` as a rollout engine of verl: the replica that verl starts, and the trainer's line to it.
+"""`verl_cpu.engine` as a rollout engine of verl: the replica that verl starts, and the trainer's line to it.
 
 Guarantees: the weights that sample are those of the last `update_weights` (every answer carries the step they belong
 to), tokens and log-probabilities go to the trainer as they were sampled, and requests with a seed are reproducible.
@@ -17,7 +17,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica
 
-from sqlbench.training.local_server import LocalServer, server_name
+from verl_cpu.server import LocalServer, server_name
 
 NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 

@@ -1,0 +1,34 @@
+"""A Hugging Face checkpoint as a folder: whether it is complete, and which prompts it was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sqlbench.errors import ModelError
+
+
+def checkpoint_family(path: str | Path) -> str:
+    """Prompt family of a checkpoint folder, from its ``sqlbench.json``; ``chat`` where it has none."""
+    note = Path(path) / "sqlbench.json"
+    return str(json.loads(note.read_text()).get("family", "chat")) if note.is_file() else "chat"
+
+
+def check_checkpoint(path: str | Path) -> Path:
+    """Path of a usable checkpoint folder.
+
+    Raises:
+        ModelError: not a folder, or weights, config or tokenizer are missing.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(
+            f"no checkpoint folder '{path}'; give 'nano' or a folder in Hugging Face format (an endpoint, where it "
+            "can be used, is openai:NAME)"
+        )
+    missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    if not list(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise ModelError(f"{folder} is no complete Hugging Face checkpoint: it has no {' and no '.join(missing)}")
+    return folder
