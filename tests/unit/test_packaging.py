@@ -98,7 +98,7 @@ def imported(folder: Path) -> set[str]:
     [
         ("sqlbench", {"core", "local", "train", "gpu", "agent", "environment", "notebooks"}),
         ("pocket", {"core", "local"}),
-        ("verl_cpu", {"local", "train", "gpu"}),
+        ("verl_cpu", {"core", "local", "train", "gpu"}),
         ("tests", {"core", "local", "train", "gpu", "agent", "environment", "notebooks", "test"}),
     ],
 )
