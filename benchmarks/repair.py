@@ -21,7 +21,8 @@ import asyncio
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -31,18 +32,16 @@ from tqdm.auto import tqdm
 
 from sqlbench.agent.prompts import STRATEGIES, prompts_for
 from sqlbench.agent.repair import (
+    POTENTIAL,
     FixedRepair,
     LinUCBRepair,
-    RandomRepair,
     RepairPolicy,
     Situation,
-    cumulative_regret,
+    failure_class,
     lessons,
-    repair_metrics,
     shaped,
-    shaped_rewards,
 )
-from sqlbench.agent.trajectory import Trajectory
+from sqlbench.agent.trajectory import Record, Trajectory
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import cached_database
@@ -56,6 +55,68 @@ from sqlbench.statistics import paired_bootstrap, wilson
 ATTEMPTS = 5
 STOP_AFTER = 5
 """So many failed rollouts of one policy in a row end the benchmark: the model is gone."""
+
+
+# ---- what repair is compared with, and by what
+
+
+class RandomRepair:
+    """Any strategy, each as likely as the others."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = Random(seed)
+
+    def choose(self, situation: Situation) -> str:
+        """The next draw."""
+        return self._random.choice(STRATEGIES)
+
+
+def shaped_rewards(trajectory: Trajectory) -> list[float]:
+    """The reward of each attempt of a rollout; none where the rollout has no reward (failed is not wrong)."""
+    if trajectory.reward is None:
+        return []
+    return shaped([failure_class(e) for e in trajectory.executions], trajectory.reward)
+
+
+class RepairMetrics(Record):
+    """How repair went over some rollouts; those without a reward are left out."""
+
+    rollouts: int
+    solved: int
+    attempts: float | None
+    """Mean number of queries."""
+    choices: dict[str, dict[str, tuple[int, float]]]
+    """By failure class and strategy: how often it was chosen, and the mean reward that it brought."""
+
+
+def repair_metrics(trajectories: Iterable[Trajectory]) -> RepairMetrics:
+    """The metrics of some rollouts."""
+    scored = [(t, t.reward) for t in trajectories if t.reward is not None]
+    rewards: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for t, solved in scored:
+        for lesson in lessons(t.transitions, t.executions, solved):
+            rewards[lesson.situation.error_class][lesson.strategy].append(lesson.reward)
+    return RepairMetrics(
+        rollouts=len(scored),
+        solved=sum(solved == 1 for _, solved in scored),
+        attempts=mean(len(t.executions) for t, _ in scored) if scored else None,
+        choices={
+            name: {s: (len(by[s]), mean(by[s])) for s in STRATEGIES if s in by}
+            for name in POTENTIAL
+            if (by := rewards.get(name))
+        },
+    )
+
+
+def cumulative_regret(returns: Sequence[float], fixed: Mapping[str, Sequence[float]]) -> tuple[str, list[float]]:
+    """The fixed strategy that is best in hindsight, and what was lost against it after each rollout.
+
+    Args:
+        returns: the sum of rewards of each rollout, in order.
+        fixed: the same for each strategy alone, over the same tasks in the same order.
+    """
+    best = max(fixed, key=lambda name: sum(fixed[name]))
+    return best, list(accumulate(b - a for a, b in zip(returns, fixed[best], strict=True)))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

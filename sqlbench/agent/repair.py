@@ -1,8 +1,7 @@
 """Which repair strategy the next rewrite follows, and what is learned from how it went.
 
 A rollout with repair describes to a `RepairPolicy` where it stands (`Situation`) before each rewrite. `LinUCBRepair`
-learns from finished rollouts which strategy suits which situation; `RandomRepair` and `FixedRepair` are what it is
-compared with. The same seed, choices and lessons give the same next choice, in another process too: what is saved are
+learns from finished rollouts which strategy suits which situation; `FixedRepair` follows one always. The same seed, choices and lessons give the same next choice, in another process too: what is saved are
 the lessons, in plain JSON, and loading learns them again.
 
 Rewards are shaped by a potential (Ng, Harada, Russell: Policy invariance under reward transformations, ICML 1999): an
@@ -16,18 +15,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from random import Random
-from statistics import mean
 from typing import Protocol
 
 from pydantic import ValidationError
 
 from sqlbench.agent.prompts import STRATEGIES
-from sqlbench.agent.trajectory import Execution, Record, Trajectory, Transition
+from sqlbench.agent.trajectory import Execution, Record, Transition
 from sqlbench.errors import DataError
 from sqlbench.sqltree import error_class
 
@@ -96,17 +93,6 @@ class FixedRepair:
     def choose(self, situation: Situation) -> str:
         """The strategy."""
         return self.strategy
-
-
-class RandomRepair:
-    """Any strategy, each as likely as the others."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self._random = Random(seed)
-
-    def choose(self, situation: Situation) -> str:
-        """The next draw."""
-        return self._random.choice(STRATEGIES)
 
 
 class LinUCBRepair:
@@ -231,13 +217,6 @@ def shaped(classes: Sequence[str], solved: float) -> list[float]:
     return [*rewards[:-1], rewards[-1] + solved]
 
 
-def shaped_rewards(trajectory: Trajectory) -> list[float]:
-    """The reward of each attempt of a rollout; none where the rollout has no reward (failed is not wrong)."""
-    if trajectory.reward is None:
-        return []
-    return shaped([failure_class(e) for e in trajectory.executions], trajectory.reward)
-
-
 def lessons(transitions: Sequence[Transition], executions: Sequence[Execution], solved: float) -> list[Lesson]:
     """What a finished rollout teaches: one lesson for each rewrite that followed a strategy.
 
@@ -252,47 +231,6 @@ def lessons(transitions: Sequence[Transition], executions: Sequence[Execution], 
         for i in range(1, len(executions))
         if i + 1 in followed
     ]
-
-
-class RepairMetrics(Record):
-    """How repair went over some rollouts; those without a reward are left out."""
-
-    rollouts: int
-    solved: int
-    attempts: float | None
-    """Mean number of queries."""
-    choices: dict[str, dict[str, tuple[int, float]]]
-    """By failure class and strategy: how often it was chosen, and the mean reward that it brought."""
-
-
-def repair_metrics(trajectories: Iterable[Trajectory]) -> RepairMetrics:
-    """The metrics of some rollouts."""
-    scored = [(t, t.reward) for t in trajectories if t.reward is not None]
-    rewards: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for t, solved in scored:
-        for lesson in lessons(t.transitions, t.executions, solved):
-            rewards[lesson.situation.error_class][lesson.strategy].append(lesson.reward)
-    return RepairMetrics(
-        rollouts=len(scored),
-        solved=sum(solved == 1 for _, solved in scored),
-        attempts=mean(len(t.executions) for t, _ in scored) if scored else None,
-        choices={
-            name: {s: (len(by[s]), mean(by[s])) for s in STRATEGIES if s in by}
-            for name in POTENTIAL
-            if (by := rewards.get(name))
-        },
-    )
-
-
-def cumulative_regret(returns: Sequence[float], fixed: Mapping[str, Sequence[float]]) -> tuple[str, list[float]]:
-    """The fixed strategy that is best in hindsight, and what was lost against it after each rollout.
-
-    Args:
-        returns: the sum of rewards of each rollout, in order.
-        fixed: the same for each strategy alone, over the same tasks in the same order.
-    """
-    best = max(fixed, key=lambda name: sum(fixed[name]))
-    return best, list(accumulate(b - a for a, b in zip(returns, fixed[best], strict=True)))
 
 
 def _check(strategy: str) -> None:
