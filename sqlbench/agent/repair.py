@@ -1,8 +1,9 @@
 """Which repair strategy the next rewrite follows, and what is learned from how it went.
 
 A rollout with repair describes to a `RepairPolicy` where it stands (`Situation`) before each rewrite. `LinUCBRepair`
-learns from finished rollouts which strategy suits which situation; `FixedRepair` follows one always. The same seed, choices and lessons give the same next choice, in another process too: what is saved are
-the lessons, in plain JSON, and loading learns them again.
+learns from finished rollouts which strategy suits which situation; `FixedRepair` follows one always. The same seed,
+choices and lessons give the same next choice, in another process too: what is saved are the lessons, in plain JSON, and
+loading learns them again.
 
 Rewards are shaped by a potential (Ng, Harada, Russell: Policy invariance under reward transformations, ICML 1999): an
 attempt gets what the potential of its outcome is above that of the outcome before. Start and end have potential 0, so
