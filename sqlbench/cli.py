@@ -46,6 +46,10 @@ Profile = Annotated[str, typer.Option(help="laptop or gpu.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 Track = Annotated[str | None, typer.Option(help="Send metrics to wandb, mlflow or tensorboard too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what the run folder holds.")]
+Request = Annotated[
+    str | None,
+    typer.Option(help="Request fields for an endpoint, a JSON object; null leaves one out. Also SQLBENCH_REQUEST."),
+]
 POCKET = Path("data/pocket")
 RESULTS = Path("results")
 UsageError = cast(type[Exception], typer.BadParameter.__base__)
@@ -123,6 +127,7 @@ def eval_(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.01, help="Seconds a call to an endpoint may take.")] = None,
+    request: Request = None,
     prompts: Annotated[str | None, typer.Option(help="Prompt family if not the model's own: nano or chat.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Rollouts at a time.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many tasks.")] = None,
@@ -133,6 +138,7 @@ def eval_(
     from sqlbench.profiles import find_profile
 
     find_profile(profile)
+    _send(request)
     summary = evaluate(
         data,
         split,
@@ -268,10 +274,12 @@ def env(
     host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
     split: Annotated[str, typer.Option(help="Whose tasks are served.")] = "train",
     model: Annotated[str, typer.Option(help="nano, a checkpoint or run folder, or openai:NAME.")] = "nano",
+    request: Request = None,
 ) -> None:
     """Serve the task as an OpenEnv environment."""
     from sqlbench.environment import serve
 
+    _send(request)
     serve(data, port, host, split, model)
 
 
@@ -300,6 +308,7 @@ def chat(
     reflection: Annotated[
         str | None, typer.Option(help="Endpoint for prompt evolution, openai:NAME; --model's own by default.")
     ] = None,
+    request: Request = None,
 ) -> None:
     """Serve the chat as a web page, on this machine alone."""
     from sqlbench.data.tasks import DataSet
@@ -308,6 +317,7 @@ def chat(
     from sqlbench.runs import run_path
     from sqlbench.widgets.page import serve_chat
 
+    _send(request)
     if data == POCKET and not data.exists():
         data_pocket()
     DataSet(data)
@@ -318,6 +328,15 @@ def chat(
     folder = run_path(results, "laptop", run)
     folder.mkdir(parents=True, exist_ok=True)
     serve_chat(data, model, folder, port, reflection)
+
+
+def _send(request: str | None) -> None:
+    """Hand request fields to the models of this process and of those it starts, as the environment would."""
+    if request is not None:
+        from sqlbench.models.chat import REQUEST, read_request
+
+        read_request(request)
+        os.environ[REQUEST] = request
 
 
 @app.command("graph")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -38,6 +40,8 @@ class EvalConfig(Settings):
     temperature: float = 0.0
     max_tokens: int | None = None
     """Tokens of an answer at most; None is the model's own default."""
+    request: dict[str, Any] = {}
+    """Further request fields for an endpoint (`sqlbench.models.chat`)."""
     rollout: RolloutConfig = RolloutConfig()
     prompts: dict[str, str]
     family: str

@@ -85,6 +85,10 @@ class Summary(Record):
     rollout_seconds: float | None
     tokens: dict[str, Tokens]
     """By sub-agent, and ``all``."""
+    flaws: dict[str, int]
+    """Empty and cut answers by what happened, those of failed rollouts included."""
+    sent: dict[str, int]
+    """Answers of an endpoint by the request fields that it accepted."""
     reasons: dict[str, int]
     """Verdicts by reason code."""
     query_errors: dict[str, int]
@@ -103,10 +107,12 @@ class Summary(Record):
         levels = ", ".join(f"{k} {v.ex:.1%}" for k, v in self.by_hardness.items() if v.ex is not None)
         calls = self.tokens["all"]
         return (
-            f"{self.model} on {self.split}: {ex}; {self.failed} failed, {self.unscorable} unscorable\n"
+            f"{self.model} on {self.split}: {ex}; {self.failed} failed, {self.unscorable} unscorable"
+            f"{''.join(f'; {_answers(count)} {flaw}' for flaw, count in self.flaws.items())}\n"
             f"by hardness: {levels or '-'}\n"
             f"per rollout: {_number(self.transitions)} transitions, {_number(self.turns)} turns; "
             f"per transition: {_number(calls.prompt)} prompt and {_number(calls.response)} response tokens"
+            + "".join(f"\nsent to the endpoint: {fields} ({_answers(count)})" for fields, count in self.sent.items())
         )
 
 
@@ -177,6 +183,7 @@ def evaluate(
         weights=_weights(model),
         temperature=temperature,
         max_tokens=max_tokens,
+        request=getattr(model, "request", {}),
         rollout=RolloutConfig(
             max_turns=max_turns,
             table_info_truncate=table_info_truncate,
@@ -218,7 +225,11 @@ def summarise(
     calls: dict[str, list[_Call]] = defaultdict(list)
     parts: dict[str, list[float]] = defaultdict(list)
     failures, reasons, query_errors = Counter[str](), Counter[str](), Counter[str]()
+    flaws, sent = Counter[str](), Counter[str]()
     for t in trajectories:
+        for done in (x.completion for x in t.transitions):
+            flaws.update([done.flaw] if done.flaw else [])
+            sent.update([] if done.sent is None else [", ".join(f"{k}={v!r}" for k, v in sorted(done.sent.items()))])
         if t.failed:
             failures[_failure_class(t.error or "")] += 1
             continue
@@ -254,6 +265,8 @@ def summarise(
         transitions=_mean([row.transitions for row in rows]),
         rollout_seconds=_mean([row.seconds for row in rows]),
         tokens={"all": _tokens([])} | {agent: _tokens(some) for agent, some in calls.items()},
+        flaws=_tally(flaws),
+        sent=_tally(sent),
         reasons=_tally(reasons),
         query_errors=_tally(query_errors),
         components={name: _mean(values) for name, values in sorted(parts.items())},
@@ -435,6 +448,10 @@ def _tally(counts: Counter[str]) -> dict[str, int]:
 def _mean(values: Sequence[float | int | None]) -> float | None:
     known = [v for v in values if v is not None]
     return math.fsum(known) / len(known) if known else None  # exact, so the order of the rollouts does not matter
+
+
+def _answers(count: int) -> str:
+    return f"{count} answer{'s' * (count != 1)}"
 
 
 def _number(value: float | None) -> str:

@@ -18,11 +18,13 @@ from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import Database
 from sqlbench.database.schema import introspect, schema_text
-from sqlbench.errors import DatabaseError
+from sqlbench.errors import DatabaseError, ModelError
 from sqlbench.models.base import ChatModel
 from sqlbench.reward import ascore
 
 __all__ = ["RolloutConfig", "answer", "failed_rollout", "rollout"]
+
+NO_TEXT = "allow it more tokens, or turn its thinking off with a request field"
 
 
 async def rollout(
@@ -88,7 +90,13 @@ async def answer(
     except Exception as problem:
         return {"error": failure("schema", problem)}
     context = AgentContext(model, database, schema, prompts, config, repair, observer)
-    return await run_agent(question, text, context, start or ())
+    state = await run_agent(question, text, context, start or ())
+    answers = [transition.completion for transition in state.get("transitions", [])]
+    # A policy in this process that says nothing is wrong; an endpoint that says nothing was not measured.
+    if "error" not in state and answers and all(a.empty and a.response_ids is None for a in answers):
+        flaws = ", ".join(sorted({a.flaw.removeprefix("empty: ") for a in answers}))
+        state["error"] = failure("model", ModelError(f"{model.name} gave no text at all ({flaws}); {NO_TEXT}"))
+    return state
 
 
 def failed_rollout(task: Task, where: str, error: Exception) -> Trajectory:

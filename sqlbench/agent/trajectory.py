@@ -7,7 +7,18 @@ whole, one line per rollout; readers drop a torn last line.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
+
+WITHOUT_TEXT = {
+    "length": "thinking cut at the token limit",
+    "reasoning": "only reasoning",
+    "tool_calls": "only a tool call",
+    "refusal": "a refusal",
+    "content_filter": "stopped by a content filter",
+}
+"""What an endpoint gave instead of text, by finish reason."""
 
 
 class Record(BaseModel):
@@ -36,8 +47,24 @@ class Completion(Record):
     prompt_tokens: int | None = None
     response_tokens: int | None = None
     finish_reason: str = "stop"
-    """``stop`` or ``length`` (cut at the token limit)."""
+    """``stop``, ``length`` (cut at the token limit), ``content_filter``, or another key of `WITHOUT_TEXT`."""
     seconds: float = 0.0
+    sent: dict[str, Any] | None = None
+    """Request fields, besides model and messages, that the endpoint accepted; None for a local model."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left once the model's thinking is taken away."""
+        _, closed, answer = self.text.rpartition("</think>")
+        return not answer.strip() or (not closed and answer.lstrip().startswith("<think>"))
+
+    @property
+    def flaw(self) -> str:
+        """Why the answer is empty or incomplete, in words; empty for a whole answer."""
+        if self.empty:
+            return f"empty: {WITHOUT_TEXT.get(self.finish_reason, 'no text')}"
+        cut = {"length": "cut at the token limit", "content_filter": "cut by a content filter"}
+        return cut.get(self.finish_reason, "")
 
 
 class Transition(Record):

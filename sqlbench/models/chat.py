@@ -2,36 +2,72 @@
 
 Every call ends within its deadline, and whatever goes wrong (refused, hanging, garbage, unknown model) is one
 `ModelError` that names the endpoint and shows no key or password. Retries of transient failures are the client's own,
-with growing pauses or those that the endpoint asks for, set once, here. Text is what the endpoint says, up to
-`MAX_CHARS`; it gives no token ids, so trajectories of an endpoint can be evaluated but not trained on.
+with growing pauses or those that the endpoint asks for, set once, here. What an endpoint refuses with HTTP 400 (the
+temperature, the name of the token limit, a system message) is not sent to it again. Text is what the endpoint says, up
+to `MAX_CHARS`; it gives no token ids, so trajectories of an endpoint can be evaluated but not trained on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
+import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import cache
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError
+from sqlbench.masking import mask
+from sqlbench.models.base import merge_messages
 
 RETRIES = 3
 MAX_CHARS = 100_000
 """Of an answer, whatever its server thinks of ``max_tokens``: it is kept with the rollout and goes into prompts."""
+REQUEST = "SQLBENCH_REQUEST"
+"""Environment variable with request fields as a JSON object."""
+LIMITS = ("max_tokens", "max_completion_tokens")
+"""Names of the token limit: servers know the first, OpenAI's newer models only the second."""
+OURS = ("messages", "model", "n", "stream", "stream_options")
+"""Request fields that are not for users to set."""
+_CUT = ("length", "max_tokens", "model_length")
+_NO_SYSTEM = re.compile(
+    r"support\W+(the )?system|system (role|message|prompt|instruction)|roles? must alternate"
+    r"|developer (role|message|instruction)",
+    re.IGNORECASE,
+)
+_TOO_MUCH = re.compile(r"too (large|long|many|high|big)|exceed|at most|maximum|less than|context", re.IGNORECASE)
+_UNKNOWN = re.compile(r"support|not (permitted|allowed)|unknown|unrecogni[sz]ed|deprecated", re.IGNORECASE)
 
 
 class EndpointChatModel:
     """A model behind ``OPENAI_BASE_URL`` (default: OpenAI itself), with ``OPENAI_API_KEY``; ``.env`` is read too.
 
+    Args:
+        model: name of the model at the endpoint.
+        temperature: 0 is greedy.
+        max_tokens: tokens of an answer at most.
+        timeout: seconds one call may take, retries included.
+        request: further fields of every request, which take precedence; None leaves a field out. By default those of
+            the environment variable ``SQLBENCH_REQUEST``.
+
     Raises:
-        ModelError: neither an address nor a key is set, or ``.env`` cannot be read.
+        ModelError: neither an address nor a key is set, one of them cannot be used, or ``.env`` cannot be read.
     """
 
-    def __init__(self, model: str, *, temperature: float = 0.0, max_tokens: int = 2048, timeout: float = 120.0) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        temperature: float = 0.0,
+        max_tokens: int = 2048,
+        timeout: float = 120.0,
+        request: Mapping[str, Any] | None = None,
+    ) -> None:
         from dotenv import find_dotenv, load_dotenv
 
         file = find_dotenv(usecwd=True)
@@ -42,8 +78,8 @@ class EndpointChatModel:
         self.name = f"openai:{model}"
         self.family = "chat"
         self.model = model
-        address = os.environ.get("OPENAI_BASE_URL", "").strip() or None
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip() or None
+        address = _plain(os.environ.get("OPENAI_BASE_URL", ""))
+        self._key = _read_key(os.environ.get("OPENAI_API_KEY", ""))
         if not (address or self._key):
             raise ModelError(
                 f"cannot use {self.name}: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own "
@@ -51,12 +87,15 @@ class EndpointChatModel:
             )
         self._headers: dict[str, str] = {}
         self._query: dict[str, str] = {}
-        self._secrets = {self._key or ""}
-        self.base_url = address and self._without_credentials(address)
+        self._secrets = {self._key}
+        self.base_url = self._without_credentials(address) if address else None
         """The address without user, password and query, so that it can be shown."""
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.timeout = timeout
+        self.request = read_request(os.environ.get(REQUEST, "")) if request is None else dict(request)
+        self._refused: frozenset[str] = frozenset()
+        """Fields that the endpoint does not take; ``system`` stands for system messages."""
         self._clients: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncIterator[None]]] = {}
 
     async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
@@ -68,9 +107,7 @@ class EndpointChatModel:
         try:
             async with asyncio.timeout(self.timeout):
                 with tracing_context(enabled=False):
-                    prompt = [(m.role, m.content) for m in messages]
-                    chat = await self._chat()
-                    answer = await (chat.ainvoke(prompt) if on_text is None else _stream(chat, prompt, on_text))
+                    answer, sent = await self._ask(messages, on_text)
         # The errors of the libraries are left out of the chain: they quote the request or what the server sent.
         except (TimeoutError, openai.APITimeoutError):
             raise ModelError(f"{self._where} did not answer within {self.timeout:g} s") from None
@@ -93,14 +130,54 @@ class EndpointChatModel:
                 f"{self._where} gave no usable chat completion: {type(error).__name__}: {self._one_line(str(error))}"
             ) from None
         usage, text = answer.usage_metadata or {}, str(answer.text)
-        cut = len(text) > MAX_CHARS or answer.response_metadata.get("finish_reason") == "length"
         return Completion(
             text=text[:MAX_CHARS].encode("utf-8", "replace").decode(),
             prompt_tokens=usage.get("input_tokens"),
             response_tokens=usage.get("output_tokens"),
-            finish_reason="length" if cut else "stop",
+            finish_reason="length" if len(text) > MAX_CHARS else _finish_reason(answer),
             seconds=time.perf_counter() - start,
+            sent=sent,
         )
+
+    async def _ask(self, messages: list[Message], on_text: Callable[[str], None] | None) -> tuple[Any, dict[str, Any]]:
+        """The answer and the request fields that brought it; without those that the endpoint refused."""
+        import openai
+
+        refused, chat = self._refused, await self._chat()
+        while True:
+            fields = self._fields(refused)
+            merged = merge_messages(messages) if "system" in refused else messages
+            prompt = [(m.role, m.content) for m in merged]
+            try:
+                if on_text is None:
+                    answer = await chat.ainvoke(prompt, extra_body=fields)
+                else:
+                    answer = await _stream(chat, prompt, fields, on_text)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                more = self._refused | refused | self._named(error.response.text, fields, merged)
+                if more == refused:
+                    raise
+                refused = more
+            else:
+                self._refused |= refused  # only what made the difference once is left out from now on
+                return answer, fields | ({"system": "in the user's message"} if "system" in refused else {})
+
+    def _fields(self, refused: frozenset[str]) -> dict[str, Any]:
+        at_openai = not self.base_url or "api.openai.com" in self.base_url
+        limits = [] if self.request.keys() & set(LIMITS) else LIMITS[::-1] if at_openai else LIMITS
+        limit = {name: self.max_tokens for name in [name for name in limits if name not in refused][:1]}
+        own = {"temperature": self.temperature} | limit
+        fields = {name: value for name, value in own.items() if name not in refused} | self.request
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _named(self, refusal: str, fields: dict[str, Any], messages: list[Message]) -> set[str]:
+        """What a refusal names of all that was sent, unless it only wants less of it or the user asked for it."""
+        if _TOO_MUCH.search(refusal) and not _UNKNOWN.search(refusal):
+            return set()
+        # A quoted name before a colon is the request, repeated.
+        mine = (name for name in fields if name not in self.request)
+        named = {name for name in mine if re.search(rf"""\b{name}\b(?!\\*["']\s*:)""", refusal)}
+        return named | {"system" for m in messages if m.role == "system" and _NO_SYSTEM.search(refusal)}
 
     @property
     def _where(self) -> str:
@@ -111,22 +188,17 @@ class EndpointChatModel:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             import openai
-            from langchain_openai import ChatOpenAI
 
-            # Servers other than OpenAI's know the limit as max_tokens only; OpenAI's newer models refuse that name.
-            limit: dict[str, Any] = {"max_completion_tokens": self.max_tokens}
-            if self.base_url and "api.openai.com" not in self.base_url:
-                limit = {"extra_body": {"max_tokens": self.max_tokens}}
-            client = ChatOpenAI(
+            client = _client_class()(
                 model=self.model,
                 base_url=self.base_url,
                 api_key=self._key or "none",
                 default_headers=self._headers,
                 default_query=self._query,
-                temperature=self.temperature,
+                temperature=None,  # named, since langchain has defaults of its own for some models
                 timeout=openai.Timeout(self.timeout),  # an object, not a number: a number shares one global client
                 max_retries=RETRIES,
-                **limit,
+                use_responses_api=False,
             )
             closing = _closed_at_the_end(client)
             await anext(closing)
@@ -155,16 +227,101 @@ class EndpointChatModel:
 
     def _one_line(self, text: str, max_chars: int = 200) -> str:
         """The beginning of what an endpoint or library said, without the credentials that some repeat."""
-        for secret in sorted(self._secrets, key=len, reverse=True):
-            if len(secret) > 5:  # a shorter one would be found in any text
-                text = text.replace(secret, "***")
-        return " ".join(text.split())[:max_chars]
+        shown = " ".join(mask(text[:4000], self._secrets).split())
+        return shown[:max_chars].encode("utf-8", "replace").decode()
 
 
-async def _stream(chat: Any, prompt: list[tuple[str, str]], on_text: Callable[[str], None]) -> Any:
+def read_request(text: str) -> dict[str, Any]:
+    """Request fields from a JSON object; nothing from an empty text.
+
+    Raises:
+        ModelError: it is not a JSON object, or sets a field that only sqlbench can set.
+    """
+    try:
+        fields = json.loads(text.strip() or "{}")
+        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()  # as it will be sent
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ModelError(
+            f"Invalid request fields: {text[:60]!r}. Give a JSON object, for example "
+            '{"temperature": null, "reasoning_effort": "low"}.'
+        )
+    if ours := sorted(fields.keys() & set(OURS)):
+        raise ModelError(f"Invalid request fields: sqlbench itself sets {', '.join(ours)}. Leave them out.")
+    return fields
+
+
+def _plain(text: str) -> str:
+    """A setting without the white space and quotes that it was copied with."""
+    return text.strip().strip("\"'").strip()
+
+
+def _read_key(text: str) -> str:
+    key = re.sub(r"(?i)^bearer\b\s*", "", _plain(text))
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ModelError(
+            "Invalid OPENAI_API_KEY: it holds a space, a line break, or a character outside ASCII such as a "
+            "typographic quote. Copy the key again."
+        )
+    return key
+
+
+def _finish_reason(answer: Any) -> str:
+    """Why an answer ended; where it has no text, what it has instead."""
+    said = str(answer.response_metadata.get("finish_reason") or "stop").lower()
+    if said in _CUT:
+        return "length"
+    instead = () if str(answer.text).strip() else answer.additional_kwargs.get("instead", ())
+    return next((what for what in ("refusal", "tool_calls", "reasoning") if what in instead), _filtered(said))
+
+
+def _filtered(said: str) -> str:
+    return "content_filter" if said in ("content_filter", "safety") else "stop"
+
+
+@cache
+def _client_class() -> Any:
+    """langchain's client, which also notes what a message holds instead of text.
+
+    The client itself drops the fields in which servers give reasoning.
+    """
+    from langchain_openai import ChatOpenAI
+
+    class Client(ChatOpenAI):
+        def _create_chat_result(self, response: Any, generation_info: Any = None) -> Any:
+            result = super()._create_chat_result(response, generation_info)
+            given = response if isinstance(response, dict) else response.model_dump(warnings=False)
+            _note(result.generations[0].message, given["choices"][0]["message"])
+            return result
+
+        def _convert_chunk_to_generation_chunk(self, chunk: Any, *arguments: Any) -> Any:
+            result = super()._convert_chunk_to_generation_chunk(chunk, *arguments)
+            if result is not None and chunk.get("choices"):
+                _note(result.message, chunk["choices"][0]["delta"])
+            return result
+
+    return Client
+
+
+def _note(message: Any, given: dict[str, Any]) -> None:
+    parts = given.get("content")
+    kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)} if isinstance(parts, list) else set()
+    found = {
+        "refusal": given.get("refusal") or "refusal" in kinds,
+        "tool_calls": given.get("tool_calls") or given.get("function_call"),
+        "reasoning": given.get("reasoning_content") or given.get("reasoning") or kinds & {"thinking", "reasoning"},
+    }
+    if instead := {what: True for what, there in found.items() if there}:
+        message.additional_kwargs["instead"] = instead
+
+
+async def _stream(
+    chat: Any, prompt: list[tuple[str, str]], fields: dict[str, Any], on_text: Callable[[str], None]
+) -> Any:
     """The answer, whose pieces `on_text` got before; what is longer than `MAX_CHARS` is not waited for."""
     answer, left = None, MAX_CHARS
-    async for chunk in chat.astream(prompt):
+    async for chunk in chat.astream(prompt, extra_body=fields):
         if piece := str(chunk.text)[: max(left, 0)]:
             on_text(piece)
         left -= len(str(chunk.text))

@@ -6,8 +6,10 @@ The engine that samples is `verl_cpu.engine`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +17,64 @@ import numpy as np
 
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError
+from sqlbench.models.base import merge_messages
 from sqlbench.models.checkpoint import check_checkpoint, checkpoint_family
 from verl_cpu.batching import BatchedEngine
 from verl_cpu.engine import EngineError, Generation, GenerationRequest, LocalEngine
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    """Token ids of a chat prompt, generation prompt included: the one way in which sqlbench tokenizes a prompt."""
+    """Token ids of a chat prompt, generation prompt included: the one way in which sqlbench tokenizes a prompt.
+
+    Neighbouring messages are joined where the chat template asks for it (`joined_roles`).
+    """
+    if roles := joined_roles(tokenizer):
+        merged = merge_messages([Message(**message) for message in messages], roles)
+        messages = [message.model_dump() for message in merged]
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options
     )
     return [int(i) for i in ids]
 
 
+@lru_cache(maxsize=8)
+def joined_roles(tokenizer: Any) -> tuple[str, ...]:
+    """Roles whose neighbouring messages have to become one message of the user; the chat template itself tells.
+
+    Empty for most templates, ``user`` where it demands alternation (Mistral), ``system`` too where it refuses a system
+    message or leaves it out (Gemma).
+
+    Raises:
+        ModelError: there is no chat template, or it cannot render a question.
+    """
+
+    def renders(*messages: tuple[str, str]) -> bool:
+        probe = [{"role": role, "content": content} for role, content in messages]
+        text = tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False)
+        return all(content in text for _, content in messages)
+
+    def works(*messages: tuple[str, str]) -> bool:
+        with contextlib.suppress(Exception):  # a template may raise anything
+            return renders(*messages)
+        return False
+
+    system, question, more = ("system", "probe-1"), ("user", "probe-2"), ("user", "probe-3")
+    if works(system, question):
+        return () if works(system, question, more) else ("user",)
+    try:
+        if renders(question):
+            return "system", "user"
+        why = "it leaves out the question"
+    except Exception as error:
+        why = " ".join(str(error).split())[:200] if tokenizer.chat_template else "it has none"
+    raise ModelError(f"cannot use the chat template of {tokenizer.name_or_path}: {why}; choose a chat model")
+
+
 class LocalChatModel:
     """A checkpoint of this machine as a `sqlbench.models.base.ChatModel`.
 
     Raises:
-        ModelError: the checkpoint cannot be loaded.
+        ModelError: the checkpoint cannot be loaded, or its chat template cannot be used.
     """
 
     def __init__(
@@ -56,6 +98,7 @@ class LocalChatModel:
             engine = LocalEngine(path, device, threads=threads, max_model_len=max_model_len)
         except EngineError as error:
             raise ModelError(str(error)) from error
+        joined_roles(engine.tokenizer)  # what cannot be prompted is refused before any rollout
         self.batched = BatchedEngine(engine, max_batch)
         self._seeds = np.random.default_rng(seed)
 

@@ -1,8 +1,9 @@
-"""A served policy answers as the same policy in this process does, and a server that cannot work ends in one line."""
+"""A served policy answers as the same policy in this process does, and what cannot be served is refused in one line."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -11,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 import pytest
+from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -25,6 +28,7 @@ from sqlbench.cli import main
 from sqlbench.data.tasks import DataSet
 from sqlbench.evaluation import evaluate
 from sqlbench.runs import RunFolder
+from sqlbench.serve import find_policy
 
 SQLBENCH = [sys.executable, "-c", "from sqlbench.cli import main; main()"]
 SPLIT = "dev_unseen_pretrain"
@@ -37,25 +41,35 @@ def processes_with(text: str) -> list[str]:
 
 
 @contextmanager
-def served(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running ``sqlbench serve`` and the line that it prints once it answers."""
+def served(log: Path, *options: str) -> Iterator[str]:
+    """The line that a ``sqlbench serve`` printed, once it answers."""
     command = [*SQLBENCH, "serve", "--port", "0", "--engine", "transformers", *options]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    environment = os.environ | {"HF_HOME": str(log.parent / "no-hub"), "TMPDIR": str(log.parent)}
+    with (
+        log.open("w") as err,
+        subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=err, env=environment) as process,
+    ):
         try:
             line = process.stdout.readline()
-            assert line, process.stderr.read()
-            yield process, line
+            while line and process.poll() is None:
+                health = re.search(r"http://127\.0\.0\.1:\d+", line)[0] + "/health"
+                with suppress(httpx.HTTPError):
+                    if httpx.get(health, trust_env=False, timeout=5).is_success:
+                        break
+                time.sleep(0.2)
+            assert line and process.poll() is None, log.read_text()
+            yield line
         finally:
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
-def line() -> Iterator[str]:
-    with served("--model", "nano") as (process, text):
+def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(tmp_path_factory.mktemp("serve") / "log", "--model", "nano") as text:
         yield text
     port = re.search(r"127\.0\.0\.1:(\d+)/v1", text)[1]
-    assert process.returncode == 0 and not processes_with(f"--port {port}")
+    assert not processes_with(f"--port {port}")
     with socket.create_server(("127.0.0.1", int(port))):
         pass
 
@@ -65,6 +79,11 @@ def address(line: str, monkeypatch) -> str:
     found = re.search(r"serving nano as 'nano' at (\S+) .*OPENAI_BASE_URL=\1 sqlbench eval --model openai:nano ", line)
     monkeypatch.setenv("OPENAI_BASE_URL", found[1])
     return found[1]
+
+
+def test_its_models_are_listed_on_a_machine_without_a_hub_cache(address: str) -> None:
+    with openai.OpenAI(base_url=address, api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["nano"]
 
 
 def test_any_openai_client_can_call_it(address: str) -> None:
@@ -94,9 +113,8 @@ def test_the_agent_predicts_the_same_through_it_as_in_this_process(
     assert len(predictions[0]) == 12 and predictions[0] == predictions[1]
 
 
-def test_the_newest_policy_of_a_training_run_is_served(tmp_path: Path, monkeypatch) -> None:
+def test_the_newest_policy_of_a_training_run_is_served(tmp_path: Path) -> None:
     """A run that was killed after a checkpoint, as verl leaves it: no policy has been exported yet."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed process leaves its log
     run = tmp_path / "my run"
     for step in (2, 10):
         shutil.copytree(NANO_PATH, run / f"checkpoints/global_step_{step}/actor/huggingface")
@@ -104,23 +122,11 @@ def test_the_newest_policy_of_a_training_run_is_served(tmp_path: Path, monkeypat
     (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("10")
     config = {"config": {"sqlbench": {"model": str(NANO_PATH)}}, "model_files": "some"}
     (run / "config.json").write_text(json.dumps(config))
-    with served("--model", str(run)) as (process, text):
-        assert f"serving {run} as 'my-run' at http://127.0.0.1:" in text
-        port = "--port " + re.search(r"127\.0\.0\.1:(\d+)/v1", text)[1]
-        assert processes_with(port)
-        process.kill()
-        deadline = time.time() + 20
-        while processes_with(port) and time.time() < deadline:
-            time.sleep(0.1)
-        assert not processes_with(port), "the server outlives a killed sqlbench"
+    with served(tmp_path / "log", "--model", str(run)) as text:
+        address = re.search(rf"serving {run} as 'my-run' at (http://127\.0\.0\.1:\d+/v1)", text)[1]
+        with openai.OpenAI(base_url=address, api_key="none") as client:
+            assert [model.id for model in client.models.list()] == ["my-run"]
     assert (run / "policy/model.safetensors").read_bytes() == (NANO_PATH / "model.safetensors").read_bytes()
-
-
-def broken(folder: Path) -> Path:
-    """A checkpoint whose weights are no weights."""
-    shutil.copytree(NANO_PATH, folder)
-    (folder / "model.safetensors").write_bytes(b"garbage")
-    return folder
 
 
 def test_what_is_decoded_token_by_token_is_what_all_tokens_decode_to(pocket: DataSet) -> None:
@@ -154,20 +160,25 @@ def test_a_taken_port_is_refused_before_anything_is_loaded(capsys) -> None:
     assert end.value.code == 1 and "already in use; choose another --port" in err and err.count("\n") == 1
 
 
-def test_a_server_that_dies_ends_in_one_line_with_its_reason(tmp_path: Path, capsys) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["serve", "--model", str(broken(tmp_path / "broken")), "--port", "0", "--engine", "transformers"])
-    last = capsys.readouterr().err.splitlines()[-1]
-    log = Path(last.rpartition(" ")[2])
-    assert end.value.code == 1 and re.match(r"error: the server ended \(status 1\): .*Error", last)
-    assert "Traceback" in log.read_text()
-    shutil.rmtree(log.parent)
+def test_weights_that_cannot_be_loaded_end_it(tmp_path: Path) -> None:
+    shutil.copytree(NANO_PATH, tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"garbage")
+    options = ["serve", "--model", str(tmp_path / "broken"), "--port", "0", "--engine", "transformers"]
+    ended = subprocess.run([*SQLBENCH, *options], capture_output=True, text=True, timeout=300)
+    assert ended.returncode != 0 and "Error" in ended.stderr.splitlines()[-1]
 
 
-def test_it_says_so_when_the_server_dies_later() -> None:
-    with served("--model", "nano") as (process, _):
-        psutil.Process(process.pid).children()[0].kill()
-        assert process.wait(30) == 1
-        last = process.stderr.read().splitlines()[-1]
-        assert last.startswith("error: the server ended (status -9)")
-        shutil.rmtree(Path(last.rpartition(" ")[2]).parent)
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("first", "first"),
+        ("qwen2.5-0.5B", "qwen2.5-0.5B"),
+        ("my run", "my-run"),
+        ("-a--b..c-", "a-b-c"),
+        ("ü", "policy"),
+    ],
+)
+def test_the_name_is_one_that_a_hub_would_take(tmp_path: Path, folder: str, name: str) -> None:
+    shutil.copytree(NANO_PATH, tmp_path / folder)
+    assert find_policy(str(tmp_path / folder)) == (tmp_path / folder, name)
+    validate_repo_id(name)

@@ -1,0 +1,68 @@
+"""Takes credentials out of texts that others wrote, also where they come back escaped, encoded or in part."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Iterable
+from urllib.parse import unquote
+
+SHORTEST = 6
+"""A shorter secret would be found in any text."""
+PART = 10
+"""Characters in a row that give a secret away; an endpoint may cut or wrap what it repeats."""
+_ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([nrt])|(.))")
+
+
+def mask(text: str, secrets: Iterable[str]) -> str:
+    """Replace every secret in a text by ``***``.
+
+    A text that holds one in escaped form (JSON, URL, HTML, repr) is returned without any escapes.
+    """
+    known = [secret for secret in secrets if len(secret) >= SHORTEST]
+    forms = {form for secret in known for form in (*_encoded(secret), *_encoded(_unescaped(secret)))}
+    for candidate in (_unescaped(text), text):
+        hidden = _without(candidate, forms)
+        if hidden != candidate:
+            return hidden
+    return text
+
+
+def _encoded(secret: str) -> list[str]:
+    """The secret as it is, in hexadecimal, and in base64 wherever it starts in what was encoded."""
+    raw = secret.encode()
+    forms = [secret, raw.hex()]
+    for before in range(3):
+        text = base64.b64encode(bytes(before) + raw).decode().rstrip("=")
+        # The first and last characters also depend on the neighbours.
+        text = text[(0, 2, 3)[before] : len(text) - ((before + len(raw)) % 3 > 0)]
+        forms += [text, text.translate(str.maketrans("+/", "-_"))]
+    return [form for form in forms if len(form) >= SHORTEST]
+
+
+def _unescaped(text: str) -> str:
+    for _ in range(4):  # texts that were escaped more than once
+        before = text
+        text = html.unescape(unquote(text))
+        text = _ESCAPE.sub(lambda m: " " if m[3] else m[4] or chr(int(m[1] or m[2], 16)), text)
+        if text == before:
+            break
+    return text
+
+
+def _without(text: str, forms: Iterable[str]) -> str:
+    """The text without parts of the forms, whatever their case and the white space in between."""
+    places = [i for i, c in enumerate(text) if not c.isspace()]
+    compact = "".join(text[i].lower() if text[i].isascii() else text[i] for i in places)
+    hidden = [False] * len(text)
+    for form in forms:
+        form = "".join(c.lower() if c.isascii() else c for c in form if not c.isspace())
+        size = min(len(form), PART)
+        parts = {form[i : i + size] for i in range(len(form) - size + 1)}
+        for start in range(len(compact) - size + 1):
+            if compact[start : start + size] in parts:
+                first, last = places[start], places[start + size - 1]
+                hidden[first : last + 1] = [True] * (last + 1 - first)
+    marked = "".join("\0" if hide else c for c, hide in zip(text, hidden, strict=True))
+    return re.sub("\0+", "***", marked)
