@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import re
 from collections.abc import Iterable
-from urllib.parse import unquote
+from itertools import groupby
+from urllib.parse import quote, quote_plus, unquote
 
 SHORTEST = 6
 """A shorter secret would be found in any text."""
@@ -20,13 +22,26 @@ def mask(text: str, secrets: Iterable[str]) -> str:
 
     A text that holds one in escaped form (JSON, URL, HTML, repr) is returned without any escapes.
     """
-    known = [secret for secret in secrets if len(secret) >= SHORTEST]
-    forms = {form for secret in known for form in (*_encoded(secret), *_encoded(_unescaped(secret)))}
+    escaped = {form for secret in secrets if len(secret) >= SHORTEST for form in _escaped(secret)}
+    forms = {form for secret in escaped for form in _encoded(secret)}
     for candidate in (_unescaped(text), text):
         hidden = _without(candidate, forms)
         if hidden != candidate:
             return hidden
     return text
+
+
+def _escaped(secret: str) -> set[str]:
+    """The secret as it may have been before it was encoded; for most keys these are all the same."""
+    ways = (
+        _unescaped,
+        quote,
+        quote_plus,
+        html.escape,
+        lambda text: json.dumps(text)[1:-1],
+        lambda text: repr(text)[1:-1],
+    )
+    return {secret, *(way(secret) for way in ways)}
 
 
 def _encoded(secret: str) -> list[str]:
@@ -38,7 +53,7 @@ def _encoded(secret: str) -> list[str]:
         # The first and last characters also depend on the neighbours.
         text = text[(0, 2, 3)[before] : len(text) - ((before + len(raw)) % 3 > 0)]
         forms += [text, text.translate(str.maketrans("+/", "-_"))]
-    return [form for form in forms if len(form) >= SHORTEST]
+    return forms
 
 
 def _unescaped(text: str) -> str:
@@ -58,11 +73,13 @@ def _without(text: str, forms: Iterable[str]) -> str:
     hidden = [False] * len(text)
     for form in forms:
         form = "".join(c.lower() if c.isascii() else c for c in form if not c.isspace())
+        if len(form) < SHORTEST:
+            continue
         size = min(len(form), PART)
         parts = {form[i : i + size] for i in range(len(form) - size + 1)}
         for start in range(len(compact) - size + 1):
             if compact[start : start + size] in parts:
                 first, last = places[start], places[start + size - 1]
                 hidden[first : last + 1] = [True] * (last + 1 - first)
-    marked = "".join("\0" if hide else c for c, hide in zip(text, hidden, strict=True))
-    return re.sub("\0+", "***", marked)
+    runs = groupby(zip(hidden, text, strict=True), lambda pair: pair[0])
+    return "".join("***" if hide else "".join(c for _, c in run) for hide, run in runs)

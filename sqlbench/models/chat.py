@@ -213,9 +213,10 @@ class EndpointChatModel:
             user, password, host = parts.username, parts.password, parts.netloc.rpartition("@")[2]
         except ValueError:
             host = "@"
-        if "@" in host or "@" in parts.path:
+        if "@" in host or "@" in parts.path or not address.isprintable():
             raise ModelError(
-                "cannot read OPENAI_BASE_URL: in its password write @ as %40, / as %2F, % as %25 and so on"
+                "cannot read OPENAI_BASE_URL: in its password write @ as %40, / as %2F, % as %25 and so on, and "
+                "leave out line breaks"
             )
         if user is not None:
             pair = base64.b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()

@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from sqlbench.agent.trajectory import Completion, Message
+from sqlbench.cli import main
+from sqlbench.data.tasks import DataSet
 from sqlbench.errors import ModelError
+from sqlbench.evaluation import evaluate
 from sqlbench.models.local import LocalChatModel, TextPieces, encode_chat
 from verl_cpu.batching import BatchedEngine
 from verl_cpu.engine import EngineError, Generation, GenerationRequest, LocalEngine, shared_prefixes
@@ -229,6 +232,112 @@ def test_event_loops_of_two_threads_can_ask_at_the_same_time(engine: LocalEngine
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(asyncio.run, asyncio.wait_for(ask(), 60)) for _ in range(2)]
         assert [future.result() for future in both] == [expected, expected]
+
+
+# Chat templates in the style of the families that refuse something.
+TURNS = (
+    "{% for m in rest %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "<|im_start|> {{ m['role'] }} {{ m['content'] | trim }} <|im_end|> {% endfor %}"
+)
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% set rest = messages %}" + TURNS
+)
+MISTRAL_1 = "{% set rest = messages %}" + TURNS
+MISTRAL_3 = (
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}<|im_start|> {{ messages[0]['content'] }} "
+    "{% else %}{% set rest = messages %}{% endif %}" + TURNS
+)
+DROPS_SYSTEM = "{% for m in messages if m['role'] != 'system' %}<|im_start|> {{ m['content'] }} {% endfor %}"
+NEEDS_SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+SYSTEM, FIRST, SECOND = ({"role": r, "content": c} for r, c in (("system", "w1"), ("user", "w2"), ("user", "w3")))
+
+
+def with_template(checkpoint: Path, folder: Path, template: str | None) -> Path:
+    shutil.copytree(checkpoint, folder)
+    for file in folder.glob("*.jinja"):
+        file.unlink()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "longer"),
+    [
+        (TEMPLATE, "<|im_start|>system w1 <|im_end|> <|im_start|>user w2", None),
+        (GEMMA, "<|im_start|> user w1 w2 <|im_end|>", "<|im_start|> user w1 w2 w3 <|im_end|>"),
+        (MISTRAL_1, "<|im_start|> user w1 w2 <|im_end|>", "<|im_start|> user w1 w2 w3 <|im_end|>"),
+        (
+            MISTRAL_3,
+            "<|im_start|> w1 <|im_start|> user w2 <|im_end|>",
+            "<|im_start|> w1 <|im_start|> user w2 w3 <|im_end|>",
+        ),
+        (DROPS_SYSTEM, "<|im_start|> w1 w2", "<|im_start|> w1 w2 w3"),
+        (NEEDS_SYSTEM, "<|im_start|>system w1 <|im_end|> <|im_start|>user w2", None),
+    ],
+)
+def test_every_template_gets_the_messages_that_it_takes(
+    checkpoint: Path, tmp_path: Path, template: str, prompt: str, longer: str | None
+) -> None:
+    model = LocalChatModel(with_template(checkpoint, tmp_path / "m", template), max_tokens=2)
+    tokenizer = model.batched.engine.tokenizer
+
+    def text(*messages: dict[str, str]) -> str:
+        answer = asyncio.run(model.complete([Message(**m) for m in messages]))
+        assert answer.prompt_ids == encode_chat(tokenizer, list(messages))
+        return tokenizer.decode(answer.prompt_ids).replace("  ", " ")
+
+    plain = tokenizer.decode(tokenizer(prompt)["input_ids"]).replace("  ", " ")
+    assert text(SYSTEM, FIRST).startswith(plain)
+    if longer is not None:
+        assert text(SYSTEM, FIRST, SECOND).startswith(tokenizer.decode(tokenizer(longer)["input_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (None, "it has none; choose a chat model"),
+        ("{{ raise_exception('Only\n tools') }}", "Only tools"),
+        ("{% for %}", "Expected an expression"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate"),
+        ("{{ nothing.at.all }}", "undefined"),
+        ("always the same", "it leaves out the question"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_line_before_any_rollout(
+    checkpoint: Path, tmp_path: Path, pocket: DataSet, capsys, template: str | None, why: str
+) -> None:
+    folder = with_template(checkpoint, tmp_path / "m", template)
+    with pytest.raises(SystemExit) as ended:
+        arguments = ["--model", str(folder), "--data", str(pocket.root), "--results", str(tmp_path)]
+        main(["eval", "--run", "run", "--split", "dev_unseen_pretrain", *arguments])
+    err = capsys.readouterr().err
+    assert ended.value.code == 1 and f"error: cannot use the chat template of {folder}: " in err and why in err
+    assert len(err.splitlines()[-1]) < 400 and not (tmp_path / "laptop").exists()
+
+
+def test_an_answer_cut_at_the_limit_is_counted_and_not_failed(
+    checkpoint: Path, tmp_path: Path, pocket: DataSet
+) -> None:
+    """A policy in this process that says nothing is wrong, not failed."""
+    model = LocalChatModel(checkpoint, max_tokens=1)
+    options = {"results": tmp_path, "limit": 3, "max_turns": 1, "table_info_truncate": 50}
+    summary = evaluate(pocket.root, "dev_unseen_pretrain", model, "run", **options)
+    assert summary.failed == 0 and summary.score.n == 3
+    assert summary.flaws == {"cut at the token limit": 3} and summary.sent == {}
+    assert "0 unscorable; 3 answers cut at the token limit\n" in summary.text()
+
+    class Silent:
+        name, family = "silent", "nano"
+
+        async def complete(self, messages: list[Message], on_text: object = None) -> Completion:
+            return Completion(text="", response_ids=[2], logprobs=[-1.0])
+
+    summary = evaluate(pocket.root, "dev_unseen_pretrain", Silent(), "silent", **options)
+    assert (summary.failed, summary.score.correct, summary.flaws) == (0, 0, {"empty: no text": 3})
 
 
 def test_chat_model_records_the_tokens_it_used(checkpoint: Path) -> None:

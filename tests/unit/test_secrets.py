@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
 import json
 import re
 import sqlite3
@@ -16,8 +17,9 @@ import threading
 import time
 import traceback
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,6 +37,7 @@ from sqlbench.data.tasks import Task, write_split
 from sqlbench.database.engine import open_database
 from sqlbench.errors import DatabaseError, ModelError, NotebookError
 from sqlbench.evolve import Evolution, Feedback
+from sqlbench.masking import mask
 from sqlbench.models import open_model
 from sqlbench.notebooks import run_notebook
 from sqlbench.widgets.chat import ChatView
@@ -137,13 +140,168 @@ def test_messages_of_a_model(endpoint):
         assert asyncio.run(open_model("openai:m").complete(ASK)).text
 
 
-@pytest.mark.parametrize("address", [f"http://bob:{PASSWORD}@127.0.0.1/v1", f"http://bob:{QUOTED}@127.0.0.1:x/v1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"http://bob:{PASSWORD}@127.0.0.1/v1",
+        f"http://bob:{QUOTED}@127.0.0.1:x/v1",
+        f"http://bob:{QUOTED[:9]}\n{QUOTED[9:]}@127.0.0.1/v1",
+        f"http://127.0.0.1/v1?key={KEY}\udcff",
+    ],
+)
 def test_an_address_that_cannot_be_read_is_not_shown(monkeypatch, tmp_path, address):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_BASE_URL", address)
     with pytest.raises(ModelError) as caught:
         asyncio.run(open_model("openai:m", timeout=5).complete(ASK))
     search(caught.value, chain(caught.value))
+
+
+ODD = "sk-p'l\"a<n>t&e%41d/4f+9c1\\d7e2b=77"
+"""A key on which every way of escaping leaves its mark."""
+USED = f"bob:{ODD}"
+
+
+def hexadecimal(text: str) -> str:
+    return "".join(f"%{byte:02x}" for byte in text.encode())
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        ODD,
+        ODD.upper(),
+        ODD[:20],
+        ODD[12:],
+        json.dumps({"authorization": f"Bearer {ODD}"}),
+        json.dumps(json.dumps({"authorization": ODD})),
+        json.dumps(json.dumps(json.dumps(ODD))),
+        repr({"authorization": ODD}),
+        "".join(f"\\u{ord(c):04x}" for c in ODD),
+        "".join(f"\\x{ord(c):02x}" for c in ODD),
+        urllib.parse.quote(ODD),
+        urllib.parse.quote(ODD, safe="").lower(),
+        urllib.parse.quote_plus(urllib.parse.quote_plus(ODD)),
+        f"?key={hexadecimal(ODD)}&x=1",
+        html.escape(ODD),
+        html.escape(json.dumps(ODD)),
+        "".join(f"&#{ord(c)};" for c in ODD),
+        ODD.encode().hex(),
+        base64.b64encode(ODD.encode()).decode(),
+        base64.b64encode(f"Bearer {ODD}".encode()).decode(),
+        base64.b64encode(f"Bearer {ODD}!".encode()).decode(),
+        base64.b64encode(USED.encode()).decode(),
+        base64.urlsafe_b64encode(f"x:{ODD}".encode()).decode().rstrip("="),
+        json.dumps(base64.encodebytes(f"Authorization: Basic {ODD * 3}".encode()).decode()),
+        urllib.parse.quote(base64.b64encode(USED.encode()).decode(), safe=""),
+        f"{ODD[:18]}\n  {ODD[18:]}",
+    ],
+)
+def test_a_key_that_comes_back_in_another_form_is_not_shown(repeated):
+    shown = mask(f"Incorrect key {repeated} given, ask your administrator", {ODD})
+    assert shown.startswith("Incorrect key ") and "***" in shown and shown.endswith(" given, ask your administrator")
+    left = shown.removeprefix("Incorrect key ").removesuffix(" given, ask your administrator")
+    decoded = html.unescape(urllib.parse.unquote(left)).lower()
+    assert not [i for i in range(len(ODD) - 6) if ODD[i : i + 7].lower() in decoded]
+    assert len(left) < 60  # the words around a key may stay
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nothing of it", "C:\\temp\\x20 &amp; 50%25 \\u0041", "sk-p'l is short", "\0" * 9]
+)
+def test_a_text_without_a_secret_stays_as_it_is(text):
+    assert mask(text, {ODD, "", "short", " " * 8}) == text
+
+
+@pytest.mark.parametrize("place", ["key", "address", "query"])
+def test_an_endpoint_that_repeats_a_credential_in_another_form(monkeypatch, tmp_path, place):
+    """The forms that an endpoint made of what it got, not of what this test knows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "*")
+    forms = [
+        lambda text: text,
+        json.dumps,
+        repr,
+        html.escape,
+        urllib.parse.quote,
+        lambda text: json.dumps(urllib.parse.quote_plus(text)),
+        lambda text: base64.b64encode(text.encode()).decode(),
+        lambda text: text.encode().hex(),
+    ]
+    for form in forms:
+        with closing(Echo(form)) as server:
+            where = f"127.0.0.1:{server.server_address[1]}/v1"
+            quoted = urllib.parse.quote(ODD, safe="")
+            monkeypatch.setenv("OPENAI_API_KEY", ODD if place == "key" else "")
+            address = {"key": where, "address": f"bob:{quoted}@{where}", "query": f"{where}?code={quoted}"}[place]
+            monkeypatch.setenv("OPENAI_BASE_URL", f"http://{address}")
+            with pytest.raises(ModelError, match=r"HTTP 403: .*\*\*\*") as caught:
+                asyncio.run(open_model("openai:m").complete(ASK))
+            shown = html.unescape(urllib.parse.unquote(str(caught.value)))
+            assert not [i for i in range(len(ODD) - 9) if ODD[i : i + 10] in shown], shown
+            assert base64.b64encode(USED.encode()).decode()[6:30] not in shown
+
+
+class Echo(ThreadingHTTPServer):
+    """Refuses every request and repeats its headers and path in some form."""
+
+    daemon_threads = True
+
+    def __init__(self, form: Callable[[str], str]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                raw = form(f"{self.headers['Authorization']} {self.path}").encode()
+                self.send_response(403)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_: object) -> None: ...
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{KEY[:9]}\n{KEY[9:]}",
+        f"{KEY}\r\nX-Other: 1",
+        f"{KEY}\tx",
+        f"{KEY} x",
+        f"{KEY}\x7f",
+        f"“{KEY}”",
+        f"{KEY}é",
+        f"x\u200b{KEY}",
+    ],
+)
+def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(monkeypatch, tmp_path, data, capsys, key):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "--run", "run", "--data", str(data), "--split", "dev", "--model", "openai:m"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1 and err.count("\n") == 1 and err.startswith("error: Invalid OPENAI_API_KEY: ")
+    search(out, err, folder=tmp_path)
+    assert KEY[:9] not in err and KEY[9:] not in err
+
+
+@pytest.mark.parametrize("written", [f"  {KEY}\n", f'"{KEY}"', f"'{KEY}'\r\n", f"Bearer {KEY}", f' "bearer  {KEY}" '])
+def test_a_key_may_be_copied_with_what_stands_around_it(monkeypatch, tmp_path, written):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "*")
+    server = Endpoint(every=1)
+    monkeypatch.setenv("OPENAI_BASE_URL", f' "http://127.0.0.1:{server.server_address[1]}/v1"\n')
+    monkeypatch.setenv("OPENAI_API_KEY", written)
+    assert asyncio.run(open_model("openai:m").complete(ASK)).text
+    server.shutdown()
+    server.server_close()
+    assert f"'Bearer {KEY}'" in server.seen[0]
 
 
 def test_evaluation(endpoint, data, tmp_path, capfd):
