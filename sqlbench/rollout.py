@@ -93,7 +93,7 @@ async def answer(
     state = await run_agent(question, text, context, start or ())
     answers = [transition.completion for transition in state.get("transitions", [])]
     # A policy in this process that says nothing is wrong; an endpoint that says nothing was not measured.
-    if "error" not in state and answers and all(a.empty and a.response_ids is None for a in answers):
+    if "error" not in state and answers and all(a.empty and a.sent is not None for a in answers):
         flaws = ", ".join(sorted({a.flaw.removeprefix("empty: ") for a in answers}))
         state["error"] = failure("model", ModelError(f"{model.name} gave no text at all ({flaws}); {NO_TEXT}"))
     return state

@@ -50,7 +50,7 @@ class Completion(Record):
     """``stop``, ``length`` (cut at the token limit), ``content_filter``, or another key of `WITHOUT_TEXT`."""
     seconds: float = 0.0
     sent: dict[str, Any] | None = None
-    """Request fields, besides model and messages, that the endpoint accepted; None for a local model."""
+    """Request fields, besides model and messages, that an endpoint accepted; None where the model is not one."""
 
     @property
     def empty(self) -> bool:
