@@ -298,8 +298,8 @@ def _transition(step: Transition, tokenizer: Path | None) -> Markup:
         notes.append(f"{completion.prompt_tokens} + {completion.response_tokens} tokens")
     if step.strategy:
         notes.append(f"strategy: {step.strategy}")
-    if completion.finish_reason == "length":
-        notes.append("cut at the token limit")
+    if completion.flaw:
+        notes.append(completion.flaw)
     if step.agent == "check":
         notes.append("verdict: correct" if parse_verdict(completion.text) else "verdict: not correct")
     messages = Markup("").join(Markup("<b>{}</b><pre>{}</pre>").format(m.role, m.content) for m in step.messages)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import sqlite3
 import threading
@@ -374,13 +375,19 @@ def test_what_did_not_help_is_not_kept(server):
     assert ["temperature" in request for request in server.requests] == [True, False, True]
 
 
-def test_request_fields_of_the_user_are_sent_as_they_are(server, monkeypatch):
-    monkeypatch.setenv(
-        "SQLBENCH_REQUEST", '{"temperature": null, "max_completion_tokens": 9, "reasoning_effort": "low"}'
+@pytest.fixture
+def request_fields() -> Iterator[dict[str, object]]:
+    """Fields of every request, from a file ``.env`` in the working directory."""
+    Path(".env").write_text(
+        'SQLBENCH_REQUEST={"temperature": null, "max_completion_tokens": 9, "reasoning_effort": "low"}\n'
     )
-    given = ask().sent
-    assert given == {"max_completion_tokens": 9, "reasoning_effort": "low"}
-    assert given.items() <= server.requests[0].items()
+    yield {"max_completion_tokens": 9, "reasoning_effort": "low"}
+    os.environ.pop("SQLBENCH_REQUEST", None)
+
+
+def test_request_fields_of_the_user_are_sent_as_they_are(server, request_fields):
+    assert ask().sent == request_fields
+    assert request_fields.items() <= server.requests[0].items()
     assert not server.requests[0].keys() & {"temperature", "max_tokens"}
     # What the user asked for is never dropped in silence.
     server.faults = always(lambda reply: reply.send(*reversed(complaint("reasoning_effort is not supported"))))
