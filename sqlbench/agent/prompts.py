@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 from sqlbench.agent.trajectory import Execution, Message, Record
+from sqlbench.database.schema import identifier
 from sqlbench.database.types import Schema
 from sqlbench.errors import ModelError
 
@@ -276,14 +277,14 @@ def _hint(message: str, schema: Schema | None) -> str:
     if schema is None or found is None:
         return ""
     if found[1] == "column":
-        names = {column.name for table in schema.tables for column in table.columns}
+        names = {c.name: identifier(c.name, schema.dialect) for table in schema.tables for c in table.columns}
         if found[2] in names:  # it exists, only not in the tables of the query
-            tables = [table.name for table in schema.tables if found[2] in {column.name for column in table.columns}]
+            tables = [table.label for table in schema.tables if found[2] in {column.name for column in table.columns}]
             return f", {found[2]} is in {' or '.join(tables[:2])}"
-    else:
-        names = {table.name for table in schema.tables}
+    else:  # of tables with the same name the first needs no schema before it, if any does not
+        names = {t.name: identifier(t.name, schema.dialect, t.schema) for t in reversed(schema.tables)}
     close = difflib.get_close_matches(found[2], sorted(names), 2, 0.4)
-    return f", use {' or '.join(close)}" if close else ""
+    return f", use {' or '.join(map(names.__getitem__, close))}" if close else ""
 
 
 _TAG = re.compile(
