@@ -43,7 +43,7 @@ _SUSPECT = re.compile(
 )
 """Where none of these occurs, no function of `_CALLS` is called by its name. U&"..." could spell any of them."""
 _HARMLESS = (
-    r"random|random_normal|gen_random_uuid|uuidv[47]|clock_timestamp|timeofday|array_(sample|shuffle)|currval|lastval|"
+    r"amvalidate|txid_status|random|random_normal|gen_random_uuid|uuidv[47]|clock_timestamp|timeofday|array_(sample|shuffle)|currval|lastval|"
     r"pg_sleep|pg_sleep_(for|until)|pg_(relation|table|indexes|total_relation|database|tablespace)_size|current_query|"
     r"pg_partition_(tree|ancestors)|pg_is_in_recovery|pg_lock_status|pg_sequence_last_value|pg_stat_get_\w+"
 )
@@ -89,11 +89,13 @@ _SESSION = (
 _TIMES = ("date", "time", "timetz", "timestamp", "timestamptz", "interval")
 """Types read as the server writes them: Python has no infinite date, no year before Christ and no 24 o'clock."""
 _PLAIN = (int, str, float, bytes, type(None))
+_COMMENTS = 1000
+"""The server reads nested comments in time that grows with their square, and nothing interrupts it there."""
 _DECLARE = 'DECLARE "sqlbench" CURSOR FOR '
 
 
 class _AnyBytes(TextLoader):
-    """Text of a database whose encoding is SQL_ASCII, which keeps whatever bytes it was given."""
+    """Text of a database whose encoding is SQL_ASCII, which keeps the bytes that it was given: UTF-8 as a rule."""
 
     def load(self, data: Any) -> str:
         return bytes(data).decode(errors="replace")
@@ -115,9 +117,12 @@ class PostgresConnection:
             self.hidden = bool(row and row[0])
             for name in _TIMES:
                 self.raw.adapters.register_loader(name, TextLoader)
-            if self.raw.info.parameter_status("server_encoding") == "SQL_ASCII":
-                for name in ("text", "varchar", "bpchar", "name"):
-                    self.raw.adapters.register_loader(name, _AnyBytes)
+            if (
+                self.raw.info.parameter_status("server_encoding") == "SQL_ASCII"
+            ):  # a server checks what it sends as UTF-8
+                self.raw.execute("SET client_encoding = LATIN1")  # lets every byte pass as it is, both ways
+                for kind in (0, "text", "varchar", "bpchar", "name"):
+                    self.raw.adapters.register_loader(kind, _AnyBytes)
             self.trees: list[tuple[str, str]] = []
             self.raw.add_notice_handler(
                 lambda note: self.trees.append((str(note.message_primary), str(note.message_detail)))
@@ -158,6 +163,8 @@ class PostgresConnection:
             return QueryResult("rejected", error=f"statement of more than {SQL_BYTES} bytes")
         if "\0" in sql:
             return QueryResult("rejected", error="the query contains a null character")
+        if sql.count("/*") > _COMMENTS:
+            return QueryResult("rejected", error=f"more than {_COMMENTS} comments")
         self.deadline, self.cancelled = deadline, False
         try:
             self._time_left()
@@ -243,7 +250,8 @@ class PostgresConnection:
                 cursor.execute(sql.encode())
             except errors.SyntaxError as error:
                 return self._not_a_query(sql, error)
-            columns = tuple([d.name for d in cursor.description or ()])
+            encoding = self.raw.info.encoding
+            columns = tuple([d.name.encode(encoding).decode(errors="replace") for d in cursor.description or ()])
             step = max(1, min(1000, limits.rows + 1, CHUNK_BYTES // (32768 * max(1, len(columns)))))
             rows: list[tuple] = []
             size = 0
