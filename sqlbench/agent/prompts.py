@@ -249,20 +249,19 @@ def render_execution(execution: Execution, family: str, max_chars: int, schema: 
         schema: where given, an unknown table or column is answered with the closest names that exist, and a column of
             other tables than the query's with those.
     """
-    if execution.status != "ok":
+    if not execution.answered:
         message = " ".join((execution.error or execution.status).split())
         text = f"error: {message}{_hint(message, schema)}"
     elif execution.n_rows == 0:
         text = "empty result"
     elif family == "nano":
         cells = ["NULL" if cell is None else str(cell)[:20] for cell in execution.rows[0][:3]]
-        text = f"{execution.n_rows} rows: {', '.join(cells)}"
+        text = f"{execution.size if execution.cut else f'{execution.n_rows} rows'}: {', '.join(cells)}"
     else:
         lines = [" | ".join("NULL" if cell is None else str(cell) for cell in row) for row in execution.rows]
         more = execution.n_rows - len(execution.rows)
-        tail = [f"... ({more} more rows)"] if more > 0 else []
-        rows = "row" if execution.n_rows == 1 else "rows"
-        text = "\n".join([f"{execution.n_rows} {rows}", " | ".join(execution.columns), *lines, *tail])
+        tail = ["... (more rows)"] if execution.cut else [f"... ({more} more rows)"] if more > 0 else []
+        text = "\n".join([execution.size, " | ".join(execution.columns), *lines, *tail])
     return truncate(text, max_chars, "" if family == "nano" else " ... (truncated)")
 
 

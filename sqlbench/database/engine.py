@@ -230,13 +230,14 @@ class _SqliteConnection:
                 chunk = cursor.fetchmany(step)
                 rows += chunk
                 if len(rows) > limits.rows:
-                    error = f"more than {limits.rows} rows"
+                    error = f"more than {limits.rows:,} rows"
                     return QueryResult("too_large", columns, rows[: limits.rows], error)
                 if len(chunk) < step:
                     return QueryResult("ok", columns, rows)
                 size += len(marshal.dumps(chunk))
                 if size > limits.result_bytes:
-                    return QueryResult("too_large", columns, rows, f"more than {limits.result_bytes} bytes")
+                    error = f"more than {limits.result_bytes:,} bytes in the first {len(rows):,} rows"
+                    return QueryResult("too_large", columns, rows, error)
         finally:
             cursor.close()
 

@@ -262,12 +262,13 @@ class PostgresConnection:
                 ]
                 rows += chunk
                 if len(rows) > limits.rows:
-                    return QueryResult("too_large", columns, rows[: limits.rows], f"more than {limits.rows} rows")
+                    return QueryResult("too_large", columns, rows[: limits.rows], f"more than {limits.rows:,} rows")
                 if len(chunk) < step:
                     return QueryResult("ok", columns, rows)
                 size += len(marshal.dumps(chunk))
                 if size > limits.result_bytes:
-                    return QueryResult("too_large", columns, rows, f"more than {limits.result_bytes} bytes")
+                    error = f"more than {limits.result_bytes:,} bytes in the first {len(rows):,} rows"
+                    return QueryResult("too_large", columns, rows, error)
                 self._time_left()
 
     def _time_left(self) -> None:
