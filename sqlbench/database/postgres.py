@@ -248,8 +248,8 @@ class PostgresConnection:
         with self.raw.cursor(name="sqlbench") as cursor:
             try:
                 cursor.execute(sql.encode())
-            except errors.SyntaxError as error:
-                return self._not_a_query(sql, error)
+            except errors.SyntaxError as wrong:
+                return self._not_a_query(sql, wrong)
             encoding = self.raw.info.encoding
             columns = tuple([d.name.encode(encoding).decode(errors="replace") for d in cursor.description or ()])
             step = max(1, min(1000, limits.rows + 1, CHUNK_BYTES // (32768 * max(1, len(columns)))))
