@@ -398,7 +398,7 @@ def corp(postgres):
         'GRANT SELECT ON ALL TABLES IN SCHEMA public, "Data Mart", closed TO clerk',
         "REVOKE SELECT ON corp.salary FROM clerk",
         "REVOKE SELECT ON corp.employee FROM clerk; GRANT SELECT (id, name, salary_id) ON corp.employee TO clerk",
-        "CREATE ROLE nobody LOGIN; ALTER ROLE clerk IN DATABASE corp SET search_path = public",
+        "CREATE ROLE stranger LOGIN; ALTER ROLE clerk IN DATABASE corp SET search_path = public",
     )  # fmt: skip
 
 
@@ -422,7 +422,7 @@ def test_the_schema_shows_what_the_role_may_read_in_every_schema_and_no_partitio
     assert schema_text(schema, max_chars=9999) == TEXT
     everything = {table.label for table in introspect(open_database(corp)).tables}
     assert everything - {table.label for table in schema.tables} == {"corp.salary", "closed.secret"}
-    assert not introspect(open_database(as_role(corp, "nobody"))).tables
+    assert not introspect(open_database(as_role(corp, "stranger"))).tables
 
 
 def test_names_of_other_schemas_are_qualified_and_quoted_in_ddl_and_types_stay_as_they_are(corp):
