@@ -84,7 +84,7 @@ def _notice(name: str, schema: Schema) -> str:
         return ""
     widest = max(schema.tables, key=lambda table: len(table.columns))
     return (
-        f"{name} is large (its widest table, {widest.name}, has {len(widest.columns)} columns): prompts show the "
+        f"{name} is large (its widest table, {widest.label}, has {len(widest.columns)} columns): prompts show the "
         f"beginning of its schema only, {SMALL:,} characters to nano and {LARGE:,} to other models"
     )
 
@@ -168,10 +168,10 @@ _NUMBERS, _TEXT = ("INT", "REAL", "NUM", "DEC", "DOUBLE", "FLOA", "MONEY"), ("CH
 
 def _questions(table: Table) -> list[Example | None]:
     """One question of each kind; None where the table has no columns for it."""
-    one, many, name = _words(table.name), _plural(_words(table.name)), quote(table.name)
+    one, many, name = _words(table.name), _plural(_words(table.name)), quote(table.name, table.schema)
     found: list[Example | None] = [Example(f"How many {many} are there?", f"SELECT count(*) FROM {name}")]
     labels, numbers = _columns(table, *_TEXT), _columns(table, *_NUMBERS)
-    parent = next((k for k in table.foreign_keys if k.ref_column and k.ref_table != table.name), None)
+    parent = next((k for k in table.foreign_keys if k.ref_column and k.ref_label != table.label), None)
     label, label_words = (quote(labels[0].name), _words(labels[0].name)) if labels else ("", "")
     number, number_words = (quote(numbers[0].name), _words(numbers[0].name)) if numbers else ("", "")
     found += [
@@ -187,7 +187,7 @@ def _questions(table: Table) -> list[Example | None]:
         else None,
     ]
     if parent:
-        key, other = quote(parent.ref_column), quote(parent.ref_table)
+        key, other = quote(parent.ref_column), quote(parent.ref_table, parent.ref_schema)
         joined = f"{name} c JOIN {other} p ON c.{quote(parent.column)} = p.{key}"
         sql = f"SELECT p.{key}, count(*) FROM {joined} GROUP BY p.{key}"
         return [*found, Example(f"How many {many} are there for each {_words(parent.ref_table)}?", sql)]

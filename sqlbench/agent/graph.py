@@ -198,7 +198,7 @@ async def _execute(
         "executions": [record],
         "execution_text": text,
         "history": [(record.sql, text)],
-        "feedback": "" if result.ok else REFUSED,  # until the check says more, where it is asked
+        "feedback": "" if record.answered else REFUSED,  # until the check says more, where it is asked
     }
     return Command(update=update, goto=_after_execution(state, record, context))
 
@@ -240,7 +240,7 @@ def _after_execution(state: AgentState, record: Execution, context: AgentContext
             return END
         # A query that did not run is wrong without asking; the call saved pays for another attempt. Without repair the
         # check stays, since policies are trained and measured on rollouts that have it.
-        if record.status != "ok":
+        if not record.answered:
             return "rewrite_query"
     return "check_query"
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 from sqlbench.agent.trajectory import Execution, Message, Record
+from sqlbench.database.schema import identifier
 from sqlbench.database.types import Schema
 from sqlbench.errors import ModelError
 
@@ -248,20 +249,19 @@ def render_execution(execution: Execution, family: str, max_chars: int, schema: 
         schema: where given, an unknown table or column is answered with the closest names that exist, and a column of
             other tables than the query's with those.
     """
-    if execution.status != "ok":
+    if not execution.answered:
         message = " ".join((execution.error or execution.status).split())
         text = f"error: {message}{_hint(message, schema)}"
     elif execution.n_rows == 0:
         text = "empty result"
     elif family == "nano":
         cells = ["NULL" if cell is None else str(cell)[:20] for cell in execution.rows[0][:3]]
-        text = f"{execution.n_rows} rows: {', '.join(cells)}"
+        text = f"{execution.size if execution.cut else f'{execution.n_rows} rows'}: {', '.join(cells)}"
     else:
         lines = [" | ".join("NULL" if cell is None else str(cell) for cell in row) for row in execution.rows]
         more = execution.n_rows - len(execution.rows)
-        tail = [f"... ({more} more rows)"] if more > 0 else []
-        rows = "row" if execution.n_rows == 1 else "rows"
-        text = "\n".join([f"{execution.n_rows} {rows}", " | ".join(execution.columns), *lines, *tail])
+        tail = ["... (more rows)"] if execution.cut else [f"... ({more} more rows)"] if more > 0 else []
+        text = "\n".join([execution.size, " | ".join(execution.columns), *lines, *tail])
     return truncate(text, max_chars, "" if family == "nano" else " ... (truncated)")
 
 
@@ -276,14 +276,14 @@ def _hint(message: str, schema: Schema | None) -> str:
     if schema is None or found is None:
         return ""
     if found[1] == "column":
-        names = {column.name for table in schema.tables for column in table.columns}
+        names = {c.name: identifier(c.name, schema.dialect) for table in schema.tables for c in table.columns}
         if found[2] in names:  # it exists, only not in the tables of the query
-            tables = [table.name for table in schema.tables if found[2] in {column.name for column in table.columns}]
+            tables = [table.label for table in schema.tables if found[2] in {column.name for column in table.columns}]
             return f", {found[2]} is in {' or '.join(tables[:2])}"
-    else:
-        names = {table.name for table in schema.tables}
+    else:  # of tables with the same name the first needs no schema before it, if any does not
+        names = {t.name: identifier(t.name, schema.dialect, t.schema) for t in reversed(schema.tables)}
     close = difflib.get_close_matches(found[2], sorted(names), 2, 0.4)
-    return f", use {' or '.join(close)}" if close else ""
+    return f", use {' or '.join(map(names.__getitem__, close))}" if close else ""
 
 
 _TAG = re.compile(

@@ -94,6 +94,21 @@ class Execution(Record):
     n_rows: int = 0
     seconds: float = 0.0
 
+    @property
+    def cut(self) -> bool:
+        """Whether it gave more rows or bytes than are kept; `error` then says how many, and `rows` are the first."""
+        return self.status == "too_large" and bool(self.rows)
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is a result to look at: all of it, or its beginning."""
+        return self.status == "ok" or self.cut
+
+    @property
+    def size(self) -> str:
+        """How many rows it gave, in words."""
+        return str(self.error) if self.cut else f"{self.n_rows} row{'s' * (self.n_rows != 1)}"
+
 
 class Trajectory(Record):
     """One rollout of one task."""

@@ -5,8 +5,8 @@ reading and plain functions), nothing outside the file is read (no ATTACH, PRAGM
 0.2 s of its deadline, SQLite's heap stays under `HEAP_BYTES` in the whole process and a result under
 `Limits.result_bytes` plus one chunk of `CHUNK_BYTES`. On PostgreSQL the text runs as a cursor of a read-only
 transaction with ``statement_timeout``, so only a single SELECT, VALUES or TABLE can run at all; a superuser login steps
-down to ``pg_read_all_data``, and functions that could step up again or run SQL held in strings are refused by name, as
-are the tables of passwords.
+down to ``pg_read_all_data``, and functions that could step up again or run SQL held in strings are refused (see
+`sqlbench.database.postgres`), as are the tables of passwords.
 
 Not covered: a database file that was itself made hostile (corrupt pages, virtual tables); a single full count or index
 search over a file of many gigabytes; server memory of PostgreSQL, and one PostgreSQL value of up to 1 GB on its way to
@@ -230,13 +230,14 @@ class _SqliteConnection:
                 chunk = cursor.fetchmany(step)
                 rows += chunk
                 if len(rows) > limits.rows:
-                    error = f"more than {limits.rows} rows"
+                    error = f"more than {limits.rows:,} rows"
                     return QueryResult("too_large", columns, rows[: limits.rows], error)
                 if len(chunk) < step:
                     return QueryResult("ok", columns, rows)
                 size += len(marshal.dumps(chunk))
                 if size > limits.result_bytes:
-                    return QueryResult("too_large", columns, rows, f"more than {limits.result_bytes} bytes")
+                    error = f"more than {limits.result_bytes:,} bytes in the first {len(rows):,} rows"
+                    return QueryResult("too_large", columns, rows, error)
         finally:
             cursor.close()
 

@@ -68,9 +68,9 @@ def _sqlite_tables(connection: sqlite3.Connection) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def quote(name: str) -> str:
-    """A name as a quoted SQL identifier, in both dialects."""
-    return '"' + name.replace('"', '""') + '"'
+def quote(name: str, schema: str = "") -> str:
+    """A name as a quoted SQL identifier, in both dialects, with its schema where it has one."""
+    return (quote(schema) + "." if schema else "") + '"' + name.replace('"', '""') + '"'
 
 
 def schema_text(schema: Schema, style: str = "compact", max_chars: int = 2048) -> str:
@@ -97,11 +97,11 @@ def schema_text(schema: Schema, style: str = "compact", max_chars: int = 2048) -
 
 
 def _compact_line(table: Table) -> str:
-    references = {key.column.lower(): key.ref_table for key in table.foreign_keys}
+    references = {key.column.lower(): key.ref_label for key in table.foreign_keys}
     columns = [
         f"{c.name} > {references[c.name.lower()]}" if c.name.lower() in references else c.name for c in table.columns
     ]
-    return f" {table.name}: {', '.join(columns)}".replace("\n", " ")
+    return f" {table.label}: {', '.join(columns)}".replace("\n", " ")
 
 
 def _fit(lines: list[str], max_chars: int, whole: bool = False) -> str:
@@ -114,10 +114,8 @@ def _fit(lines: list[str], max_chars: int, whole: bool = False) -> str:
 
 
 def _create_table(table: Table, dialect: str) -> str:
-    def name(text: str) -> str:
-        plain = re.fullmatch(r"[A-Za-z_]\w*", text) and text.lower() not in _RESERVED
-        folded = dialect == "postgresql" and text != text.lower()  # it would be read in lower case
-        return text if plain and not folded else quote(text)
+    def name(text: str, schema: str = "") -> str:
+        return identifier(text, dialect, schema)
 
     primary = [c.name for c in table.columns if c.primary_key]
     parts = []
@@ -128,8 +126,15 @@ def _create_table(table: Table, dialect: str) -> str:
         parts.append(f"  PRIMARY KEY ({', '.join(map(name, primary))})")
     for key in table.foreign_keys:
         target = f" ({name(key.ref_column)})" if key.ref_column else ""
-        parts.append(f"  FOREIGN KEY ({name(key.column)}) REFERENCES {name(key.ref_table)}{target}")
-    return f"CREATE TABLE {name(table.name)} (\n" + ",\n".join(parts) + "\n);"
+        parts.append(f"  FOREIGN KEY ({name(key.column)}) REFERENCES {name(key.ref_table, key.ref_schema)}{target}")
+    return f"CREATE TABLE {name(table.name, table.schema)} (\n" + ",\n".join(parts) + "\n);"
+
+
+def identifier(name: str, dialect: str, schema: str = "") -> str:
+    """A name as a query needs it, quoted only where it must be, with its schema where it has one."""
+    plain = re.fullmatch(r"[A-Za-z_]\w*", name) and name.lower() not in _RESERVED
+    folded = dialect == "postgresql" and name != name.lower()  # it would be read in lower case
+    return (identifier(schema, dialect) + "." if schema else "") + (name if plain and not folded else quote(name))
 
 
 # Words that one of the two dialects does not take as the name of a table or column without quotes.
@@ -150,7 +155,7 @@ def mermaid_er(schema: Schema) -> str:
     """The schema as a mermaid entity-relationship diagram."""
     lines = ["erDiagram"]
     for table in schema.tables:
-        lines.append(f"    {_plain(table.name)} {{")
+        lines.append(f"    {_plain(table.label)} {{")
         keys = {key.column for key in table.foreign_keys}
         for c in table.columns:
             mark = ", ".join(["PK"] * c.primary_key + ["FK"] * (c.name in keys))
@@ -158,7 +163,7 @@ def mermaid_er(schema: Schema) -> str:
         lines.append("    }")
     for table in schema.tables:
         for key in table.foreign_keys:
-            lines.append(f"    {_plain(table.name)} }}o--|| {_plain(key.ref_table)} : {_plain(key.column)}")
+            lines.append(f"    {_plain(table.label)} }}o--|| {_plain(key.ref_label)} : {_plain(key.column)}")
     return "\n".join(lines) + "\n"
 
 

@@ -41,7 +41,7 @@ class QueryResult:
 
 @dataclass(frozen=True)
 class Column:
-    """One column; `type` is the declared type in upper case ('' where none is declared)."""
+    """One column; `type` is the declared type, a built-in one in upper case ('' where none is declared)."""
 
     name: str
     type: str = ""
@@ -56,6 +56,13 @@ class ForeignKey:
     column: str
     ref_table: str
     ref_column: str
+    ref_schema: str = ""
+    """As in `Table`."""
+
+    @property
+    def ref_label(self) -> str:
+        """The label of the table that it refers to."""
+        return label(self.ref_table, self.ref_schema)
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,18 @@ class Table:
     name: str
     columns: tuple[Column, ...]
     foreign_keys: tuple[ForeignKey, ...] = ()
+    schema: str = ""
+    """The PostgreSQL schema that must stand before its name; empty where the search path finds it without."""
+
+    @property
+    def label(self) -> str:
+        """Its name as a person writes it, with its schema where that is needed."""
+        return label(self.name, self.schema)
+
+
+def label(name: str, schema: str) -> str:
+    """A name with its schema before it, unquoted."""
+    return f"{schema}.{name}" if schema else name
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import html
 import re
 from dataclasses import dataclass
 
-from sqlbench.database.types import Column, Schema, Table
+from sqlbench.database.types import Column, ForeignKey, Schema, Table
 
 MAX_TABLES, MAX_COLUMNS = 80, 14
 _ROW, _HEAD, _GAP_X, _GAP_Y, _CHAR = 18, 24, 70, 24, 6.7
@@ -36,7 +36,7 @@ class _Box:
 
     @property
     def width(self) -> float:
-        lines = [_short(self.table.name), *(f"PK {_short(c.name)}  {_short(c.type)}" for c in self.columns)]
+        lines = [_short(self.table.label), *(f"PK {_short(c.name)}  {_short(c.type)}" for c in self.columns)]
         return max(120.0, 20 + _CHAR * max(map(len, lines)))
 
     def row(self, column: str) -> float:
@@ -48,7 +48,7 @@ class _Box:
 
 def er_svg(schema: Schema) -> str:
     """The diagram of a schema."""
-    boxes = {t.name.lower(): _Box(t, _drawn(t)) for t in schema.tables[:MAX_TABLES]}
+    boxes = {t.label: _Box(t, _drawn(t)) for t in schema.tables[:MAX_TABLES]}
     if not boxes:
         return "<p>There are no tables to draw.</p>"
     width, height = _place(boxes)
@@ -79,7 +79,7 @@ def _place(boxes: dict[str, _Box]) -> tuple[float, float]:
 
     def visit(name: str, above: frozenset[str]) -> int:
         if name not in depth:
-            targets = {k.ref_table.lower() for k in boxes[name].table.foreign_keys} & boxes.keys() - above - {name}
+            targets = {_target(k, boxes) for k in boxes[name].table.foreign_keys} & boxes.keys() - above - {name}
             depth[name] = max((visit(t, above | {name}) + 1 for t in sorted(targets)), default=0)
         return depth[name]
 
@@ -88,8 +88,8 @@ def _place(boxes: dict[str, _Box]) -> tuple[float, float]:
     users: dict[str, list[str]] = {name: [] for name in boxes}
     for name, box in boxes.items():
         for key in box.table.foreign_keys:
-            if key.ref_table.lower() in users.keys() - {name}:
-                users[key.ref_table.lower()].append(name)
+            if (target := _target(key, boxes)) in users.keys() - {name}:
+                users[target].append(name)
     for name in sorted(boxes, key=lambda n: -depth[n]):  # as near to their users as they can be: short lines
         depth[name] = max(depth[name], min((depth[user] for user in users[name]), default=0) - 1)
     x, bottom = 12.0, 0.0
@@ -106,10 +106,16 @@ def _place(boxes: dict[str, _Box]) -> tuple[float, float]:
     return x - _GAP_X + 12, bottom - _GAP_Y + 12
 
 
+def _target(key: ForeignKey, boxes: dict[str, _Box]) -> str:
+    """Label of the table that a key refers to: SQLite keeps the case in which the key was declared."""
+    label = key.ref_label
+    return label if label in boxes else next((name for name in boxes if name.lower() == label.lower()), label)
+
+
 def _edges(box: _Box, boxes: dict[str, _Box]) -> str:
     parts = []
     for key in box.table.foreign_keys:
-        target = boxes.get(key.ref_table.lower())
+        target = boxes.get(_target(key, boxes))
         if target is None:
             continue
         y, to_y = box.row(key.column), target.row(key.ref_column)
@@ -119,7 +125,7 @@ def _edges(box: _Box, boxes: dict[str, _Box]) -> str:
             x, to_x, bend, to_bend = box.x + box.width, target.x, 40, -40
         else:
             x, to_x, bend, to_bend = box.x + box.width, target.x + target.width, 50, 50
-        title = f"{key.column} refers to {key.ref_table}.{key.ref_column}"
+        title = f"{key.column} refers to {key.ref_label}.{key.ref_column}"
         parts.append(
             f'<path d="M{x:g} {y:g} C{x + bend:g} {y:g} {to_x + to_bend:g} {to_y:g} {to_x:g} {to_y:g}" fill="none" '
             f'stroke="#6e7781" stroke-width="1.3"><title>{_escape(title)}</title></path>'
@@ -134,7 +140,7 @@ def _draw(box: _Box) -> str:
     parts = [
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{box.height:g}" rx="4" fill="#fff" stroke="#8c959f"/>'
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{_HEAD}" rx="4" fill="#ddf4ff" stroke="#8c959f"/>'
-        f'<text x="{x + 8:g}" y="{y + 16:g}" font-weight="bold" fill="#0a3069">{_label(box.table.name)}</text>'
+        f'<text x="{x + 8:g}" y="{y + 16:g}" font-weight="bold" fill="#0a3069">{_label(box.table.label)}</text>'
     ]
     for i, c in enumerate(box.columns):
         base = y + _HEAD + _ROW * i + 16

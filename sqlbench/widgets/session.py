@@ -53,8 +53,8 @@ class Attempt:
     def html(self) -> Markup:
         """The query with its strategy, and what the database and the review said to it."""
         done, outcome = self.execution, Markup("<small>{}</small>").format(self.doing)
-        if done is not None and done.status == "ok":
-            outcome = Markup("<small>{}</small> ").format(_rows(done.n_rows)) + outcome
+        if done is not None and done.answered:
+            outcome = Markup("<small>{}</small> ").format(done.size) + outcome
         elif done is not None:
             outcome = Markup('<b style="color: #b3261e">{}</b> {} ').format(done.status, done.error or "") + outcome
         if self.review:
@@ -63,10 +63,6 @@ class Attempt:
         return Markup('<div class="attempt"><b>Attempt {}</b> <code>{}</code><pre>{}</pre>{}</div>').format(
             self.turn, self.strategy, extract_sql(self.text) or "...", outcome
         )
-
-
-def _rows(count: int) -> str:
-    return f"{count} row{'s' * (count != 1)}"
 
 
 class Transcript:
@@ -124,11 +120,11 @@ class Transcript:
         """Every attempt, and at the end the rows of the last one."""
         last = self.attempts[-1].execution if self.attempts and self.conclusion else None
         rows = Markup("")
-        if last is not None and last.status == "ok":
+        if last is not None and last.answered:
             more = f", the first {len(last.rows)} are shown" if last.n_rows > len(last.rows) else ""
             cells = [[view.value_text(value) for value in row] for row in last.rows]
             rows = Markup('<h4>Result: {}{}</h4><div class="scroll">{}</div>').format(
-                _rows(last.n_rows), more, view.table(last.columns, cells)
+                last.size, more, view.table(last.columns, cells)
             )
         attempts = Markup("").join(attempt.html() for attempt in self.attempts)
         return Markup('<h4 style="font-size: 15px">{} <small>{}</small></h4>{}{}<p><small>{}</small></p>').format(
@@ -264,7 +260,7 @@ class ChatSession:
         text = f"{len(executions)} attempt{'s' * (len(executions) != 1)}, {seconds:.1f} s"
         if "error" in state:
             text = f"stopped: {' '.join(state['error'].split())}"
-        elif executions[-1].status != "ok":
+        elif not executions[-1].answered:
             self._learn(exchange, 0.0)
             text = f"gave up, the last query did not run; {text}"
         feedback = exchange.feedback()

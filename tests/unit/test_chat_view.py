@@ -59,6 +59,12 @@ def shop(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def readings(postgres: str) -> str:
+    """Address of a database with one table of 10,001 rows."""
+    return on_a_server(postgres)
+
+
 def drive(
     tmp_path: Path,
     steps: Callable[[ChatView], Coroutine[Any, Any, None]],
@@ -132,6 +138,60 @@ def test_a_verdict_is_kept_once_and_teaches_the_bandit(tmp_path: Path, shop: Pat
     assert lesson.strategy in view._learned.value and lesson.reward < 0
     again = ChatSession(view.session.model, tmp_path / "state")
     assert again.bandit.lessons == [lesson] and again.evolution.progress == (1, 4)
+
+
+def large(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE reading (n INTEGER, note TEXT)")
+        connection.executemany("INSERT INTO reading VALUES (?, ?)", [(n, f"note {n}") for n in range(10_001)])
+
+
+def on_a_server(postgres: str) -> str:
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE readings")
+    address = postgres.replace("/postgres?", "/readings?")
+    with psycopg.connect(address) as connection:
+        connection.execute(
+            "CREATE TABLE reading AS SELECT n, 'note ' || n AS note FROM generate_series(0, 10000) n ORDER BY n"
+        )
+    return address
+
+
+ALL = "SELECT n, note FROM reading ORDER BY n"
+BYTES = "more than 33,554,432 bytes in the first "
+
+
+@pytest.mark.parametrize(
+    ("dialect", "sql", "words"),
+    [
+        ("sqlite", ALL, "more than 10,000 rows"),
+        ("postgresql", ALL, "more than 10,000 rows"),
+        ("sqlite", "SELECT n, note, hex(zeroblob(50000)) FROM reading LIMIT 1000", BYTES),
+        ("postgresql", "SELECT n, note, repeat('0', 100000) FROM reading LIMIT 1000", BYTES),
+    ],
+)
+def test_a_result_over_a_limit_is_an_answer_with_its_first_rows(
+    tmp_path: Path, request: pytest.FixtureRequest, dialect: str, sql: str, words: str
+) -> None:
+    large(tmp_path / "large.sqlite")
+    target = request.getfixturevalue("readings") if dialect == "postgresql" else tmp_path / "large.sqlite"
+
+    async def steps(view: ChatView) -> None:
+        view.connect(str(target))
+        await view.wait()
+        card = await ask(view, "Every reading?")
+        assert view.session is not None and not view.session.bandit.lessons
+        assert len(card.transcript.attempts) == 1 and "gave up" not in card.transcript.conclusion
+        html = str(card.html())
+        assert f"Result: {words}" in html and ", the first 20 are shown" in html
+        assert "note 0<" in html and "note 19<" in html and "note 20<" not in html and "too_large" not in html
+        card.judge(True)
+
+    view = drive(tmp_path, steps, lambda system, user: RIGHT if "You review" in system else f"```sql\n{sql}\n```")
+    assert view.session is not None and isinstance(view.session.model, Scripted)
+    (check,) = [prompt[-1].content for prompt in view.session.model.prompts if "You review" in prompt[0].content]
+    assert words in check and "0 | note 0" in check and "error" not in check
+    assert feedback(tmp_path)[-1]["verdict"] == "right" and words in feedback(tmp_path)[-1]["execution"]
 
 
 def test_retry_differently_shows_the_model_what_was_not_the_answer(tmp_path: Path, shop: Path) -> None:

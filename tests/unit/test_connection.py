@@ -16,6 +16,7 @@ import pytest
 
 from sqlbench.agent.trajectory import Completion
 from sqlbench.connection import connect, model_examples
+from sqlbench.database.schema import mermaid_er
 from sqlbench.database.types import Column, ForeignKey, Schema, Table
 from sqlbench.errors import DatabaseError
 from sqlbench.widgets.diagram import MAX_COLUMNS, MAX_TABLES, er_svg
@@ -78,6 +79,45 @@ def test_postgresql_is_introspected_and_its_examples_run(chinook: str) -> None:
     assert len({e.question for e in connection.examples}) == 5
     assert all(connection.database.execute(e.sql).rows for e in connection.examples)
     assert "invoice_line" in er_svg(connection.schema)
+
+
+@pytest.fixture(scope="module")
+def company(postgres: str) -> str:
+    """Address of a database whose tables are in schemas of their own; a login named guest may read none of them."""
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE company")
+        connection.execute("CREATE ROLE guest LOGIN")
+    address = postgres.replace("/postgres?", "/company?")
+    with psycopg.connect(address) as connection:
+        connection.execute(
+            'CREATE SCHEMA sales; CREATE SCHEMA "HR"; CREATE DOMAIN sales.label AS text;'
+            "CREATE TABLE sales.client (id int PRIMARY KEY, title sales.label, budget numeric);"
+            'CREATE TABLE "HR"."Visit" ("Visit" int, client_id int REFERENCES sales.client);'
+            'CREATE TABLE "HR".visit (id int, client_id int REFERENCES sales.client);'
+            "INSERT INTO sales.client VALUES (1, 'Ada', 10), (2, 'Bo', 4);"
+            """INSERT INTO "HR"."Visit" VALUES (1, 1), (2, 1), (3, 2); INSERT INTO "HR".visit VALUES (1, 1)"""
+        )
+    return address
+
+
+def test_tables_of_other_schemas_are_drawn_and_their_examples_run(company: str) -> None:
+    connection = connect(company)
+    assert connection.notice == "" and [t.label for t in connection.schema.tables] == [
+        "HR.Visit",
+        "HR.visit",
+        "sales.client",
+    ]
+    asked = {e.question: connection.database.execute(e.sql).rows for e in connection.examples}
+    assert asked["What is the title of the client with the highest budget?"] == [("Ada",)]
+    assert asked["How many visits are there for each client?"] in ([(1, 2), (2, 1)], [(1, 1)])
+    svg = er_svg(connection.schema)
+    assert {"HR.Visit", "HR.visit", "sales.client"} <= set(texts(svg))
+    assert svg.count("<path") == 2 and "client_id refers to sales.client.id" in svg
+    assert "HR_Visit }o--|| sales_client : client_id" in mermaid_er(connection.schema)
+
+
+def test_a_login_that_may_read_nothing_is_told_so(company: str) -> None:
+    assert "has no tables that can be read" in connect(company.replace("//postgres:", "//guest:")).notice
 
 
 def test_an_empty_database_opens_and_says_so(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_invalid_utf8_is_read_as_the_reference_reads_it(path):
     assert open_database(path).execute("SELECT name FROM t ORDER BY id").rows == [("Ann",), ("A",), (None,)]
 
 
-@pytest.mark.parametrize(("limits", "error"), [(Limits(rows=2), "2 rows"), (Limits(result_bytes=5000), "5000 bytes")])
+@pytest.mark.parametrize(("limits", "error"), [(Limits(rows=2), "2 rows"), (Limits(result_bytes=5000), "5,000 bytes")])
 def test_what_came_before_a_limit_is_kept(path, limits, error):
     endless = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT x FROM r"
     result = open_database(path, limits).execute(endless)
