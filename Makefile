@@ -67,7 +67,7 @@ check: $(INSTALLED)
 	@$(BIN)/mypy
 
 test: check
-	@$(BIN)/python -m pytest --durations=10 tests/unit tests/soak/test_load.py
+	@$(BIN)/python -m pytest --durations=10 tests/unit tests/golden tests/soak/test_load.py
 	@$(BIN)/python -m pytest --durations=5 tests/training tests/notebooks tests/browser
 
 # vLLM without a GPU, in an environment of its own (4 GB, a few minutes): verl's vLLM replica, serve and eval.
