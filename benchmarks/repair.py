@@ -46,8 +46,8 @@ from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, ModelError, SqlbenchError
+from sqlbench.interfaces import Model
 from sqlbench.models import open_model
-from sqlbench.models.base import ChatModel
 from sqlbench.rollout import rollout
 from sqlbench.runs import TRAJECTORIES, RunFolder
 from sqlbench.statistics import paired_bootstrap, wilson
@@ -254,7 +254,7 @@ async def run_policy(
     folder: RunFolder,
     tasks: Sequence[Task],
     dataset: DataSet,
-    model: ChatModel,
+    model: Model,
     bar: tqdm,
 ) -> None:
     """The tasks that this policy has no good rollout of yet, one after the other."""
@@ -277,7 +277,7 @@ async def run_policy(
             raise ModelError(f"stopped: {failed} rollouts with {name} failed in a row, the last with: {record.error}")
 
 
-async def run_tasks(options: argparse.Namespace, model: ChatModel, dataset: DataSet, tasks: Sequence[Task]) -> None:
+async def run_tasks(options: argparse.Namespace, model: Model, dataset: DataSet, tasks: Sequence[Task]) -> None:
     """Let all policies run at the same time, each in a run folder of its own."""
     out: Path = options.out
     state = out / "linucb" / "bandit.json"
@@ -304,7 +304,7 @@ async def run_tasks(options: argparse.Namespace, model: ChatModel, dataset: Data
             folder.close()
 
 
-def weights(model: ChatModel) -> str | None:
+def weights(model: Model) -> str | None:
     """Checksum of a model in this process, so that a run is never continued with other weights."""
     if model.name.startswith("openai:"):
         return None

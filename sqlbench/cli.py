@@ -39,12 +39,17 @@ nano_app = _group("The embedded policy.")
 app.add_typer(data_app, name="data")
 app.add_typer(nano_app, name="nano")
 
-Data = Annotated[Path, typer.Option(help="Data set folder.")]
+Data = Annotated[Path, typer.Option(help="Data set folder, or module:attribute.")]
 Run = Annotated[str, typer.Option(help="Name of the run: results/<profile>/<run>/.")]
 Results = Annotated[Path, typer.Option(help="Folder of all results.")]
 Profile = Annotated[str, typer.Option(help="laptop or gpu.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 Track = Annotated[str | None, typer.Option(help="Send metrics to wandb, mlflow or tensorboard too.")]
+Model = Annotated[
+    str, typer.Option(help="nano, a checkpoint or run folder, openai:NAME, or module:attribute of your own.")
+]
+Agent = Annotated[str, typer.Option(help="self-correcting, or module:attribute of your own.")]
+Reward = Annotated[str, typer.Option(help="execution-match, or module:attribute of your own.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what the run folder holds.")]
 Request = Annotated[
     str | None,
@@ -117,7 +122,9 @@ def eval_(
     run: Run,
     data: Data = POCKET,
     split: Annotated[str, typer.Option(help="A split, or 'headline'.")] = "headline",
-    model: Annotated[str, typer.Option(help="nano, a checkpoint or run folder, or openai:NAME.")] = "nano",
+    model: Model = "nano",
+    agent: Agent = "self-correcting",
+    reward: Reward = "execution-match",
     profile: Profile = "laptop",
     results: Results = RESULTS,
     max_turns: Annotated[int, typer.Option(min=1, help="Queries the agent may write.")] = 3,
@@ -144,6 +151,8 @@ def eval_(
         split,
         model,
         run,
+        agent=agent,
+        reward=reward,
         results=results,
         profile=profile,
         max_turns=max_turns,
@@ -166,7 +175,9 @@ def train(
     run: Run,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value for verl, passed on unchanged.")] = None,
     profile: Profile = "laptop",
-    data: Annotated[Path | None, typer.Option(help="Data set folder; the profile's own by default.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data set folder, or module:attribute; the profile's own by default.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Policy to start from: nano, or a checkpoint folder.")] = None,
     results: Results = RESULTS,
     seed: Annotated[int | None, typer.Option(help="Short for sqlbench.seed=N.")] = None,
@@ -273,14 +284,15 @@ def env(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
     split: Annotated[str, typer.Option(help="Whose tasks are served.")] = "train",
-    model: Annotated[str, typer.Option(help="nano, a checkpoint or run folder, or openai:NAME.")] = "nano",
+    model: Model = "nano",
+    reward: Reward = "execution-match",
     request: Request = None,
 ) -> None:
     """Serve the task as an OpenEnv environment."""
     from sqlbench.environment import serve
 
     _send(request)
-    serve(data, port, host, split, model)
+    serve(data, port, host, split, model, reward)
 
 
 @app.command("serve")
@@ -301,17 +313,19 @@ def serve_(
 @app.command("chat")
 def chat(
     data: Data = POCKET,
-    model: Annotated[str, typer.Option(help="nano, a checkpoint or run folder, or openai:NAME.")] = "nano",
+    model: Model = "nano",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8866,
     run: Run = "chat",
     results: Results = RESULTS,
     reflection: Annotated[
         str | None, typer.Option(help="Endpoint for prompt evolution, openai:NAME; --model's own by default.")
     ] = None,
+    agent: Agent = "self-correcting",
     request: Request = None,
 ) -> None:
     """Serve the chat as a web page, on this machine alone."""
-    from sqlbench.data.tasks import DataSet
+    from sqlbench.data.tasks import open_dataset
+    from sqlbench.interfaces import is_plugin, load_plugin
     from sqlbench.models import open_model, policy_folder
     from sqlbench.models.checkpoint import check_checkpoint
     from sqlbench.runs import run_path
@@ -320,14 +334,15 @@ def chat(
     _send(request)
     if data == POCKET and not data.exists():
         data_pocket()
-    DataSet(data)
-    if model.startswith("openai:"):
+    open_dataset(data)
+    load_plugin("agent", agent)
+    if model.startswith("openai:") or is_plugin(model):
         open_model(model)
     else:  # the page loads it; whether it is there can be said now
         check_checkpoint(policy_folder(model))
     folder = run_path(results, "laptop", run)
     folder.mkdir(parents=True, exist_ok=True)
-    serve_chat(data, model, folder, port, reflection)
+    serve_chat(data, model, folder, port, reflection, agent)
 
 
 def _send(request: str | None) -> None:

@@ -45,3 +45,5 @@ class EvalConfig(Settings):
     rollout: RolloutConfig = RolloutConfig()
     prompts: dict[str, str]
     family: str
+    agent: str = "self-correcting"
+    reward: str = "execution-match"

@@ -16,11 +16,11 @@ from pathlib import Path
 from sqlbench.agent.prompts import DIALECTS, extract_sql
 from sqlbench.agent.trajectory import Message
 from sqlbench.config import RolloutConfig
-from sqlbench.database.engine import Database, is_postgres, open_database
-from sqlbench.database.schema import introspect, quote, schema_text
+from sqlbench.database.engine import is_postgres, open_database
+from sqlbench.database.schema import quote, schema_text
 from sqlbench.database.types import Column, Limits, Schema, Table
 from sqlbench.errors import DatabaseError
-from sqlbench.models.base import ChatModel
+from sqlbench.interfaces import Database, Model
 
 EXAMPLES = 5
 SMALL, LARGE = RolloutConfig().table_info_truncate, 12_000
@@ -53,12 +53,14 @@ class Connection:
     """One line on what will not work as expected; empty where all is well."""
 
 
-def connect(target: str | Path) -> Connection:
-    """Open a SQLite file, ``:memory:`` or a ``postgresql://`` address for reading.
+def connect(target: str | Path | Database) -> Connection:
+    """Open a SQLite file, ``:memory:`` or a ``postgresql://`` address for reading, or take a database object.
 
     Raises:
         DatabaseError: it is no address, cannot be reached, does not exist or is no database.
     """
+    if not isinstance(target, str | Path):
+        return _connection(target)
     text = str(target).strip()
     scheme = re.match(r"(\w+)(\+\w+)?:/", text)
     if not text or (scheme and not is_postgres(text)):
@@ -66,14 +68,16 @@ def connect(target: str | Path) -> Connection:
         raise DatabaseError(f"{what}; give {_KINDS_OF_TARGET}")
     try:
         path = text if is_postgres(text) or text == ":memory:" else str(Path(text).expanduser())
-        database = open_database(path)
-        schema = introspect(database)
+        return _connection(open_database(path))
     except DatabaseError as error:
         from sqlbench.database.postgres import without_password
 
         raise DatabaseError(without_password(" ".join(str(error).split()))) from None
+
+
+def _connection(database: Database) -> Connection:
+    schema, name = database.schema(), database.name or database.dialect
     examples = tuple(schema_examples(database, schema))
-    name = database.name or database.dialect
     return Connection(name, database, schema, examples, _notice(name, schema))
 
 
@@ -108,7 +112,7 @@ def schema_examples(database: Database, schema: Schema) -> list[Example]:
     return found
 
 
-async def model_examples(connection: Connection, model: ChatModel) -> list[Example]:
+async def model_examples(connection: Connection, model: Model) -> list[Example]:
     """Five questions from the model, filled up from the schema where fewer of its queries run.
 
     Raises:

@@ -16,7 +16,7 @@ import pandas as pd
 from sqlbench.agent.prompts import parse_verdict
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.config import Settings
-from sqlbench.data.tasks import DataSet
+from sqlbench.data.tasks import open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.reward import score
 from sqlbench.runs import RunFolder
@@ -62,7 +62,7 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
     Raises:
         DataError: a database of the data set is missing.
     """
-    dataset = DataSet(Path(data))
+    dataset = open_dataset(data)
     first: list[int] = []
     last: list[int] = []
     checks: list[tuple[bool, bool, bool]] = []
@@ -78,7 +78,8 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
         right = {turn: match == 1 for turn, match in verdicts.items()}
         ran = {e.turn: e.status == "ok" for e in record.executions}
         first.append(right[record.executions[0].turn])
-        last.append(right[record.executions[-1].turn])
+        final = next((e for e in reversed(record.executions) if e.sql == record.pred), record.executions[-1])
+        last.append(right[final.turn])
         checks += [
             (not parse_verdict(t.completion.text), right[t.turn], ran[t.turn])
             for t in record.transitions

@@ -64,13 +64,15 @@ class Series:
     scale: float = 1.0
     each_step: bool = True
     """Whether it is logged at every step: noisy, so a running mean is drawn through it."""
+    older: str = ""
+    """The key of runs from before there was `key`."""
 
 
 SERIES = {
     s.name: s
     for s in (
         Series("val_ex", "sqlbench/val_ex", "Validation EX, greedy (%)", 100, each_step=False),
-        Series("reward", "sqlbench/ex", "Training reward, sampled (%)", 100),
+        Series("reward", "sqlbench/reward", "Training reward, sampled (%)", 100, older="sqlbench/ex"),
         Series("entropy", "actor/entropy", "Policy entropy (nats a token)"),
         Series("transitions", "sqlbench/transitions", "Trained transitions a rollout"),
         Series("response", "sqlbench/response_tokens", "Response length (tokens)"),
@@ -100,9 +102,10 @@ def read_metrics(run: Path | str) -> pd.DataFrame:
 def series(metrics: pd.DataFrame, name: str) -> pd.Series:
     """One quantity over steps in the units of its title; empty where the run did not log it."""
     spec = SERIES[name]
-    if spec.key not in metrics:
+    key = spec.key if spec.key in metrics else spec.older
+    if key not in metrics:
         return pd.Series(dtype=float, name=name)
-    return metrics[spec.key].dropna().mul(spec.scale).rename(name)
+    return metrics[key].dropna().mul(spec.scale).rename(name)
 
 
 def time_shares(metrics: pd.DataFrame) -> dict[str, float]:

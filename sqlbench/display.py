@@ -104,7 +104,7 @@ def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataF
     old = {t.task_key: t for t in before}
     rows = [
         {
-            "change": "gained" if new.reward else "lost",
+            "change": "gained" if new.correct else "lost",
             "hardness": new.hardness,
             "question": new.question,
             "before": old[new.task_key].pred,
@@ -112,8 +112,8 @@ def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataF
             "gold": new.gold,
         }
         for new in after
-        if new.task_key in old and None not in (new.reward, old[new.task_key].reward)
-        if new.reward != old[new.task_key].reward
+        if new.task_key in old and None not in (new.correct, old[new.task_key].correct)
+        if new.correct != old[new.task_key].correct
     ]
     frame = pd.DataFrame(rows, columns=["change", "hardness", "question", "before", "after", "gold"])
     return frame.sort_values(["change", "question"], ignore_index=True)
@@ -121,7 +121,9 @@ def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataF
 
 def story(trajectory: Trajectory) -> Markdown:
     """One rollout step by step: what each sub-agent answered and what the database said."""
-    verdict = {None: "could not be scored", 0.0: "wrong", 1.0: "right"}[trajectory.reward]
+    verdict = {None: "could not be scored", False: "wrong", True: "right"}[trajectory.correct]
+    if trajectory.match is not None:
+        verdict += f", reward {trajectory.reward:g}"
     if trajectory.failed:
         verdict = f"failed: {trajectory.error}"
     lines = [f"**{trajectory.question}** ({trajectory.db_id}, {trajectory.hardness or 'no hardness'}): {verdict}", ""]

@@ -37,15 +37,15 @@ from pydantic import Field
 import sqlbench
 from sqlbench.agent.prompts import DIALECTS, STRATEGIES, prompts_for, schema_style
 from sqlbench.agent.repair import GENERATE, FixedRepair, failure_class, shaped
-from sqlbench.agent.trajectory import Completion, Message, Record
+from sqlbench.agent.trajectory import Completion, Message, Record, is_correct
 from sqlbench.config import RolloutConfig
-from sqlbench.data.tasks import DataSet, Task
-from sqlbench.database.engine import Database, cached_database, in_thread
-from sqlbench.database.schema import introspect, schema_text
+from sqlbench.data.tasks import Task, open_dataset
+from sqlbench.database.engine import cached_database, in_thread
+from sqlbench.database.schema import schema_text
 from sqlbench.errors import DataError, ServerError, SqlbenchError
+from sqlbench.interfaces import Database, load_plugin
 from sqlbench.models import open_model
-from sqlbench.reward import ascore
-from sqlbench.rollout import answer
+from sqlbench.rollout import judge, run_agent
 from sqlbench.serve import listen
 
 MAX_ATTEMPTS = 5
@@ -186,6 +186,7 @@ class Episodes:
         data: data set folder.
         split: which of its tasks are served; those that cannot be scored are left out.
         model: writes the queries that the caller does not write.
+        reward: what a query that ends an episode is worth; the built-in one, or ``module:attribute``.
         limit: episodes that are kept; the one that was not used for longest goes first.
         idle_seconds: an episode is forgotten after so long without a step.
 
@@ -200,14 +201,15 @@ class Episodes:
         split: str = "train",
         model: str = "nano",
         *,
+        reward: str = "execution-match",
         limit: int = 1000,
         idle_seconds: float = 3600.0,
     ) -> None:
-        self.dataset, self.split = DataSet(data), split
+        self.dataset, self.split = open_dataset(data), split
         self.tasks = {task.task_id: task for task in self.dataset.load(split) if task.scorable}
         if not self.tasks:
             raise DataError(f"split '{split}' of {data} has no scorable task; choose another split")
-        self.model = open_model(model)
+        self.model, self.reward = open_model(model), load_plugin("reward", reward)
         self.prompts, self.config = prompts_for(self.model.family), RolloutConfig(max_turns=1)
         self.limit, self.idle_seconds = limit, idle_seconds
         self.order = self.shuffled(0)
@@ -223,7 +225,7 @@ class Episodes:
         """A new episode under this id; the one it takes the place of ends."""
         try:
             database = cached_database(self.dataset.database(task.db_id))
-            schema = await in_thread(introspect, database)
+            schema = await in_thread(database.schema)
         except SqlbenchError as error:
             raise RequestError(503, f"task {task.task_id} cannot be played: {error}") from error
         text = schema_text(schema, schema_style(self.prompts.family), self.config.table_info_truncate)
@@ -272,8 +274,8 @@ class Episodes:
             done = episode.attempts
             _check(episode, action)
             self._use(episode)
-            state = await answer(
-                episode.task.question,
+            context = await run_agent(
+                episode.task,
                 episode.database,
                 self.model if action.sql is None else _Given(action.sql, self.prompts.family),
                 self.prompts,
@@ -281,22 +283,20 @@ class Episodes:
                 repair=FixedRepair(action.strategy) if done else None,
                 start=[(a.sql, a.result) for a in done],
             )
-            if "error" in state:
-                raise RequestError(502, f"the attempt does not count, try again: {state['error']}")
-            sql, gold = state["sql"], episode.task.gold
-            try:
-                verdict = await ascore(gold, sql, episode.database, strict=self.config.strict)
-            except SqlbenchError as error:
-                raise RequestError(503, f"the attempt does not count, try again: {error}") from error
-            if verdict.match is None:
-                raise RequestError(503, f"the attempt does not count, no verdict is possible now ({verdict.reason})")
-            episode.success = verdict.match == 1
-            classes = [*(a.error_class for a in done), failure_class(state["executions"][-1])]
+            if context.error is not None:
+                raise RequestError(502, f"the attempt does not count, try again: {context.error}")
+            value, verdict = await judge(episode.task, context, self.reward)
+            if context.error is not None or value is None:
+                why = context.error or f"no verdict is possible now ({verdict.reason})"
+                raise RequestError(503, f"the attempt does not count, try again: {why}")
+            episode.success = bool(is_correct(value, verdict.match))
+            classes = [*(a.error_class for a in done), failure_class(context.executions[-1])]
             if episode.success or len(classes) == MAX_ATTEMPTS:
-                reward = shaped(classes, float(episode.success))[-1]
+                reward = shaped(classes, value)[-1]
             else:  # a further attempt follows, and what it brings does not change this one's reward
                 reward = shaped([*classes, classes[-1]], 0.0)[-2]
-            result = {"result": state["execution_text"], "error_class": classes[-1], "reward": reward}
+            sql, text = context.history[-1]
+            result = {"result": text, "error_class": classes[-1], "reward": reward}
             done.append(Attempt(strategy=action.strategy, sql=sql, **result))
             outcome = {"reward": reward, "success": episode.success, "done": episode.done}
             episode.log("STEP", attempt=len(done), action=action.strategy, **outcome)
@@ -487,10 +487,18 @@ def __getattr__(name: str) -> FastAPI:
         raise AttributeError(name)
     get = os.environ.get
     data = get("SQLBENCH_DATA", "data/pocket")
-    return create(Episodes(data, get("SQLBENCH_SPLIT", "train"), get("SQLBENCH_MODEL", "nano")))
+    reward = get("SQLBENCH_REWARD", "execution-match")
+    return create(Episodes(data, get("SQLBENCH_SPLIT", "train"), get("SQLBENCH_MODEL", "nano"), reward=reward))
 
 
-def serve(data: str | Path, port: int, host: str = "127.0.0.1", split: str = "train", model: str = "nano") -> None:
+def serve(
+    data: str | Path,
+    port: int,
+    host: str = "127.0.0.1",
+    split: str = "train",
+    model: str = "nano",
+    reward: str = "execution-match",
+) -> None:
     """Serve until interrupted; port 0 takes a free one. Standard output carries the episodes' lines and nothing else.
 
     Raises:
@@ -499,7 +507,7 @@ def serve(data: str | Path, port: int, host: str = "127.0.0.1", split: str = "tr
         ModelError: there is no such model.
     """
     with listen(host, port) as listener:
-        made = create(Episodes(data, split, model))
+        made = create(Episodes(data, split, model, reward=reward))
         print(f"serving {data} on http://{host}:{listener.getsockname()[1]}; Ctrl-C stops", file=sys.stderr, flush=True)
         config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         # OpenEnv closes sockets once more that the client closed; that is no error.

@@ -41,6 +41,10 @@ class RunError(SqlbenchError, RuntimeError):
     """A run folder cannot be written, is in use, or already holds a finished run."""
 
 
+class PluginError(SqlbenchError, ValueError):
+    """A part named by ``module:attribute`` cannot be imported, or is of another kind (`sqlbench.interfaces`)."""
+
+
 class NotebookError(SqlbenchError, RuntimeError):
     """A notebook run was refused (unknown parameter, wrong type) or a cell failed."""
 

@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 from sqlbench.agent.prompts import Prompts, prompts_for
 from sqlbench.agent.trajectory import Record, Trajectory
 from sqlbench.config import EvalConfig, RolloutConfig
-from sqlbench.data.tasks import DataSet, Task
+from sqlbench.data.tasks import Task, headline_split, open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, ModelError, RunError
+from sqlbench.interfaces import Agent, Dataset, Model, Reward, is_plugin, load_plugin
 from sqlbench.models import open_model
-from sqlbench.models.base import ChatModel
 from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, RunFolder, run_path
 from sqlbench.sqltree import HARDNESS, component_match, error_class
@@ -70,6 +70,8 @@ class Summary(Record):
     rollouts: int
     """All rollouts: scored, failed, and those whose task could not be scored after all."""
     score: Score
+    reward: float | None = None
+    """Mean reward, of the rollouts that have one; the same as `Score.ex` where the reward is execution match."""
     by_hardness: dict[str, Score]
     by_database: dict[str, Score]
     by_phrasing: dict[str, Score]
@@ -104,6 +106,8 @@ class Summary(Record):
             ex = "EX -"
         else:
             ex = f"EX {self.score.ex:.1%} (95% {self.score.low:.1%} to {self.score.high:.1%}, n={self.score.n})"
+        if self.reward is not None and self.reward != self.score.ex:
+            ex += f", mean reward {self.reward:.3f}"
         levels = ", ".join(f"{k} {v.ex:.1%}" for k, v in self.by_hardness.items() if v.ex is not None)
         calls = self.tokens["all"]
         return (
@@ -119,9 +123,11 @@ class Summary(Record):
 def evaluate(
     data: str | Path,
     split: str,
-    model: str | ChatModel,
+    model: str | Model,
     run: str,
     *,
+    agent: str = "self-correcting",
+    reward: str = "execution-match",
     results: str | Path = "results",
     profile: str = "laptop",
     max_turns: int = 3,
@@ -142,10 +148,13 @@ def evaluate(
     call on a finished run with failed rollouts runs these again.
 
     Args:
-        data: data set folder.
+        data: data set folder, or ``module:attribute`` of your own (`sqlbench.interfaces`).
         split: name of a split; ``headline`` is the one that the data set calls so.
-        model: ``nano``, a path, ``openai:NAME``, or a model object (its sampling settings are then its own).
+        model: ``nano``, a path, ``openai:NAME``, ``module:attribute``, or a model object; the last two sample as they
+            are set themselves.
         run: name of the run.
+        agent: the built-in one, or ``module:attribute``.
+        reward: the built-in one, or ``module:attribute``; execution match is reported in any case.
         results: folder of all results.
         profile: ``laptop`` or ``gpu``.
         max_turns: queries the agent may write.
@@ -163,23 +172,25 @@ def evaluate(
     Raises:
         DataError: no such data set or split.
         ModelError: no such model, or it cannot be reached.
+        PluginError: a ``module:attribute`` cannot be loaded.
         RunError: the run folder cannot be written, is in use, finished, or belongs to other settings.
     """
     folder = RunFolder(run_path(results, profile, run))
-    dataset = DataSet(data)
-    tasks = dataset.load(dataset.about.get("headline", split) if split == "headline" else split)
+    dataset = open_dataset(data)
+    tasks = dataset.load(headline_split(dataset) if split == "headline" else split)
     chosen = [task for task in tasks if task.scorable][:limit]
     if not chosen:
         raise DataError(f"split '{split}' of {data} has no scorable task")
+    name = model if isinstance(model, str) else model.name
     if isinstance(model, str):
         model = open_model(model, temperature=temperature, max_tokens=max_tokens, timeout=timeout)
     if not isinstance(prompts, Prompts):
         prompts = prompts_for(prompts or model.family)
     config = EvalConfig(
-        data=_relative(data),
+        data=_name(data),
         split=split,
         limit=limit,
-        model=model.name,
+        model=name,
         weights=_weights(model),
         temperature=temperature,
         max_tokens=max_tokens,
@@ -192,12 +203,16 @@ def evaluate(
         ),
         prompts=prompts.components,
         family=prompts.family,
+        agent=agent,
+        reward=reward,
     )
-    concurrency = concurrency or (16 if model.name.startswith("openai:") else 128)
+    parts = load_plugin("agent", agent), load_plugin("reward", reward)
+    concurrency = concurrency or (16 if name.startswith("openai:") else 128)
     started = time.perf_counter()
     with folder.open(config, overwrite=overwrite):
         left = _not_yet_run(chosen, folder)
-        run_sync(lambda: _run(left, dataset, model, prompts, config.rollout, folder, concurrency, len(chosen)))
+        work = dataset, model, prompts, config.rollout, *parts
+        run_sync(lambda: _run(left, work, folder, concurrency, len(chosen)))
         summary = summarise(
             folder.trajectories(),
             tasks,
@@ -234,7 +249,16 @@ def summarise(
             failures[_failure_class(t.error or "")] += 1
             continue
         rows.append(
-            _Row(t.reward, t.hardness, t.db_id, phrasing.get(t.task_key, ""), t.turns, len(t.transitions), t.seconds)
+            _Row(
+                t.reward,
+                t.correct,
+                t.hardness,
+                t.db_id,
+                phrasing.get(t.task_key, ""),
+                t.turns,
+                len(t.transitions),
+                t.seconds,
+            )
         )
         reasons[t.reason] += 1
         for x in t.transitions:
@@ -245,16 +269,17 @@ def summarise(
         for e in t.executions:
             if e.status != "ok":
                 query_errors[error_class(e.error or e.status) if e.status == "error" else e.status] += 1
-        if t.reward is not None:
+        if t.correct is not None:
             for name, value in component_match(t.gold, t.pred or "").items():
                 parts[name].append(value)
-    scored, failed = [row for row in rows if row.reward is not None], failures.total()
+    scored, failed = [row for row in rows if row.correct is not None], failures.total()
     return Summary(
         model=model,
         data=data,
         split=split,
         rollouts=len(rows) + failed,
         score=_score(scored),
+        reward=_mean([row.reward for row in rows]),
         by_hardness=_scores(scored, lambda row: row.hardness, HARDNESS),
         by_database=_scores(scored, lambda row: row.db_id),
         by_phrasing=_scores(scored, lambda row: row.phrasing),
@@ -278,6 +303,7 @@ class _Row(NamedTuple):
     """What a summary needs of a rollout."""
 
     reward: float | None
+    correct: bool | None
     hardness: str
     db_id: str
     phrasing: str
@@ -321,17 +347,15 @@ def run_sync(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
 
 async def _run(
     tasks: list[Task],
-    dataset: DataSet,
-    model: ChatModel,
-    prompts: Prompts,
-    config: RolloutConfig,
+    work: tuple[Dataset, Model, Prompts, RolloutConfig, Agent, Reward],
     folder: RunFolder,
     concurrency: int,
     total: int,
 ) -> None:
+    dataset, model, prompts, config, agent, reward = work
     queue = iter(tasks)
     recent: deque[str] = deque(maxlen=3 * STOP_AFTER)
-    scored: list[float] = []
+    scored: list[bool] = []
 
     async def worker() -> None:
         for task in queue:
@@ -340,11 +364,11 @@ async def _run(
             except Exception as error:
                 record = failed_rollout(task, "database", error)
             else:
-                record = await rollout(task, database, model, prompts, config)
+                record = await rollout(task, database, model, prompts, config, agent=agent, reward=reward)
             folder.append(TRAJECTORIES, record)
             recent.append(record.error or "")
-            if record.reward is not None:
-                scored.append(record.reward)
+            if record.correct is not None:
+                scored.append(record.correct)
                 bar.set_postfix(EX=f"{sum(scored) / len(scored):.1%}", refresh=False)
             bar.update()
             alike = len(recent) >= STOP_AFTER and len(set(list(recent)[-STOP_AFTER:])) == 1
@@ -396,7 +420,7 @@ def _not_yet_run(tasks: list[Task], folder: RunFolder) -> list[Task]:
     return left
 
 
-def _weights(model: ChatModel) -> str | None:
+def _weights(model: Model) -> str | None:
     """Checksum of a model in this process, so that a run is never continued with other weights."""
     if model.name.startswith("openai:"):
         return None
@@ -405,14 +429,16 @@ def _weights(model: ChatModel) -> str | None:
     return model.batched.engine.checksum() if isinstance(model, LocalChatModel) else None
 
 
-def _relative(path: str | Path) -> str:
-    """A path as it is written to disk: relative where it lies below the working directory."""
-    full = Path(path).resolve()
+def _name(data: str | Path) -> str:
+    """Name a data set as it is written to disk: a path relative where it lies below the working directory."""
+    if is_plugin(data):
+        return str(data)
+    full = Path(data).resolve()
     return os.path.relpath(full) if full.is_relative_to(Path.cwd()) else str(full)
 
 
 def _score(scored: Sequence[_Row]) -> Score:
-    n, correct = len(scored), sum(t.reward == 1 for t in scored)
+    n, correct = len(scored), sum(t.correct is True for t in scored)
     if not n:
         return Score(n=0, correct=0, ex=None, low=None, high=None)
     low, high = wilson(correct, n)

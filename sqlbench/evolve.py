@@ -31,11 +31,10 @@ from sqlbench.agent.repair import RepairPolicy
 from sqlbench.agent.trajectory import Message, Record, Trajectory
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
-from sqlbench.database.engine import Database
 from sqlbench.errors import DataError, ModelError, RunError, SqlbenchError
 from sqlbench.evaluation import run_sync
+from sqlbench.interfaces import Agent, Database, Model
 from sqlbench.models import open_model
-from sqlbench.models.base import ChatModel
 from sqlbench.rollout import rollout
 from sqlbench.runs import append_line, read_jsonl, write_whole
 
@@ -161,6 +160,7 @@ class Evolution:
         tasks: questions with gold. For a database without any, the user's questions marked right are held out instead.
         config: of the rollouts.
         repair: chooses the strategy of rewrites in the rollouts.
+        agent: whose rollouts they are; the self-correcting one by default.
         seed: decides which questions are held out.
     """
 
@@ -171,16 +171,17 @@ class Evolution:
         reflection: str | None,
         every: int = 4,
         *,
-        model: str | ChatModel | None = None,
+        model: str | Model | None = None,
         database: Callable[[str], Database],
         tasks: Sequence[Task] = (),
         config: RolloutConfig | None = None,
         repair: RepairPolicy | None = None,
+        agent: Agent | None = None,
         seed: int = 0,
     ) -> None:
         self.every, self.seed, self.start, self.reflection = every, seed, prompts, reflection or ""
         self.model, self.database = model or self.reflection, database
-        self.config, self.repair = config or RolloutConfig(), repair
+        self.config, self.repair, self.agent = config or RolloutConfig(), repair, agent
         self.tasks = {(t.db_id, t.question): t.gold for t in tasks if t.scorable}
         self.store = FeedbackStore(Path(folder) / "feedback.jsonl")
         self.folder = Path(folder) / f"{prompts.family}-{_digest(*sorted(prompts.components.items()))}"
@@ -442,7 +443,9 @@ class _Adapter:
             task = Task(task_id="", db_id=x.db, scorable=bool(x.gold), **fields)  # what was rejected need not run
             database, config = self.evolution.database(x.db), self.evolution.config
             async with places:
-                done = await rollout(task, database, self.model, prompts, config, self.evolution.repair)
+                done = await rollout(
+                    task, database, self.model, prompts, config, self.evolution.repair, agent=self.evolution.agent
+                )
             if done.failed:  # not the candidate's fault, so no score
                 raise ModelError(f"{STOPPED}: {done.error}")
             if x.gold:
@@ -504,6 +507,7 @@ def _component(
     agents = dict.fromkeys(t.agent for t in used)
     repairs = dict.fromkeys(f"repair.{t.strategy}" for t in used if t.strategy)
     names = [*(f"{a}.system" for a in agents), *repairs, *(f"{a}.user" for a in agents)]
+    names = [name for name in names if name in candidate] or list(candidate)
     return [names[state.i % len(names)]]
 
 

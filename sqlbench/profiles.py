@@ -57,6 +57,9 @@ SQLBENCH = {
     "drop_useless_groups": True,
     "seed_sampling": True,
     "validation_tasks": 200,
+    "agent": "self-correcting",
+    "reward": "execution-match",
+    "trainer": "verl",
 }
 """Settings of ours that both profiles start from.
 
@@ -67,6 +70,7 @@ max_failed_share: of the rollouts of a step; the run stops above it.
 drop_useless_groups: leave groups whose rewards are all equal out of the update (their advantage is 0).
 seed_sampling: give every model call its own seed, so that a run repeats; vLLM is slower with it.
 validation_tasks: number of tasks of the headline split that verl validates on.
+agent, reward, trainer: built-in names, or ``module:attribute`` of your own (`sqlbench.interfaces`).
 """
 
 _COMMON: dict[str, Any] = {

@@ -18,14 +18,20 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from sqlparse import tokens as T
 from sqlparse.engine import FilterStack
 from sqlparse.lexer import tokenize
 
 from sqlbench.comparison import Answer, SearchLimit, near, rows_sort_alike, same_bag, same_list
-from sqlbench.database.engine import Database, in_thread
+from sqlbench.database.engine import in_thread
 from sqlbench.database.types import NO_STATEMENT, Limits, QueryResult
+from sqlbench.interfaces import Database
+
+if TYPE_CHECKING:
+    from sqlbench.data.tasks import Task
+    from sqlbench.rollout import RolloutContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +95,7 @@ def score(
     """
     start = time.perf_counter()
     rules = strict if isinstance(strict, Strictness) else STRICT if strict else REFERENCE
-    if isinstance(database, Database):
+    if not isinstance(database, Sequence):
         verdict = _score(gold, pred, database, rules, keep_distinct, limits or database.limits)
     else:
         verdict = Verdict(None, "no_database", "no database to score on")
@@ -106,6 +112,11 @@ async def ascore(gold: str, pred: str, database: Database, *, strict: bool = Tru
     return await in_thread(lambda: score(gold, pred, database, strict=strict))
 
 
+async def execution_match(task: Task, context: RolloutContext) -> int | None:
+    """Return 1 where the final query of a rollout gives gold's result, else 0: the built-in reward."""
+    return (await ascore(task.gold, context.sql or "", context.database, strict=context.config.strict)).match
+
+
 def _score(gold: str, pred: str, database: Database, rules: Strictness, keep_distinct: bool, limits: Limits) -> Verdict:
     answer = _gold_answer(gold, database, rules, keep_distinct, limits)
     if answer.problem:
@@ -113,7 +124,7 @@ def _score(gold: str, pred: str, database: Database, rules: Strictness, keep_dis
     statement = prepare(pred, rules, keep_distinct)
     if statement is None:
         return Verdict(0, "pred_rejected", NO_STATEMENT)
-    result = database.execute_as_seen(statement, answer.pred_limits)
+    result = _run(database, statement, answer.pred_limits)
     if result.status != "ok":
         if result.error == NO_STATEMENT and not rules.real_empty:
             result = QueryResult("ok")
@@ -129,6 +140,11 @@ def _score(gold: str, pred: str, database: Database, rules: Strictness, keep_dis
     return Verdict(int(reason == "equal"), reason)
 
 
+def _run(database: Database, sql: str, limits: Limits) -> QueryResult:
+    """Run on the content that the gold answer is kept for, where the database can tell."""
+    return getattr(database, "execute_as_seen", database.execute)(sql, limits)
+
+
 def _with_rows(limits: Limits, rows: int) -> Limits:
     return Limits(limits.seconds, rows, limits.result_bytes)
 
@@ -142,7 +158,7 @@ class _Gold:
         if self.statement is None:
             self.result = QueryResult("rejected", error=NO_STATEMENT)
         else:
-            self.result = database.execute_as_seen(self.statement, _with_rows(limits, max(GOLD_ROWS, limits.rows)))
+            self.result = _run(database, self.statement, _with_rows(limits, max(GOLD_ROWS, limits.rows)))
             if self.result.error == NO_STATEMENT and not rules.real_empty:
                 self.result = QueryResult("ok")
         self.problem = None if self.result.ok else f"gold_{self.result.status}"
@@ -221,7 +237,7 @@ class _Gold:
         keyed = with_order_keys(self.statement or "", self.result.columns, self.database.dialect)
         if keyed is None:
             return None
-        full = self.database.execute_as_seen(keyed.sql, _with_rows(self.limits, GOLD_ROWS))
+        full = _run(self.database, keyed.sql, _with_rows(self.limits, GOLD_ROWS))
         width, size = len(self.result.columns), len(self.result.rows)
         rows = [row[:width] for row in full.rows]
         if not full.ok or rows[keyed.offset : keyed.offset + size] != self.result.rows:

@@ -1,109 +1,275 @@
 """One rollout: task in, trajectory with a reward out. Evaluation, training, environment and chat all run this one.
 
-A broken model, database or verdict never raises: it becomes `Trajectory.error` with reward None, which is counted and
-is not the same as a wrong answer (reward 0). A task that was known to be unscorable has reward None and a reason, and
-did not fail; a gold query that fails though it ran when the data set was audited is a broken database.
+A broken model, database, agent or reward never raises: it becomes `Trajectory.error` with reward None, which is counted
+apart from a wrong answer (reward 0). A task known to be unscorable has reward None and a reason, and did not fail; a
+gold query that fails though it ran when the data set was audited is a broken database.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
+from typing import Any, Protocol
 
-from sqlbench.agent.graph import AgentContext, AgentState, Observer, failure, run_agent
-from sqlbench.agent.prompts import Prompts, schema_style
+from sqlbench.agent.graph import SelfCorrectingAgent
+from sqlbench.agent.prompts import Prompts, render_execution, schema_style
 from sqlbench.agent.repair import RepairPolicy
-from sqlbench.agent.trajectory import Trajectory
+from sqlbench.agent.trajectory import Execution, Message, Trajectory, Transition
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
-from sqlbench.database.engine import Database
-from sqlbench.database.schema import introspect, schema_text
+from sqlbench.database.engine import in_thread
+from sqlbench.database.schema import schema_text
+from sqlbench.database.types import QueryResult, Schema
 from sqlbench.errors import DatabaseError, ModelError
-from sqlbench.models.base import ChatModel
-from sqlbench.reward import ascore
+from sqlbench.interfaces import Agent, Database, Model, Reward
+from sqlbench.reward import Verdict, ascore, execution_match
 
-__all__ = ["RolloutConfig", "answer", "failed_rollout", "rollout"]
-
+SHOWN_ROWS = 20
 NO_TEXT = "allow it more tokens, or turn its thinking off with a request field"
+MOST_CALLS = 999
+"""Model calls, and queries, of one rollout; an agent that wants more fails."""
+
+
+class Observer(Protocol):
+    """Is told of a rollout's events, in their order and on its event loop; it must return soon and not raise."""
+
+    def text(self, agent: str, turn: int, piece: str) -> None:
+        """A piece of a model's answer was generated."""
+
+    def transition(self, transition: Transition) -> None:
+        """A model call is over."""
+
+    def execution(self, execution: Execution, execution_text: str) -> None:
+        """A query was executed; the text is what the prompts show of it."""
+
+
+class RolloutFailed(Exception):
+    """Something outside the policy broke; the message is ``where: Type: message``."""
+
+
+@dataclass
+class RolloutContext:
+    """One rollout: the question, what may be used to answer it, and everything done so far."""
+
+    task: Task
+    """Without its gold query, which only the reward sees."""
+    model: Model
+    database: Database
+    schema: Schema
+    schema_text: str
+    """The schema as prompts show it."""
+    prompts: Prompts
+    config: RolloutConfig
+    repair: RepairPolicy | None = None
+    observer: Observer | None = None
+    history: list[tuple[str, str]] = field(default_factory=list)
+    """Every query so far with the text of its result as prompts show it, those before this rollout first."""
+    transitions: list[Transition] = field(default_factory=list)
+    executions: list[Execution] = field(default_factory=list)
+    sql: str | None = None
+    """The query written last; after the rollout the final one."""
+    error: str | None = None
+    """What broke, if anything did."""
+
+    async def ask(self, agent: str, messages: list[Message], strategy: str | None = None) -> str:
+        """Return the model's answer, recorded as a transition of the sub-agent `agent`."""
+        turn = len(self.executions) + (agent != "check")
+        with self.boundary("model", self.transitions):
+            if self.observer is None:
+                completion = await self.model.complete(messages)
+            else:
+                completion = await self.model.complete(messages, on_text=partial(self.observer.text, agent, turn))
+            made = Transition(agent=agent, turn=turn, messages=messages, completion=completion, strategy=strategy)
+        self.transitions.append(made)
+        if self.observer is not None:
+            self.observer.transition(made)
+        return completion.text
+
+    async def execute(self, sql: str) -> Execution:
+        """Run a query; the last text of `history` is then what prompts show of its result."""
+        if not isinstance(sql, str):
+            raise TypeError(f"a query is a text, not {type(sql).__name__}")
+        self.sql = sql
+        limit = self.config.execution_truncate
+        with self.boundary("database", self.executions):
+            result = await in_thread(self.database.execute, sql)
+            record = record_execution(len(self.executions) + 1, sql, result, limit)
+        text = render_execution(record, self.prompts.family, limit, self.schema)
+        self.executions.append(record)
+        self.history.append((sql, text))
+        if self.observer is not None:
+            self.observer.execution(record, text)
+        return record
+
+    @contextmanager
+    def boundary(self, where: str, done: Sequence[object] = ()) -> Iterator[None]:
+        """Attribute whatever escapes a block to a part of the rollout, which has failed then."""
+        try:
+            if self.error is not None:  # the agent went on after a failure
+                raise RolloutFailed(self.error)
+            if len(done) >= MOST_CALLS:
+                where = "agent"
+                raise RuntimeError(f"more than {MOST_CALLS} calls in one rollout")
+            yield
+        except RolloutFailed:
+            raise
+        except Exception as error:
+            self.error = self.error or failure(where, error)
+            raise RolloutFailed(self.error) from error
+
+
+def failure(where: str, error: Exception) -> str:
+    """Explain a failed rollout, as its trajectory does."""
+    return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 async def rollout(
     task: Task,
     database: Database,
-    model: ChatModel,
+    model: Model,
     prompts: Prompts,
     config: RolloutConfig,
     repair: RepairPolicy | None = None,
     observer: Observer | None = None,
+    *,
+    agent: Agent | None = None,
+    reward: Reward = execution_match,
 ) -> Trajectory:
-    """Let the agent answer one task and score its last query against the gold one.
+    """Let an agent answer one task and judge its final query.
 
     A completion that was cut at the token limit is executed as it is; its `finish_reason` says so.
+
+    Args:
+        agent: the self-correcting one by default.
+        reward: what the trajectory's `reward` is; execution match stands beside it.
     """
     started = time.perf_counter()
-    reward, reason = None, ""
-    state = await answer(task.question, database, model, prompts, config, repair, observer)
-    error = state.get("error")
-    if error is None:
-        try:
-            verdict = await ascore(task.gold, state["sql"], database, strict=config.strict)
-        except Exception as problem:
-            error = failure("reward", problem)
-        else:
-            reward, reason = None if verdict.match is None else float(verdict.match), verdict.reason
-            if verdict.match is None and task.scorable:
-                broken = f"the gold query of a scorable task fails ({reason}); was {database.target} changed?"
-                error = failure("reward", DatabaseError(broken))
+    context = await run_agent(task, database, model, prompts, config, repair, observer, agent=agent)
+    value, verdict = None, Verdict(None, "")
+    if context.error is None:
+        value, verdict = await judge(task, context, reward)
+    failed = context.error is not None
     return Trajectory(
         **_of(task),
-        transitions=state.get("transitions", []),
-        executions=state.get("executions", []),
-        pred=state.get("sql"),
-        reward=reward,
-        reason=reason,
-        error=error,
+        transitions=context.transitions,
+        executions=context.executions,
+        pred=context.sql,
+        reward=None if failed else value,
+        match=None if failed or reward is execution_match else verdict.match,
+        reason=verdict.reason,
+        error=context.error,
         seconds=time.perf_counter() - started,
     )
 
 
-async def answer(
-    question: str,
+async def judge(task: Task, context: RolloutContext, reward: Reward = execution_match) -> tuple[float | None, Verdict]:
+    """Return the reward of a finished rollout and its execution match; what breaks stands in the context's `error`."""
+    value, verdict = None, Verdict(None, "no_gold")
+    try:
+        with context.boundary("reward"):
+            if task.gold.strip():
+                verdict = await ascore(task.gold, context.sql or "", context.database, strict=context.config.strict)
+                if verdict.match is None and task.scorable:
+                    target = context.database.target
+                    why = f"the gold query of a scorable task fails ({verdict.reason}); was {target} changed?"
+                    raise DatabaseError(why)
+            given: Any = verdict.match if reward is execution_match else reward(task, context)
+            value = _in_range(await given if inspect.isawaitable(given) else given, reward)
+    except RolloutFailed:
+        pass
+    return value, verdict
+
+
+def _in_range(value: Any, reward: Any) -> float | None:
+    if value is None or (isinstance(value, Real) and 0 <= float(value) <= 1):
+        return None if value is None else float(value)
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    raise ValueError(f"the reward {name} returned {value!r}; it must return a number from 0 to 1, or None")
+
+
+async def run_agent(
+    task: Task,
     database: Database,
-    model: ChatModel,
+    model: Model,
     prompts: Prompts,
     config: RolloutConfig,
     repair: RepairPolicy | None = None,
     observer: Observer | None = None,
-    start: Sequence[tuple[str, str]] | None = None,
-) -> AgentState:
-    """Let the agent answer a question that has no gold query; `error` in the state says what broke, if anything did.
+    start: Sequence[tuple[str, str]] = (),
+    *,
+    agent: Agent | None = None,
+) -> RolloutContext:
+    """Let an agent answer a question, which needs no gold query; `error` of the result says what broke, if anything.
+
+    A final query that was not executed yet is executed, so that its result is on record.
 
     Args:
         repair: chooses the strategy of each rewrite (`sqlbench.agent.repair`).
         observer: is told of everything as it happens.
-        start: queries that did not answer it, oldest first, each with the text of its result: the first call is then a
-            rewrite of the last one.
+        start: queries that did not answer it, oldest first, each with the text of its result: the built-in agent then
+            begins with a rewrite of the last one.
+        agent: the self-correcting one by default.
     """
+    agent = agent or SelfCorrectingAgent()
+    asked = task.model_copy(update={"gold": ""})
+    context = RolloutContext(asked, model, database, Schema(()), "", prompts, config, repair, observer, list(start))
     try:
-        schema = introspect(database)
-        text = schema_text(schema, schema_style(prompts.family), config.table_info_truncate)
-    except Exception as problem:
-        return {"error": failure("schema", problem)}
-    context = AgentContext(model, database, schema, prompts, config, repair, observer)
-    state = await run_agent(question, text, context, start or ())
-    answers = [transition.completion for transition in state.get("transitions", [])]
+        with context.boundary("schema"):
+            context.schema = database.schema()
+            style = schema_style(prompts.family)
+            context.schema_text = schema_text(context.schema, style, config.table_info_truncate)
+        with context.boundary("agent"):
+            sql = await agent.run(context)
+            if context.error is None:
+                if not isinstance(sql, str):
+                    kind = type(agent).__name__
+                    raise TypeError(f"{kind}.run returned {type(sql).__name__}; it must return the final query")
+                if sql not in {execution.sql for execution in context.executions}:
+                    await context.execute(sql)
+                context.sql = sql
+    except RolloutFailed:
+        pass
+    answers = [transition.completion for transition in context.transitions]
     # A policy in this process that says nothing is wrong; an endpoint that says nothing was not measured.
-    if "error" not in state and answers and all(a.empty and a.sent is not None for a in answers):
+    if context.error is None and answers and all(a.empty and a.sent is not None for a in answers):
         flaws = ", ".join(sorted({a.flaw.removeprefix("empty: ") for a in answers}))
-        state["error"] = failure("model", ModelError(f"{model.name} gave no text at all ({flaws}); {NO_TEXT}"))
-    return state
+        context.error = failure("model", ModelError(f"{model.name} gave no text at all ({flaws}); {NO_TEXT}"))
+    return context
 
 
 def failed_rollout(task: Task, where: str, error: Exception) -> Trajectory:
-    """The record of a rollout that could not even start."""
+    """Record a rollout that could not even start."""
     return Trajectory(**_of(task), error=failure(where, error))
 
 
 def _of(task: Task) -> dict[str, str]:
     copied = ("task_id", "db_id", "question", "gold", "hardness", "split")
     return {"task_key": task.key, **{name: str(getattr(task, name)) for name in copied}}
+
+
+def record_execution(turn: int, sql: str, result: QueryResult, max_chars: int) -> Execution:
+    """Keep the first rows of a query's result, cells as JSON values of at most `max_chars` characters."""
+    return Execution(
+        turn=turn,
+        sql=sql,
+        status=result.status,
+        error=result.error,
+        columns=list(result.columns),
+        rows=[[_cell(value, max_chars) for value in row] for row in result.rows[:SHOWN_ROWS]],
+        n_rows=len(result.rows),
+        seconds=result.seconds,
+    )
+
+
+def _cell(value: Any, max_chars: int) -> str | int | float | None:
+    if value is None or type(value) is int or (type(value) is float and math.isfinite(value)):
+        return value
+    if isinstance(value, (bytes, memoryview)):
+        return bytes(value[: max_chars // 2 + 1]).hex()[:max_chars]
+    return str(value)[:max_chars]

@@ -86,11 +86,11 @@ class CellResult(Settings):
 def measure(trajectories: Iterable[Trajectory], agents: str) -> Side:
     """What the tables say about one evaluation, counting the transitions of sub-agents that `agents` matches."""
     ordered = sorted(trajectories, key=lambda t: (t.task_key, t.task_id))
-    marks = {None: "x", 0.0: "0", 1.0: "1"}
-    scored = [t for t in ordered if t.reward is not None]
+    marks = {None: "x", False: "0", True: "1"}
+    scored = [t for t in ordered if t.correct is not None]
     calls = [x.completion for t in scored for x in t.transitions if re.search(agents, x.agent)]
     return Side(
-        outcomes="".join(marks[t.reward] for t in ordered),
+        outcomes="".join(marks[t.correct] for t in ordered),
         transitions=len(calls) / len(scored) if scored else math.nan,
         prompt_tokens=_mean([c.prompt_tokens for c in calls]),
         response_tokens=_mean([c.response_tokens for c in calls]),

@@ -71,7 +71,7 @@ class Transition(Record):
     """One prompt and response of one sub-agent."""
 
     agent: str
-    """``write``, ``check`` or ``rewrite``."""
+    """Name of the sub-agent: ``write``, ``check`` or ``rewrite``, or what an agent of your own calls it."""
     turn: int
     """1-based turn (write-or-rewrite, execute, check) in which the call was made."""
     messages: list[Message]
@@ -110,6 +110,12 @@ class Execution(Record):
         return str(self.error) if self.cut else f"{self.n_rows} row{'s' * (self.n_rows != 1)}"
 
 
+def is_correct(reward: float | None, match: float | None) -> bool | None:
+    """Whether execution match is 1, from these fields of a `Trajectory`; None where there is no verdict."""
+    verdict = reward if match is None else match
+    return None if verdict is None else verdict == 1
+
+
 class Trajectory(Record):
     """One rollout of one task."""
 
@@ -126,7 +132,9 @@ class Trajectory(Record):
     pred: str | None = None
     """The last query the agent wrote; None when the rollout failed before one."""
     reward: float | None = None
-    """Execution match in [0, 1]; None for a failed rollout (never 0) or a task whose gold cannot be scored."""
+    """A number in [0, 1]; None for a failed rollout (never 0) or a task that cannot be scored."""
+    match: float | None = None
+    """Execution match, where `reward` is another number; None where the reward is the match itself."""
     reason: str = ""
     """Reason code of the verdict (`sqlbench.reward`)."""
     error: str | None = None
@@ -141,8 +149,13 @@ class Trajectory(Record):
 
     @property
     def turns(self) -> int:
-        """Number of write-or-rewrite calls."""
-        return sum(t.agent in ("write", "rewrite") for t in self.transitions)
+        """Number of queries that the model was asked for."""
+        return max((t.turn for t in self.transitions), default=0)
+
+    @property
+    def correct(self) -> bool | None:
+        """Whether execution match is 1; None where there is no verdict."""
+        return is_correct(self.reward, self.match)
 
     @property
     def failed(self) -> bool:

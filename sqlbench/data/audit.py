@@ -27,9 +27,10 @@ from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.database.engine import Database, cached_database
+from sqlbench.database.engine import cached_database
 from sqlbench.database.types import Limits
 from sqlbench.errors import DataError
+from sqlbench.interfaces import Database
 from sqlbench.reward import GOLD_ROWS, score
 from sqlbench.sqltree import hardness, outer_order
 

@@ -21,6 +21,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from sqlbench.errors import DataError
+from sqlbench.interfaces import Dataset, is_plugin, load_plugin
 
 
 class Task(BaseModel):
@@ -81,6 +82,11 @@ class DataSet:
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"cannot read {note}: {error}; remove the folder and write the data set again") from error
 
+    @property
+    def headline(self) -> str | None:
+        """The split on which results are reported, where the data set names one."""
+        return self.about.get("headline")
+
     def splits(self) -> list[str]:
         """Names of the splits, sorted."""
         return sorted(p.stem for p in self.root.glob("*.parquet") if p.stem != "audit")
@@ -102,3 +108,28 @@ class DataSet:
         if not path.is_file():
             raise DataError(f"{self.root} has no database '{db_id}' (looked for {path})")
         return path
+
+
+def open_dataset(source: str | Path) -> Dataset:
+    """Open a data set folder, or one of your own by ``module:attribute``.
+
+    Raises:
+        DataError: there is none.
+        PluginError: the name cannot be loaded.
+    """
+    if is_plugin(source):
+        return load_plugin("dataset", str(source))
+    return DataSet(source)
+
+
+def headline_split(dataset: Dataset) -> str:
+    """Name the split on which results are reported: the data set's `headline`, else ``dev`` or its only split.
+
+    Raises:
+        DataError: there are several and none is the headline.
+    """
+    splits = dataset.splits()
+    name = getattr(dataset, "headline", None) or ("dev" if "dev" in splits else splits[0] if len(splits) == 1 else "")
+    if not name:
+        raise DataError(f"The data set has no headline split. Name one of: {', '.join(splits) or 'none'}.")
+    return name

@@ -27,10 +27,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits, QueryResult
 from sqlbench.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from sqlbench import interfaces
+    from sqlbench.database.types import Schema
 
 HEAP_BYTES = 64 << 20
 """Hard limit of SQLite's heap in this process."""
@@ -277,6 +281,12 @@ class Database:
             log = None
         return (self.target, stamp, log)
 
+    def schema(self) -> Schema:
+        """Describe the tables; read once for each content of the database."""
+        from sqlbench.database.schema import introspect
+
+        return introspect(self)
+
     def _connect(self) -> Connection:
         try:
             if self.dialect == "postgresql":
@@ -387,8 +397,10 @@ _open: dict[str, Database] = {}
 _open_lock = threading.Lock()
 
 
-def cached_database(path: str | Path) -> Database:
-    """The database of this path from the pool of this process, opened on first use."""
+def cached_database(path: str | Path | interfaces.Database) -> interfaces.Database:
+    """The database of this path from the pool of this process, opened on first use; a database object is returned."""
+    if not isinstance(path, str | Path):
+        return path
     key = str(path)
     database = _open.get(key)
     if database is None:

@@ -79,6 +79,12 @@ def schema_text(schema: Schema, style: str = "compact", max_chars: int = 2048) -
     ``compact`` is one line a table, `` name: column, column > referenced table``; ``ddl`` is CREATE TABLE statements.
     What does not fit is left out by whole lines, and ``ddl`` says how many tables are missing or cut.
     """
+    if (style, max_chars) not in schema.texts:
+        schema.texts[style, max_chars] = _text(schema, style, max_chars)
+    return schema.texts[style, max_chars]
+
+
+def _text(schema: Schema, style: str, max_chars: int) -> str:
     if style == "compact":
         return _fit([_compact_line(table) for table in schema.tables], max_chars)
     if style != "ddl":

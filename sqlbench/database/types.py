@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 CHUNK_BYTES = 32 << 20
 """Largest amount of row data that is fetched between two looks at the size of the result."""
@@ -93,3 +94,8 @@ class Schema:
     tables: tuple[Table, ...]
     dialect: str = "sqlite"
     name: str = ""
+
+    @cached_property
+    def texts(self) -> dict[tuple[str, int], str]:
+        """What `sqlbench.database.schema.schema_text` made of it so far."""
+        return {}

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sqlbench.models.base import ChatModel
+    from sqlbench.interfaces import Model
 
 
 def open_model(
     spec: str, *, temperature: float = 0.0, max_tokens: int | None = None, timeout: float | None = None
-) -> ChatModel:
-    """The model named ``nano``, ``openai:NAME`` or by a path: a checkpoint folder, or a run folder with a policy.
+) -> Model:
+    """Open ``nano``, ``openai:NAME``, ``module:attribute`` or a path: a checkpoint folder or a run with a policy.
 
     Args:
         spec: which model.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy. A model of your own (``module:attribute``) samples as it is set itself.
         max_tokens: tokens of an answer at most; None is the model's own default.
         timeout: seconds one call to an endpoint may take.
 
@@ -32,6 +32,10 @@ def open_model(
             raise ModelError("'openai:' names no model; write openai:NAME, as the endpoint calls it")
         deadline: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         return EndpointChatModel(spec.removeprefix("openai:"), temperature=temperature, **limits, **deadline)
+    from sqlbench.interfaces import is_plugin, load_plugin
+
+    if is_plugin(spec):
+        return load_plugin("model", spec)
     from sqlbench.models.checkpoint import checkpoint_family
     from sqlbench.models.local import LocalChatModel
 

@@ -99,7 +99,7 @@ class EndpointChatModel:
         self._clients: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncIterator[None]]] = {}
 
     async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
-        """Answer one prompt; see `sqlbench.models.base.ChatModel.complete`."""
+        """Answer one prompt; see `sqlbench.interfaces.Model.complete`."""
         import openai
         from langsmith import tracing_context
 

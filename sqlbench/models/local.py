@@ -71,7 +71,7 @@ def joined_roles(tokenizer: Any) -> tuple[str, ...]:
 
 
 class LocalChatModel:
-    """A checkpoint of this machine as a `sqlbench.models.base.ChatModel`.
+    """A checkpoint of this machine as a `sqlbench.interfaces.Model`.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, or its chat template cannot be used.
@@ -103,7 +103,7 @@ class LocalChatModel:
         self._seeds = np.random.default_rng(seed)
 
     async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
-        """Answer one prompt; see `sqlbench.models.base.ChatModel.complete`."""
+        """Answer one prompt; see `sqlbench.interfaces.Model.complete`."""
         start = time.perf_counter()
         tokenizer = self.batched.engine.tokenizer
         ids = encode_chat(tokenizer, [m.model_dump() for m in messages])

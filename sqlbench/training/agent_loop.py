@@ -14,6 +14,7 @@ import hashlib
 import re
 import time
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,9 +29,10 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from sqlbench.agent.prompts import prompts_for
 from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transition
 from sqlbench.config import RolloutConfig
-from sqlbench.data.tasks import Task
+from sqlbench.data.tasks import Task, open_dataset
 from sqlbench.database.engine import cached_database
-from sqlbench.errors import DatabaseError, ModelError, PromptTooLongError
+from sqlbench.errors import ModelError, PromptTooLongError, SqlbenchError
+from sqlbench.interfaces import load_plugin
 from sqlbench.models.local import encode_chat
 from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, append_line
@@ -69,11 +71,12 @@ class SqlAgentLoop(AgentLoopBase):
             execution_truncate=settings.execution_truncate,
         )
         try:
-            database = cached_database(Path(settings.data) / "database" / task.db_id / f"{task.db_id}.sqlite")
-        except DatabaseError as error:
+            database = cached_database(_dataset(settings.data).database(task.db_id))
+        except SqlbenchError as error:
             record = failed_rollout(task, "database", error)
         else:
-            record = await rollout(task, database, model, prompts_for(settings.family), limits)
+            parts = {kind: _part(kind, settings[kind]) for kind in ("agent", "reward")}
+            record = await rollout(task, database, model, prompts_for(settings.family), limits, **parts)
         record = record.model_copy(
             update={"step": int(row["global_steps"]), "validation": validation, "sample": int(row["session_id"])}
         )
@@ -112,13 +115,17 @@ class SqlAgentLoop(AgentLoopBase):
         ]
 
 
+_dataset, _part = cache(open_dataset), cache(load_plugin)
+"""One object a process."""
+
+
 def trained_transitions(record: Trajectory, trained: str) -> list[Transition]:
     """Transitions whose sub-agent's name the regular expression `trained` finds (``write`` finds ``rewrite`` too)."""
     return [t for t in record.transitions if re.search(trained, t.agent)]
 
 
 class _ServerModel:
-    """verl's rollout server as a `sqlbench.models.base.ChatModel` for one rollout."""
+    """verl's rollout server as a `sqlbench.interfaces.Model` for one rollout."""
 
     def __init__(self, loop: SqlAgentLoop, sampling: dict[str, Any], family: str, seed: int | None) -> None:
         self.name = "policy"

@@ -37,7 +37,7 @@ def compose(
     *,
     run: str,
     folder: Path,
-    data: Path,
+    data: Path | str,
     model: str,
     overrides: list[str] | tuple[str, ...] = (),
     random_reward: bool = False,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from sqlbench.agent.prompts import parse_verdict
 from sqlbench.agent.trajectory import Trajectory
-from sqlbench.database.engine import Database
+from sqlbench.interfaces import Database
 from sqlbench.reward import ascore
 
 MOST_TRANSITIONS = 1000
@@ -43,7 +43,7 @@ async def transition_rewards(record: Trajectory, database: Database) -> list[flo
     right: dict[int, bool] = {}
     for execution in record.executions:
         verdict = await ascore(record.gold, execution.sql, database)
-        right[execution.turn] = bool(verdict.match)
+        right[execution.turn] = verdict.match == 1
     return [
         float(parse_verdict(t.completion.text) == right[t.turn] if t.agent == "check" else right[t.turn])
         for t in record.transitions

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
+from sqlbench.interfaces import is_plugin, load_plugin
 from sqlbench.models import policy_folder
 from sqlbench.models.checkpoint import check_checkpoint
 from sqlbench.profiles import Profile, find_profile
@@ -32,6 +34,8 @@ from sqlbench.training.preflight import ask_verl, needs, planned_steps, prefligh
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+VERL_CONFIG = "data/verl.yaml"
+"""verl's configuration of an attempt, in the run folder; it tells whose process is whose."""
 FULL = 1 << 20
 """A disk with fewer free bytes is full."""
 
@@ -69,6 +73,8 @@ def train(
         TrainingError: the run cannot be composed or started, or had to be stopped; the message names the reason.
         SqlbenchError: data set, checkpoint or run folder are missing or unusable.
     """
+    from omegaconf import OmegaConf
+
     chosen = find_profile(profile)
     if track:
         overrides = [*tracking(track), *overrides]
@@ -77,21 +83,40 @@ def train(
         chosen,
         run=run,
         folder=folder,
-        data=Path(data or chosen.data).absolute(),
+        data=str(data) if is_plugin(data or "") else Path(data or chosen.data).absolute(),
         model=_policy(model or chosen.model, chosen),
         overrides=overrides,
         random_reward=random_reward,
     )
     chosen = chosen.on(config.trainer.device)
     if dry_run:
-        from omegaconf import OmegaConf
-
         ask_verl(config)
         print(OmegaConf.to_yaml(config, resolve=True))
         print("\n".join(f"# needs {line}" for line in needs(chosen, config)))
         return folder
-    train_tasks, validation = preflight(chosen, config)
-    return _Run(chosen, config, folder, list(overrides), train_tasks, validation).run(overwrite)
+    trainer = load_plugin("trainer", config.sqlbench.trainer)
+    tasks, validation = preflight(chosen, config)
+    record = {
+        "kind": "training",
+        "profile": chosen.name,
+        "overrides": list(overrides),
+        "tasks": _digest(t.key for t in tasks),
+        "validation_tasks": _digest(t.key for t in validation),
+        "model_files": _model_digest(config.sqlbench.model),
+        "config": _portable(OmegaConf.to_container(config, resolve=True)),
+    }
+    run_folder = RunFolder(folder)
+    with lock(folder):  # so nobody waits any more for what an earlier attempt left running, and still writes
+        processes.end_earlier(folder / VERL_CONFIG)
+    with run_folder.open(record, overwrite=overwrite):
+        try:
+            run_folder.finish(trainer.fit(run_folder, config, tasks, validation))
+        except OSError as error:
+            raise TrainingError(
+                f"training stopped: {error.strerror}: {error.filename or folder}; see to it and give the same "
+                "command again: it goes on at the last checkpoint"
+            ) from error
+    return folder
 
 
 def _policy(model: str, profile: Profile) -> str:
@@ -102,51 +127,37 @@ def _policy(model: str, profile: Profile) -> str:
     return model
 
 
-class _Run:
-    """One call of `train` on its run folder."""
+class VerlTrainer:
+    """verl's GRPO, with what `sqlbench.training` registers there: the built-in trainer."""
+
+    def fit(
+        self, run: RunFolder, config: DictConfig, tasks: Sequence[Task], validation: Sequence[Task]
+    ) -> dict[str, Any]:
+        """Train from the last checkpoint on (`sqlbench.interfaces.Trainer`)."""
+        profile = find_profile(run.config()["profile"]).on(config.trainer.device)
+        return _Verl(profile, config, run.root, tasks, validation).train()
+
+
+class _Verl:
+    """verl on one run folder."""
 
     def __init__(
         self,
         profile: Profile,
         config: DictConfig,
         folder: Path,
-        overrides: list[str],
-        tasks: list[Task],
-        validation: list[Task],
+        tasks: Sequence[Task],
+        validation: Sequence[Task],
     ) -> None:
-        self.profile, self.config, self.folder, self.overrides = profile, config, folder, overrides
-        self.tasks, self.validation = tasks, validation
+        self.profile, self.config, self.folder = profile, config, folder
+        self.tasks, self.validation = list(tasks), list(validation)
         _, self.total = planned_steps(config, len(tasks))
         self.log = folder / "logs/train.log"
         self.attempt = folder / "logs/attempt.jsonl"  # where verl writes its metrics, afresh at each attempt
-        self.config_file = folder / "data/verl.yaml"
+        self.config_file = folder / VERL_CONFIG
 
-    def run(self, overwrite: bool) -> Path:
-        from omegaconf import OmegaConf
-
-        record = {
-            "kind": "training",
-            "profile": self.profile.name,
-            "overrides": self.overrides,
-            "tasks": _digest(t.key for t in self.tasks),
-            "validation_tasks": _digest(t.key for t in self.validation),
-            "model_files": _model_digest(self.config.sqlbench.model),
-            "config": _portable(OmegaConf.to_container(self.config, resolve=True)),
-        }
-        folder = RunFolder(self.folder)
-        with lock(self.folder):  # so nobody waits any more for what an earlier attempt left running, and still writes
-            processes.end_earlier(self.config_file)
-        with folder.open(record, overwrite=overwrite):
-            try:
-                self._train(folder)
-            except OSError as error:
-                raise TrainingError(
-                    f"training stopped: {error.strerror}: {error.filename or self.folder}; see to it and give the same "
-                    "command again: it goes on at the last checkpoint"
-                ) from error
-        return self.folder
-
-    def _train(self, folder: RunFolder) -> None:
+    def train(self) -> dict[str, Any]:
+        """Train what is left of the run and return its summary."""
         started = time.time()
         done, validate = self._rewind()
         self._write_data()
@@ -160,17 +171,15 @@ class _Run:
         checkpoints.drop_others(self.folder, self.total, self.config.trainer.max_actor_ckpt_to_keep)
         checkpoints.export_policy(self.folder, self.config.sqlbench.model)
         validated = [row["sqlbench/val_ex"] for row in rows.values() if "sqlbench/val_ex" in row]
-        folder.finish(
-            {
-                "steps": self.total,
-                "seconds": round(time.time() - started, 1),
-                "resumed_at": done,
-                "val_ex_first": validated[0] if validated else None,
-                "val_ex_last": validated[-1] if validated else None,
-                "failed_rollouts": int(sum(row.get("sqlbench/failed_rollouts", 0) for row in rows.values())),
-                "policy": "policy",
-            }
-        )
+        return {
+            "steps": self.total,
+            "seconds": round(time.time() - started, 1),
+            "resumed_at": done,
+            "val_ex_first": validated[0] if validated else None,
+            "val_ex_last": validated[-1] if validated else None,
+            "failed_rollouts": int(sum(row.get("sqlbench/failed_rollouts", 0) for row in rows.values())),
+            "policy": "policy",
+        }
 
     def _rewind(self) -> tuple[int, bool]:
         """Step of the last checkpoint, and whether to validate it first; what was logged after it is dropped.
@@ -270,9 +279,12 @@ class _Run:
 def describe(step: int, data: dict[str, float]) -> str:
     """One step in one line."""
     parts = [f"step {step:3d}"]
-    for name, label, scale in (("sqlbench/ex", "EX", 100), ("sqlbench/val_ex", "validation EX", 100)):
-        if name in data:
-            parts.append(f"{label} {scale * data[name]:.1f}%")
+    for name, label in (("", ""), ("val_", "validation ")):
+        if f"sqlbench/{name}ex" in data:
+            parts.append(f"{label}EX {100 * data[f'sqlbench/{name}ex']:.1f}%")
+            reward = data.get(f"sqlbench/{name}reward", data[f"sqlbench/{name}ex"])
+            if reward != data[f"sqlbench/{name}ex"]:
+                parts.append(f"{label}reward {reward:.3f}")
     if "sqlbench/rows" in data:
         parts.append(f"rows {data['sqlbench/rows']:.0f}")
         parts.append(f"failed {data['sqlbench/failed_rollouts']:.0f}")

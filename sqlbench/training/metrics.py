@@ -49,13 +49,14 @@ class StepRecord:
         self.overlong = sum(f": {PromptTooLongError.__name__}: " in (r.error or "") for r in records)
         self.error = next((r.error for r in records if r.failed), None)
         self.scored = [r for r in records if r.reward is not None]
+        self.judged = [r.correct for r in records if r.correct is not None]
         self.groups = {r.task_key for r in records}
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Counts and means, by name.
 
-        Rollouts, failed ones, those that failed for a prompt over the limit, and over the scored ones: EX (mean
-        reward), transitions and turns a rollout, prompt and response tokens a transition, share of responses cut at
+        Rollouts, failed ones, those that failed for a prompt over the limit, and over the scored ones: EX, mean
+        reward, transitions and turns a rollout, prompt and response tokens a transition, share of responses cut at
         the limit, seconds a rollout.
         """
         transitions = [t.completion for r in self.scored for t in r.transitions]
@@ -63,7 +64,8 @@ class StepRecord:
             "rollouts": self.rollouts,
             "failed_rollouts": self.failed,
             "overlong_prompts": self.overlong,
-            "ex": _mean([r.reward for r in self.scored]),
+            "ex": _mean(self.judged),
+            "reward": _mean([r.reward for r in self.scored]),
             "all_transitions": _mean([len(r.transitions) for r in self.scored]),
             "turns": _mean([r.turns for r in self.scored]),
             "prompt_tokens": _mean([t.prompt_tokens for t in transitions]),

@@ -11,9 +11,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlbench.data.tasks import DataSet, Task
+from sqlbench.data.tasks import Task, headline_split, open_dataset
 from sqlbench.errors import SqlbenchError, TrainingError
 from sqlbench.estimate import GPU_BYTES, estimate
+from sqlbench.interfaces import load_plugin
 from sqlbench.profiles import Profile
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
     lines.append(f"model {model}: {'a folder' if Path(model).is_dir() else 'downloaded from the Hugging Face hub'}")
     tasks, source = profile.published_tasks, "as published"
     try:
-        tasks, source = sum(t.scorable for t in DataSet(config.sqlbench.data).load("train")), "that can be scored"
+        tasks, source = sum(t.scorable for t in open_dataset(config.sqlbench.data).load("train")), "that can be scored"
         lines.append(f"data {config.sqlbench.data}: found")
     except SqlbenchError as error:
         lines.append(f"data: {error}")
@@ -67,17 +68,23 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
     settings = config.sqlbench
     try:
         matched = [a for a in AGENTS if re.search(settings.trained_agents, a)]
+        load_plugin("agent", settings.agent), load_plugin("reward", settings.reward)
     except re.error as error:
         raise TrainingError(
             f"sqlbench.trained_agents={settings.trained_agents} is no regular expression: {error}"
         ) from error
-    if not matched or ("write" not in matched and settings.max_turns == 1):
+    if settings.agent == "self-correcting" and (not matched or ("write" not in matched and settings.max_turns == 1)):
         raise TrainingError(
             f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
             f"the sub-agents are {', '.join(AGENTS)}"
         )
     if settings.credit not in ("rollout", "transition"):
         raise TrainingError(f"sqlbench.credit={settings.credit} is neither 'rollout' nor 'transition'")
+    if settings.credit == "transition" and settings.reward != "execution-match":
+        raise TrainingError(
+            f"sqlbench.credit=transition rewards each query for its execution match, not by {settings.reward}. "
+            "Leave one of the two out."
+        )
     if config.trainer.save_freq < 1 or "hf_model" not in config.actor_rollout_ref.actor.checkpoint.save_contents:
         raise TrainingError(
             "this training would leave no policy, which is taken from its last checkpoint; give trainer.save_freq=1 or "
@@ -88,11 +95,11 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
         missing = [line for line in needs(profile, config) if "NOT" in line]
         if missing:
             raise TrainingError(f"this machine cannot run the profile: {'; '.join(missing)}; see --dry-run")
-    dataset = DataSet(settings.data)
+    dataset = open_dataset(settings.data)
     tasks = [t for t in dataset.load("train") if t.scorable]
     if len(tasks) < config.data.train_batch_size:
         raise TrainingError(
-            f"{dataset.root} has {len(tasks)} training tasks, a batch takes {config.data.train_batch_size}"
+            f"{settings.data} has {len(tasks)} training tasks, a batch takes {config.data.train_batch_size}"
         )
     epoch, steps = planned_steps(config, len(tasks))
     if steps > epoch * config.trainer.total_epochs:  # verl would end early, after hours
@@ -100,10 +107,9 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
             f"{steps} steps do not fit into trainer.total_epochs={config.trainer.total_epochs} of {epoch} steps; "
             f"ask for {-(-steps // epoch)} epochs or fewer steps"
         )
-    headline = dataset.about.get("headline", "dev")
     for task in {t.db_id: t for t in tasks}.values():
         dataset.database(task.db_id)
-    return tasks, validation_tasks(dataset, headline, settings.validation_tasks)
+    return tasks, validation_tasks(dataset, headline_split(dataset), settings.validation_tasks)
 
 
 def ask_verl(config: DictConfig) -> None:

@@ -13,17 +13,18 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sqlbench.data.tasks import DataSet, Task
+from sqlbench.data.tasks import Task
 from sqlbench.errors import DataError
+from sqlbench.interfaces import Dataset
 
 VALIDATION_SEED = 0
 
 
-def validation_tasks(dataset: DataSet, split: str, count: int) -> list[Task]:
+def validation_tasks(dataset: Dataset, split: str, count: int) -> list[Task]:
     """The first `count` scorable tasks of a split, in an order that depends only on the tasks."""
     tasks = [t for t in dataset.load(split) if t.scorable]
     if not tasks:
-        raise DataError(f"split '{split}' of {dataset.root} has no task that can be scored")
+        raise DataError(f"split '{split}' has no task that can be scored")
     tasks.sort(key=lambda t: (t.key, t.task_id))
     random.Random(VALIDATION_SEED).shuffle(tasks)
     return tasks[:count]

@@ -16,6 +16,7 @@ Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -85,6 +86,12 @@ class SqlTrainer(PPOTrainerSync):
                 f"{failed} of {expected} rollouts of step {self.global_steps} failed, more than the "
                 f"share of {self.settings.max_failed_share} allowed by sqlbench.max_failed_share; "
                 f"first error: {record.error or 'not on record, see the log'}"
+            )
+        agents = {transition.agent for t in record.scored for transition in t.transitions}
+        if agents and not validation and not any(re.search(self.settings.trained_agents, name) for name in agents):
+            raise TrainingError(
+                f"sqlbench.trained_agents={self.settings.trained_agents} matches no sub-agent of step "
+                f"{self.global_steps}; the rollouts have: {', '.join(sorted(agents))}"
             )
         return record
 

@@ -24,6 +24,7 @@ from sqlbench.data.tasks import Task
 from sqlbench.database.engine import in_thread
 from sqlbench.database.schema import mermaid_er
 from sqlbench.errors import SqlbenchError
+from sqlbench.interfaces import load_plugin
 from sqlbench.models import open_model
 from sqlbench.widgets import view
 from sqlbench.widgets.diagram import er_svg
@@ -113,6 +114,7 @@ class ChatView(w.VBox):
         model: as in `sqlbench.models.open_model`.
         folder: where feedback, bandit and prompt generations are kept.
         reflection: endpoint for prompt evolution; by default the model itself, where it is one.
+        agent: the built-in one, or ``module:attribute``.
         session: a session that is already open, in place of all the above.
     """
 
@@ -123,6 +125,7 @@ class ChatView(w.VBox):
         folder: Path | str = "results/laptop/chat",
         *,
         reflection: str | None = None,
+        agent: str = "self-correcting",
         session: ChatSession | None = None,
     ) -> None:
         self.session = session
@@ -131,7 +134,7 @@ class ChatView(w.VBox):
         self._task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._make_widgets()
-        self._in_background(self._open(data, model, folder, reflection))
+        self._in_background(self._open(data, model, folder, reflection, agent))
 
     def _make_widgets(self) -> None:
         self._title, self._message, self._scores = (w.HTML(layout=_WIDE) for _ in range(3))
@@ -241,10 +244,12 @@ class ChatView(w.VBox):
         for button in self._examples.children:
             button.disabled = self.busy
 
-    async def _open(self, data: Path | str | None, model: str, folder: Path | str, reflection: str | None) -> None:
+    async def _open(
+        self, data: Path | str | None, model: str, folder: Path | str, reflection: str | None, agent: str
+    ) -> None:
         self._title.value = _html(_TITLE.format(f"loading {model} ..."))
         if self.session is None:
-            self.session = await in_thread(_open_session, data, model, folder, reflection)
+            self.session = await in_thread(_open_session, data, model, folder, reflection, agent)
         session = self.session
         self._title.value = _html(_TITLE.format(f"model {session.model.name}, learned state in {session.folder}"))
         self._component.options = list(session.evolution.prompts.components)
@@ -432,7 +437,10 @@ def diff_html(before: Mapping[str, str], after: Mapping[str, str]) -> Markup:
     return Markup("").join(parts)
 
 
-def _open_session(data: Path | str | None, model: str, folder: Path | str, reflection: str | None) -> ChatSession:
+def _open_session(
+    data: Path | str | None, model: str, folder: Path | str, reflection: str | None, agent: str
+) -> ChatSession:
     if reflection is None and model.startswith("openai:"):
         reflection = model
-    return ChatSession(open_model(model), folder, BuiltIn(data) if data is not None else None, reflection)
+    builtin = BuiltIn(data) if data is not None else None
+    return ChatSession(open_model(model), folder, builtin, reflection, agent=load_plugin("agent", agent))

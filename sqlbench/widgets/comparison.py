@@ -15,8 +15,8 @@ import ipywidgets as w
 import pandas as pd
 from markupsafe import Markup
 
-from sqlbench.data.tasks import DataSet
-from sqlbench.errors import DataError
+from sqlbench.data.tasks import open_dataset
+from sqlbench.errors import DataError, SqlbenchError
 from sqlbench.sqltree import HARDNESS
 from sqlbench.tables import Difference, Side, difference
 from sqlbench.widgets import view
@@ -189,7 +189,7 @@ def _constructs(data: Path | str | None, tasks: pd.DataFrame) -> dict[str, str]:
     found: dict[str, str] = {}
     for split in tasks["split"].unique():
         try:
-            found |= {task.key: task.kind for task in DataSet(data or "").load(split)}
-        except DataError:
+            found |= {task.key: task.kind for task in open_dataset(data or "").load(split)}
+        except SqlbenchError:
             continue
     return found

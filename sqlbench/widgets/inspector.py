@@ -17,10 +17,11 @@ from markupsafe import Markup
 from traitlets import TraitError
 
 from sqlbench.agent.trajectory import Trajectory
-from sqlbench.data.tasks import DataSet
-from sqlbench.database.engine import Database, cached_database
+from sqlbench.data.tasks import open_dataset
+from sqlbench.database.engine import cached_database
 from sqlbench.database.types import NO_STATEMENT, QueryResult
-from sqlbench.errors import DatabaseError, DataError
+from sqlbench.errors import DataError, SqlbenchError
+from sqlbench.interfaces import Database
 from sqlbench.reward import REFERENCE, STRICT, prepare
 from sqlbench.sqltree import HARDNESS
 from sqlbench.widgets import view
@@ -256,8 +257,8 @@ class Inspector(w.VBox):
     def _database(self, name: str) -> Database | None:
         root = self._data or self._run.data
         try:
-            return cached_database(DataSet(root).database(name)) if root else None
-        except (DataError, DatabaseError):
+            return cached_database(open_dataset(root).database(name)) if root else None
+        except SqlbenchError:
             return None
 
     def _siblings_of(self, number: int | None) -> list[int]:
@@ -289,7 +290,7 @@ class Inspector(w.VBox):
         gold, pred = self.results()
         ordered = rollout.reason == "order_differs"
         parts = [view.head_html(rollout, notes), view.queries_html(rollout)]
-        parts.append(view.results_html(gold, pred, rollout.reward == 1, ordered))
+        parts.append(view.results_html(gold, pred, rollout.correct is True, ordered))
         rules = STRICT if run.strict else REFERENCE
         if gold and any(sql and prepare(sql, rules) != sql for sql in (rollout.gold, rollout.pred)):
             parts.append(Markup("<small>as the verdict compares them: without DISTINCT of the outer SELECT</small>"))
@@ -305,6 +306,7 @@ class Inspector(w.VBox):
         cards = []
         for n, row in group.iterrows():
             facts = [row["outcome"], row["reason"], f"{row['turns']} turn{'s' * (row['turns'] != 1)}"]
+            facts.append("" if row["reward"] in (0, 1) or pd.isna(row["reward"]) else f"reward {row['reward']:g}")
             facts.append(f"advantage {advantage[n]:+.2f}" if n in advantage else "")
             _, sql = view.token_diff(view.pretty(group.at[number, "pred"]), view.pretty(row["pred"]))
             cards.append(

@@ -17,7 +17,9 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-
 """What the page may load: nothing from elsewhere (Voila's template would ask a CDN for icons and wait for it)."""
 
 
-def serve_chat(data: Path, model: str, folder: Path, port: int, reflection: str | None = None) -> None:
+def serve_chat(
+    data: Path, model: str, folder: Path, port: int, reflection: str | None = None, agent: str = "self-correcting"
+) -> None:
     """Serve the chat until it is interrupted.
 
     Raises:
@@ -33,7 +35,7 @@ def serve_chat(data: Path, model: str, folder: Path, port: int, reflection: str 
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise ServerError(f"cannot listen on port {port}: {reason}; choose another with --port") from error
-    options = {"data": str(data), "model": model, "folder": str(folder), "reflection": reflection}
+    options = {"data": str(data), "model": model, "folder": str(folder), "reflection": reflection, "agent": agent}
     code = f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench.widgets.chat import ChatView\nChatView(**{options!r})"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}

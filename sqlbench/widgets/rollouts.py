@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ValidationError
 
-from sqlbench.agent.trajectory import Trajectory
+from sqlbench.agent.trajectory import Trajectory, is_correct
 from sqlbench.errors import DataError
 from sqlbench.models import policy_folder
 from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder
@@ -26,6 +26,7 @@ class _Answer(BaseModel):
 
 class _Call(BaseModel):
     agent: str
+    turn: int
     completion: _Answer
 
 
@@ -42,6 +43,7 @@ class _Light(BaseModel):
     transitions: list[_Call] = []
     pred: str | None = None
     reward: float | None = None
+    match: float | None = None
     reason: str = ""
     error: str | None = None
     step: int | None = None
@@ -57,10 +59,10 @@ class _Light(BaseModel):
             "step": self.step,
             "part": "" if self.step is None else "validation" if self.validation else "training",
             "sample": self.sample,
-            "outcome": view.outcome(self.reward, self.error),
+            "outcome": view.outcome(is_correct(self.reward, self.match), self.error),
             "hardness": self.hardness,
             "database": self.db_id,
-            "turns": sum(call.agent != "check" for call in self.transitions),
+            "turns": max((call.turn for call in self.transitions), default=0),
             "reward": self.reward,
             "question": self.question,
             "reason": self.reason,

@@ -18,18 +18,18 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from sqlbench.agent.graph import AgentState
+from sqlbench.agent.graph import SelfCorrectingAgent
 from sqlbench.agent.prompts import extract_sql, parse_verdict, prompts_for
 from sqlbench.agent.repair import GENERATE, LinUCBRepair, RepairPolicy, Situation, failure_class, shaped
 from sqlbench.agent.trajectory import Execution, Trajectory, Transition
 from sqlbench.config import RolloutConfig
 from sqlbench.connection import LARGE, SMALL, Connection, Example, connect
-from sqlbench.data.tasks import DataSet, Task
-from sqlbench.database.engine import Database, cached_database
+from sqlbench.data.tasks import Task, open_dataset
+from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evolve import Evolution, Feedback
-from sqlbench.models.base import ChatModel
-from sqlbench.rollout import answer, rollout
+from sqlbench.interfaces import Agent, Database, Model
+from sqlbench.rollout import RolloutContext, rollout, run_agent
 from sqlbench.widgets import view
 
 MAX_ATTEMPTS = 5
@@ -140,7 +140,8 @@ class Exchange:
     connection: Connection
     generation: int
     """Of the prompt that answered."""
-    state: AgentState = field(default_factory=AgentState)
+    context: RolloutContext | None = None
+    """The rollout that answered it; None before that."""
     verdict: Literal["right", "wrong"] | None = None
     remark: str = ""
     choices: list[tuple[Situation, str]] = field(default_factory=list)
@@ -150,7 +151,7 @@ class Exchange:
     @property
     def history(self) -> list[tuple[str, str]]:
         """Every query for this question so far, with the text of its result."""
-        return list(self.state.get("history", []))
+        return list(self.context.history) if self.context is not None else []
 
     def feedback(self) -> Feedback | None:
         """What prompt evolution reads of it; None where there was no query."""
@@ -192,6 +193,7 @@ class ChatSession:
         builtin: databases whose questions have known answers.
         reflection: the endpoint for prompt evolution, as ``openai:NAME``, or None.
         every: questions between two evolutions.
+        agent: who answers; the self-correcting one by default.
 
     Raises:
         DataError: what is kept in the folder cannot be read.
@@ -200,13 +202,15 @@ class ChatSession:
 
     def __init__(
         self,
-        model: ChatModel,
+        model: Model,
         folder: Path | str,
         builtin: BuiltIn | None = None,
         reflection: str | None = None,
         every: int = 4,
+        agent: Agent | None = None,
     ) -> None:
         self.model, self.folder, self.builtin = model, Path(folder), builtin
+        self.agent = agent or SelfCorrectingAgent()
         self.config = RolloutConfig(
             max_turns=MAX_ATTEMPTS, table_info_truncate=SMALL if model.family == "nano" else LARGE
         )
@@ -223,6 +227,7 @@ class ChatSession:
             tasks=builtin.tasks() if builtin else (),
             config=self.config,
             repair=trial,  # for the same reason
+            agent=self.agent,
         )
 
     def _bandit(self) -> LinUCBRepair:
@@ -252,14 +257,14 @@ class ChatSession:
         self._databases[connection.name] = connection.database
         exchange = Exchange(question, connection, evolution.generation)
         policy, database = _Watched(self.bandit, transcript, exchange.choices), connection.database
-        state = await answer(
-            question, database, self.model, evolution.prompts, self.config, policy, transcript, earlier
-        )
-        exchange.state = state
-        executions, seconds = state.get("executions", []), time.perf_counter() - started
+        task = Task(task_id="", db_id=connection.name, question=question, gold="", split="")
+        prompts, config, agent = evolution.prompts, self.config, self.agent
+        context = await run_agent(task, database, self.model, prompts, config, policy, transcript, earlier, agent=agent)
+        exchange.context = context
+        executions, seconds = context.executions, time.perf_counter() - started
         text = f"{len(executions)} attempt{'s' * (len(executions) != 1)}, {seconds:.1f} s"
-        if "error" in state:
-            text = f"stopped: {' '.join(state['error'].split())}"
+        if context.error is not None:
+            text = f"stopped: {context.error}"
         elif not executions[-1].answered:
             self._learn(exchange, 0.0)
             text = f"gave up, the last query did not run; {text}"
@@ -285,9 +290,10 @@ class ChatSession:
             raise
 
     def _learn(self, exchange: Exchange, solved: float) -> None:
-        if exchange.learned or "error" in exchange.state:
+        context = exchange.context
+        if exchange.learned or context is None or context.error is not None or not exchange.choices:
             return
-        classes = [failure_class(e) for e in exchange.state["executions"]]
+        classes = [failure_class(e) for e in context.executions]
         if len(exchange.choices) == len(classes):  # the first query, too, followed a choice: it was a retry
             classes = [exchange.choices[0][0].error_class, *classes]
         try:
@@ -329,7 +335,7 @@ class ChatSession:
 
         async def score(task: Task) -> None:
             async with gate:
-                done.append(await rollout(task, *arguments))
+                done.append(await rollout(task, *arguments, agent=self.agent))
             scored(done)
 
         await asyncio.gather(*map(score, tasks))
@@ -337,13 +343,13 @@ class ChatSession:
 
 def benchmark_html(rollouts: Sequence[Trajectory], of: int) -> Markup:
     """Accuracy by level and overall, and every question with its verdict."""
-    counted = [t for t in rollouts if t.reward is not None]
+    counted = [t for t in rollouts if t.correct is not None]
     failed = len(rollouts) - len(counted)
     levels = []
     for name in (*LEVELS, "overall"):
-        some = [t.reward or 0.0 for t in counted if name in (t.hardness, "overall")]
+        some = [t.correct for t in counted if name in (t.hardness, "overall")]
         if some:
-            levels.append([name, f"{sum(some):g} of {len(some)}", f"{100 * mean(some):.0f}%"])
+            levels.append([name, f"{sum(map(bool, some))} of {len(some)}", f"{100 * mean(map(bool, some)):.0f}%"])
     order = sorted(rollouts, key=lambda t: (LEVELS.index(t.hardness), t.question))
     rows = [[t.hardness, _verdict(t), t.turns, t.question, t.pred or ""] for t in order]
     note = f"{len(rollouts)} of {of} questions" + (f"; {failed} failed and are not counted" if failed else "")
@@ -355,7 +361,7 @@ def benchmark_html(rollouts: Sequence[Trajectory], of: int) -> Markup:
 
 
 def _verdict(rollout: Trajectory) -> str:
-    result = view.outcome(rollout.reward, rollout.error)
+    result = view.outcome(rollout.correct, rollout.error)
     return f"{view.OUTCOMES[result]} {rollout.error or result}"
 
 
@@ -367,7 +373,7 @@ class BuiltIn:
     """
 
     def __init__(self, root: Path | str) -> None:
-        self.data = DataSet(root)
+        self.data = open_dataset(root)
         splits = self.data.splits()
         self._tasks: dict[str, dict[str, Task]] = defaultdict(dict)
         for split in [s for s in splits if s != "train"] or splits:

@@ -45,6 +45,7 @@ REASONS = {
     "gold_rejected": "the gold query is not one read-only statement",
     "gold_too_large": "the gold result is too large",
     "no_database": "no database to score on",
+    "no_gold": "no gold query to compare with",
 }
 """What each reason code of `sqlbench.reward.Verdict` means."""
 OUTCOMES = {"right": "✓", "wrong": "✗", "failed": "!", "not scored": "?"}
@@ -332,16 +333,16 @@ def queries_html(trajectory: Trajectory) -> Markup:
     ).format(gold, pred, legend if "<del>" in gold or "<ins>" in pred else "the same tokens")
 
 
-def outcome(reward: float | None, error: str | None) -> str:
+def outcome(correct: bool | None, error: str | None) -> str:
     """``right``, ``wrong``, ``failed`` (something outside the policy broke) or ``not scored``."""
     if error is not None:
         return "failed"
-    return "not scored" if reward is None else "right" if reward == 1 else "wrong"
+    return "not scored" if correct is None else "right" if correct else "wrong"
 
 
 def head_html(trajectory: Trajectory, notes: Iterable[str] = ()) -> Markup:
     """Question, verdict and reason of a rollout."""
-    result = outcome(trajectory.reward, trajectory.error)
+    result = outcome(trajectory.correct, trajectory.error)
     words = [trajectory.db_id, trajectory.hardness, trajectory.split, trajectory.task_id, *notes]
     reason = f"{trajectory.reason}: {REASONS.get(trajectory.reason, '')}" if trajectory.reason else ""
     return Markup(

@@ -182,7 +182,7 @@ def test_5_chats_on_one_folder_keep_apart_and_lose_nothing(model, tmp_path, note
                 exchange = await session.ask(transcript.question, shop, transcript)
                 waited.append(time.perf_counter() - began)
                 assert [sql for sql, _ in exchange.history] == [f"SELECT nonsense{mark}", f"SELECT {mark}"]
-                assert exchange.state["executions"][-1].rows == [[mark]] and f"SELECT {mark}" in transcript.html()
+                assert exchange.context.executions[-1].rows == [[mark]] and f"SELECT {mark}" in transcript.html()
                 session.judge(exchange, right=i % 2 == 0)
 
         asyncio.run(use())

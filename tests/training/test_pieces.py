@@ -20,8 +20,17 @@ import verl_cpu
 from pocket import NANO_PATH
 from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transition
 from sqlbench.data.tasks import DataSet
-from sqlbench.errors import DataError, ModelError, PromptTooLongError, RunError, SqlbenchError, TrainingError
+from sqlbench.errors import (
+    DataError,
+    ModelError,
+    PluginError,
+    PromptTooLongError,
+    RunError,
+    SqlbenchError,
+    TrainingError,
+)
 from sqlbench.profiles import PROFILES, merged
+from sqlbench.runs import RunFolder
 from sqlbench.training import processes
 from sqlbench.training.checkpoints import latest_checkpoint
 from sqlbench.training.compose import compose
@@ -155,6 +164,13 @@ def test_dry_run_refuses_what_verl_refuses(tmp_path: Path, capsys: pytest.Captur
     assert not capsys.readouterr().out
 
 
+OWN_TRAINER = """
+class Trainer:
+    def fit(self, run, config, tasks, validation):
+        return {"steps": config.trainer.total_training_steps, "tasks": len(tasks), "validation": len(validation)}
+"""
+
+
 def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any], type[SqlbenchError], str]]:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -177,11 +193,26 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
         "batch": ({"data": data, "overrides": ["data.train_batch_size=9999"]}, TrainingError, "a batch takes 9999"),
         "no policy": ({"data": data, "overrides": ["trainer.save_freq=-1"]}, TrainingError, "leave no policy"),
         "finished": ({"data": data, "run": "finished"}, RunError, "is finished"),
+        "own agent": (
+            {"data": data, "overrides": ["sqlbench.agent=nowhere:Agent"]},
+            PluginError,
+            "no module 'nowhere'",
+        ),
+        "own trainer": ({"data": data, "overrides": ["sqlbench.trainer=json:loads"]}, PluginError, "without fit"),
+        "credit": (
+            {"data": data, "overrides": ["sqlbench.reward=math:sqrt", "sqlbench.credit=transition"]},
+            TrainingError,
+            "not by math:sqrt",
+        ),
     }
 
 
 @pytest.mark.parametrize(
-    "case", ["profile", "data", "model", "half model", "agents", "turns", "regex", "batch", "no policy", "finished"]
+    "case",
+    [
+        *("profile", "data", "model", "half model", "agents", "turns", "regex", "batch", "no policy", "finished"),
+        *("own agent", "own trainer", "credit"),
+    ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(case: str, tmp_path: Path, pocket: DataSet) -> None:
     arguments, error, text = refusals(tmp_path, pocket)[case]
@@ -439,6 +470,20 @@ def test_the_reason_of_a_failure_is_read_off_the_end_of_the_log(
 
 def test_a_step_is_described_in_one_line() -> None:
     assert describe(0, {"sqlbench/val_ex": 0.5}) == "step   0  validation EX 50.0%"
+    same, other = {"sqlbench/val_ex": 0.5, "sqlbench/val_reward": 0.5}, {"sqlbench/ex": 0.5, "sqlbench/reward": 0.75}
+    assert describe(1, same | other) == "step   1  EX 50.0%  reward 0.750  validation EX 50.0%"
+
+
+def test_a_trainer_of_ones_own_gets_the_run_and_leaves_its_summary(
+    tmp_path: Path, pocket: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.py").write_text(OWN_TRAINER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    overrides = ["sqlbench.trainer=own:Trainer", "sqlbench.validation_tasks=3"]
+    folder = RunFolder(train("laptop", "r", pocket.root, results=tmp_path / "results", overrides=overrides))
+    assert folder.summary() == {"steps": 40, "tasks": sum(t.scorable for t in pocket.load("train")), "validation": 3}
+    assert folder.config()["config"]["sqlbench"]["trainer"] == "own:Trainer"
 
 
 def test_forkserver_stub_passes_output_and_status_of_the_forked_process(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sqlbench.agent.graph import REFUSED, REJECTED, AgentContext, draw, run_agent
+from sqlbench.agent.graph import REFUSED, REJECTED, draw
 from sqlbench.agent.prompts import STRATEGIES, prompts_for
 from sqlbench.agent.repair import FixedRepair, Situation
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.config import RolloutConfig
+from sqlbench.data.tasks import Task
 from sqlbench.database.engine import open_database
-from sqlbench.database.schema import introspect
+from sqlbench.rollout import run_agent
 
 GOOD, BAD, BROKEN = "SELECT name FROM singer", "SELECT age FROM singer", "SELECT nam FROM singer"
 YES, NO = "THE QUERY IS CORRECT", "Wrong column. THE QUERY IS INCORRECT"
@@ -56,40 +57,40 @@ def answer(database):
     def run(*answers: str | Exception, family: str = "chat", repair=None, observer=None, start=(), **settings):
         model = Scripted(*answers)
         config = RolloutConfig(**settings)
-        context = AgentContext(model, database, introspect(database), prompts_for(family), config, repair, observer)
-        state = asyncio.run(run_agent("Which names?", "SCHEMA", context, start))
-        return state, model
+        task = Task(task_id="", db_id="concert", question="Which names?", gold="", split="")
+        context = asyncio.run(run_agent(task, database, model, prompts_for(family), config, repair, observer, start))
+        return context, model
 
     return run
 
 
 def agents(state) -> list[str]:
-    return [f"{t.agent}{t.turn}" for t in state["transitions"]]
+    return [f"{t.agent}{t.turn}" for t in state.transitions]
 
 
 def test_a_query_called_correct_is_the_end(answer):
     state, _ = answer(f"```sql\n{GOOD};\n```", YES)
     assert agents(state) == ["write1", "check1"]
-    assert state["sql"] == GOOD and [e.sql for e in state["executions"]] == [GOOD]
+    assert state.sql == GOOD and [e.sql for e in state.executions] == [GOOD]
 
 
 def test_an_incorrect_query_is_rewritten_and_executed_again(answer):
     state, _ = answer(BAD, NO, GOOD, YES)
     assert agents(state) == ["write1", "check1", "rewrite2", "check2"]
-    assert [(e.turn, e.sql) for e in state["executions"]] == [(1, BAD), (2, GOOD)]
+    assert [(e.turn, e.sql) for e in state.executions] == [(1, BAD), (2, GOOD)]
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 6])
 def test_it_ends_after_the_last_turn_without_a_check(answer, turns):
     state, _ = answer(*[BAD, NO] * 10, max_turns=turns)
-    assert [t.agent for t in state["transitions"]] == ["write", *["check", "rewrite"] * (turns - 1)]
-    assert len(state["executions"]) == turns
+    assert [t.agent for t in state.transitions] == ["write", *["check", "rewrite"] * (turns - 1)]
+    assert len(state.executions) == turns
 
 
 def test_prompts_show_schema_question_query_result_and_feedback(answer):
     _, model = answer(BROKEN, NO, GOOD, YES)
     write, check, rewrite, _ = ["\n".join(m.content for m in messages) for messages in model.seen]
-    assert "SCHEMA" in write and "Which names?" in write and "SQLite" in write
+    assert "singer_id" in write and "Which names?" in write and "SQLite" in write
     assert BROKEN in check and "no such column: nam" in check and "use name" in check
     assert BROKEN in rewrite and "no such column: nam" in rewrite and NO in rewrite
 
@@ -98,24 +99,24 @@ def test_results_are_shown_in_so_many_characters_and_recorded_with_twenty_rows(a
     state, model = answer(GOOD, YES, execution_truncate=40)
     shown = model.seen[1][1].content.split("Result:\n")[1]
     assert len(shown) == 40 and shown.startswith("50 rows")
-    assert len(state["executions"][0].rows) == 20 and state["executions"][0].n_rows == 50
+    assert len(state.executions[0].rows) == 20 and state.executions[0].n_rows == 50
 
 
 def test_cells_are_recorded_as_json_values(answer):
     state, _ = answer("SELECT x'00ff', NULL, 1.5, 9e999, 'Zoë'", YES)
-    assert state["executions"][0].rows == [["00ff", None, 1.5, "inf", "Zoë"]]
+    assert state.executions[0].rows == [["00ff", None, 1.5, "inf", "Zoë"]]
 
 
 @pytest.mark.parametrize(("answers", "kept"), [((), []), ((GOOD,), ["write1"]), ((BAD, NO), ["write1", "check1"])])
 def test_a_broken_model_ends_the_rollout_and_keeps_what_was_done(answer, kept, answers):
     state, _ = answer(*answers, ConnectionError("gone"))
-    assert state["error"] == "model: ConnectionError: gone"
-    assert agents(state) == kept if kept else "transitions" not in state or not state["transitions"]
+    assert state.error == "model: ConnectionError: gone"
+    assert agents(state) == kept
 
 
 def test_prose_goes_to_the_database_which_refuses_it(answer):
     state, _ = answer("I do not know.", max_turns=1)
-    assert state["executions"][0].status == "error"
+    assert state.executions[0].status == "error"
 
 
 def test_the_graph_can_be_drawn_as_mermaid_text():
@@ -143,7 +144,7 @@ class Asked:
 def test_a_repair_policy_chooses_the_strategy_of_each_rewrite(answer):
     repair = Asked()
     state, model = answer(BROKEN, BAD, NO, GOOD, YES, repair=repair, max_turns=5)
-    assert [(t.agent, t.turn, t.strategy) for t in state["transitions"]] == [
+    assert [(t.agent, t.turn, t.strategy) for t in state.transitions] == [
         ("write", 1, None), ("rewrite", 2, STRATEGIES[0]), ("check", 2, None), ("rewrite", 3, STRATEGIES[1]),
         ("check", 3, None),
     ]  # fmt: skip
@@ -177,14 +178,14 @@ def test_with_repair_a_rewrite_sees_every_query_so_far_with_its_result(answer):
 def test_without_repair_a_rewrite_sees_the_last_query_only(answer):
     state, model = answer(BROKEN, NO, BAD, NO, GOOD, YES)
     assert BROKEN not in model.seen[4][1].content and BAD in model.seen[4][1].content
-    assert {t.strategy for t in state["transitions"]} == {None}
+    assert {t.strategy for t in state.transitions} == {None}
 
 
 @pytest.mark.parametrize("again", [BAD, BAD + " ;;", BAD.replace(" ", "\n  ")])
 def test_with_repair_it_ends_when_the_same_query_comes_for_the_third_time(answer, again):
     answers = [BAD, NO, GOOD, NO, BAD, NO, again, NO, GOOD, NO]
     state, _ = answer(*answers, repair=FixedRepair("fix_column"), max_turns=9)
-    assert agents(state)[-1] == "rewrite4" and len(state["executions"]) == 4
+    assert agents(state)[-1] == "rewrite4" and len(state.executions) == 4
     assert agents(answer(*answers, max_turns=5)[0])[-1] == "rewrite5"  # without repair it goes on
 
 
@@ -220,10 +221,10 @@ def test_an_observer_is_told_of_everything_in_order(answer):
         *[("text", "check", 2)] * 2, *call,
     ]  # fmt: skip
     assert "".join(e[3] for e in told.events if e[:3] == ("text", "rewrite", 2)) == GOOD
-    assert [e[1] for e in told.events if e[0] == "transition"] == state["transitions"]
+    assert [e[1] for e in told.events if e[0] == "transition"] == state.transitions
     executions = [e[1:] for e in told.events if e[0] == "execution"]
-    assert [e for e, _ in executions] == state["executions"]
-    assert executions[0][1].startswith("error: no such column: nam") and executions[1][1] == state["execution_text"]
+    assert [e for e, _ in executions] == state.executions
+    assert executions[0][1].startswith("error: no such column: nam") and executions[1][1] == state.history[-1][1]
 
 
 @pytest.mark.parametrize("repair", [None, FixedRepair("rewrite_full")])
@@ -234,7 +235,7 @@ def test_earlier_answers_make_the_first_call_a_rewrite(answer, repair):
     first, second = model.seen[0][1].content, model.seen[2][1].content
     assert first.index("SELECT 1\n") < first.index(BROKEN) < first.index(REJECTED)
     assert second.index("SELECT 1\n") < second.index(BROKEN) < second.index(BAD) < second.index(NO)
-    assert [sql for sql, _ in state["history"]] == ["SELECT 1", BROKEN, BAD, GOOD]
+    assert [sql for sql, _ in state.history] == ["SELECT 1", BROKEN, BAD, GOOD]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_earlier_answers_count_as_the_same_query(answer):
 
 def test_a_broken_model_at_the_first_rewrite_is_an_error_too(answer):
     state, _ = answer(ConnectionError("gone"), start=[(BAD, "50 rows")])
-    assert state["error"] == "model: ConnectionError: gone"
+    assert state.error == "model: ConnectionError: gone"
 
 
 def test_nothing_is_traced_even_where_the_environment_asks_for_it(answer, monkeypatch):

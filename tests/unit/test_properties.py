@@ -26,7 +26,6 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from sqlbench.agent.graph import record_execution
 from sqlbench.agent.prompts import CORRECT, INCORRECT, extract_sql, parse_verdict, render_execution, truncate
 from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
 from sqlbench.connection import connect
@@ -35,6 +34,7 @@ from sqlbench.database.engine import open_database
 from sqlbench.database.schema import introspect, mermaid_er, quote, sample_rows, schema_text
 from sqlbench.database.types import Column, Limits, QueryResult, Schema, Table
 from sqlbench.reward import score
+from sqlbench.rollout import record_execution
 from sqlbench.runs import TRAJECTORIES, RunFolder, read_trajectories
 from sqlbench.training.metrics import StepRecord
 from sqlbench.widgets.diagram import er_svg

@@ -16,7 +16,7 @@ from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import open_database
 from sqlbench.errors import ModelError
-from sqlbench.rollout import answer, failed_rollout, rollout
+from sqlbench.rollout import failed_rollout, rollout, run_agent
 
 GOLD = "SELECT name FROM singer WHERE age > 20"
 
@@ -139,29 +139,30 @@ def test_a_record_from_before_there_were_strategies_loads(run):
 
 
 def ask(database, model, **more):
-    return asyncio.run(answer("Who?", database, model, prompts_for("nano"), RolloutConfig(max_turns=1), **more))
+    task = Task(task_id="", db_id="concert", question="Who?", gold="", split="")
+    return asyncio.run(run_agent(task, database, model, prompts_for("nano"), RolloutConfig(max_turns=1), **more))
 
 
 def test_a_question_without_gold_is_answered_by_the_same_agent(database):
-    state = ask(database, OneAnswer("SELECT name FROM singer;"))
-    assert state["sql"] == "SELECT name FROM singer" and state["executions"][0].n_rows == 3 and "error" not in state
-    prompt = state["transitions"][0].messages[1].content
+    context = ask(database, OneAnswer("SELECT name FROM singer;"))
+    assert context.sql == "SELECT name FROM singer" and context.executions[0].n_rows == 3 and context.error is None
+    prompt = context.transitions[0].messages[1].content
     assert "Who?" in prompt and "singer: singer_id, name, age" in prompt
 
 
 def test_asking_again_starts_with_a_rewrite_of_the_earlier_answer(database):
     start = [("SELECT age FROM singer", "3 rows: 20")]
-    state = ask(database, OneAnswer("SELECT name FROM singer"), start=start, repair=FixedRepair("fix_table"))
-    (call,) = state["transitions"]
+    context = ask(database, OneAnswer("SELECT name FROM singer"), start=start, repair=FixedRepair("fix_table"))
+    (call,) = context.transitions
     assert (call.agent, call.turn, call.strategy) == ("rewrite", 1, "fix_table")
     assert "query: SELECT age FROM singer\n result: 3 rows: 20\n repair: fix table" in call.messages[1].content
 
 
 def test_an_answer_that_breaks_says_why(database, tmp_path):
-    assert ask(database, OneAnswer(None))["error"] == "model: ModelError: endpoint gone"
+    assert ask(database, OneAnswer(None)).error == "model: ModelError: endpoint gone"
     path = tmp_path / "gone.sqlite"
     sqlite3.connect(path).execute("CREATE TABLE t (a)").connection.close()
     gone = open_database(path)
     path.write_text("this is no database, " * 99)
-    assert ask(gone, OneAnswer("SELECT 1"))["error"].startswith("schema: DatabaseError: ")
+    assert ask(gone, OneAnswer("SELECT 1")).error.startswith("schema: DatabaseError: ")
     gone.close()
