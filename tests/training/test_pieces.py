@@ -226,11 +226,12 @@ def actor_config(tokens: int) -> Any:
 
 def test_per_rollout_mean_weighs_rollouts_alike_and_token_mean_tokens() -> None:
     """Rollout a has rows of 3 and 1 tokens and advantage 1, rollout b one row of 2 tokens and advantage -2."""
-    from sqlbench.training.loss import per_rollout_mean, rollout_weights, token_mean
+    from sqlbench.training.loss import per_rollout_mean, row_weights, token_mean
 
     lengths, advantage = [3, 1, 2], torch.tensor([1.0, 1.0, -2.0])
     mask = (torch.arange(3) < torch.tensor(lengths).unsqueeze(1)).float()
-    weights = rollout_weights(["a", "a", "b"], lengths)
+    kept = list(zip("aab", lengths, strict=True))
+    weights = row_weights("per_rollout_mean", kept, kept)
     assert weights == pytest.approx([6 / (2 * 4), 6 / (2 * 4), 6 / (2 * 2)])
     log_prob = torch.full((3, 3), -1.0, requires_grad=True)
 
