@@ -1,8 +1,9 @@
 """One rollout: task in, trajectory with a reward out. Evaluation, training, environment and chat all run this one.
 
 A broken model, database or verdict never raises: it becomes `Trajectory.error` with reward None, which is counted and
-is not the same as a wrong answer (reward 0). A task that was known to be unscorable has reward None and a reason, and
-did not fail; a gold query that fails though it ran when the data set was audited is a broken database.
+is not the same as a wrong answer (reward 0). Answers that make the next prompt too long are the policy's doing: reward
+0, with a reason of its own. A task that was known to be unscorable has reward None and a reason, and did not fail; a
+gold query that fails though it ran when the data set was audited is a broken database.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Sequence
 from sqlbench.agent.graph import AgentContext, AgentState, Observer, failure, run_agent
 from sqlbench.agent.prompts import Prompts, schema_style
 from sqlbench.agent.repair import RepairPolicy
-from sqlbench.agent.trajectory import Trajectory
+from sqlbench.agent.trajectory import OVERLONG, Trajectory
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import Database
 from sqlbench.database.schema import introspect, schema_text
-from sqlbench.errors import DatabaseError, ModelError
+from sqlbench.errors import DatabaseError, ModelError, PromptTooLongError
 from sqlbench.models.base import ChatModel
 from sqlbench.reward import ascore
 
@@ -44,7 +45,9 @@ async def rollout(
     reward, reason = None, ""
     state = await answer(task.question, database, model, prompts, config, repair, observer)
     error = state.get("error")
-    if error is None:
+    if error is not None and _overlong(error) and state.get("transitions"):
+        reward, reason, error = 0.0, OVERLONG, None
+    elif error is None:
         try:
             verdict = await ascore(task.gold, state["sql"], database, strict=config.strict)
         except Exception as problem:
@@ -97,6 +100,10 @@ async def answer(
         flaws = ", ".join(sorted({a.flaw.removeprefix("empty: ") for a in answers}))
         state["error"] = failure("model", ModelError(f"{model.name} gave no text at all ({flaws}); {NO_TEXT}"))
     return state
+
+
+def _overlong(error: str) -> bool:
+    return error.startswith(f"model: {PromptTooLongError.__name__}: ")
 
 
 def failed_rollout(task: Task, where: str, error: Exception) -> Trajectory:

@@ -76,10 +76,14 @@ def on_record(records: list[Trajectory], step: int, trained: str) -> Counter:
 
 def handed_over(rows: dict[str, Any]) -> Counter:
     """The same of the rows that the trainer took from the buffer."""
-    names = [key.split("_")[1:] for key in rows["keys"]]
+    parts = zip(rows["keys"], rows["prompts"], rows["responses"], rows["rollout_log_probs"], strict=True)
     return Counter(
-        (int(sample), int(number), tuple(prompt), tuple(response), tuple(log_probs))
-        for (sample, number), prompt, response, log_probs in zip(
-            names, rows["prompts"], rows["responses"], rows["rollout_log_probs"], strict=True
-        )
+        (*sample_and_number(key), tuple(prompt), tuple(response), tuple(log_probs))
+        for key, prompt, response, log_probs in parts
     )
+
+
+def sample_and_number(key: str) -> tuple[int, int]:
+    """Rollout and transition of a row: ``task_sample_number``, or with credit by transition ``task_agent_both_0``."""
+    _, *middle, last = key.split("_")
+    return divmod(int(middle[1]), 1000) if len(middle) == 2 else (int(middle[0]), int(last))
