@@ -361,6 +361,15 @@ def test_answers_marked_right_are_the_held_out_questions_of_a_database_without_t
     assert not [t for t in right if f"Question: {t.question}\n" in "".join(world.endpoint.reflections)]
 
 
+def test_three_answers_marked_right_are_enough_to_try_prompts_on_and_two_are_not(world):
+    evolution = world.evolution(tasks=())
+    world.asked(evolution, 1)
+    for count, task in enumerate([t for t in world.tasks if world.endpoint.group[t.question] == 0][:3]):
+        assert f"at least 3 questions whose answers were marked right, and there are {count}" in evolution.unavailable
+        evolution.record(Feedback(question=task.question, db=world.db, sql=task.gold, verdict="right"))
+    assert evolution.unavailable is None
+
+
 def test_answers_that_did_not_even_run_can_be_learned_from(world, monkeypatch):
     monkeypatch.setitem(globals(), "WRONG", "SELECT nothing FROM nowhere")
     evolution = world.evolution(tasks=())
