@@ -32,6 +32,7 @@ from sqlbench.agent.trajectory import Completion, Transition
 from sqlbench.agent.trajectory import Trajectory as Record
 from sqlbench.errors import TrainingError
 from sqlbench.profiles import PROFILES
+from sqlbench.training.processes import MODULES
 
 Agents = tuple[tuple[str, int], ...]
 """Sub-agent and number of sampled tokens of each transition."""
@@ -355,10 +356,10 @@ def main(folder: Path) -> None:
     """Everything, in forks of this process, which imports verl once; Ray's workers are such forks as in a training."""
     from omegaconf import OmegaConf
 
-    from sqlbench.training import worker
+    from verl_cpu import forkserver
 
-    os.environ.update(worker.BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
-    for name in (*worker.PRELOAD, "sqlbench.training.loss", "transformers.models.qwen3.modeling_qwen3"):
+    os.environ.update(forkserver.BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
+    for name in (*forkserver.PRELOAD, *MODULES, "transformers.models.qwen3.modeling_qwen3"):
         importlib.import_module(name)
     jobs = [
         partial(update, folder, rank, ranks, port)
@@ -367,13 +368,13 @@ def main(folder: Path) -> None:
     ]
     updates = []
     for job in (*jobs, partial(update_as_on_a_gpu, folder, _port())):
-        updates.append(worker._fork())
+        updates.append(forkserver._fork())
         if updates[-1] == 0:
-            worker._leave(job)
-    worker._drive = lambda config: prepare(folder, config)
+            forkserver._leave(job)
+    forkserver._drive = lambda config, _: prepare(folder, config)
     OmegaConf.save(settings(folder), folder / "config.yaml")
     try:
-        worker.main(str(folder / "config.yaml"), os.getppid(), str(folder))
+        forkserver.main(str(folder / "config.yaml"), os.getppid(), str(folder), [*MODULES])
     except SystemExit as end:
         if end.code:  # the updates wait for what will not come; they end with this process
             raise

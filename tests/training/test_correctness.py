@@ -15,7 +15,7 @@ import pytest
 import torch
 from handmade import ALIKE, BATCHES, GPU, MIXED, UPDATES
 
-import sqlbench.training
+import verl_cpu
 from sqlbench.profiles import PROFILES
 
 pytestmark = pytest.mark.training
@@ -36,11 +36,11 @@ LR, DECAY, BETA1, BETA2 = 2e-4, 0.01, 0.9, 0.999
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """What the trainer and its workers made of the hand-made rollouts, by file name."""
-    folder, startup = tmp_path_factory.mktemp("made"), Path(sqlbench.training.__file__).with_name("startup")
+    folder, startup = tmp_path_factory.mktemp("made"), Path(verl_cpu.__file__).with_name("startup")
     environment = {
         **os.environ,
         **PROFILES["laptop"].environment,
-        "PYTHONPATH": f"{startup}{os.pathsep}{Path(sqlbench.training.__file__).parents[2]}",
+        "PYTHONPATH": f"{startup}{os.pathsep}{Path(verl_cpu.__file__).parents[1]}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
