@@ -125,14 +125,13 @@ class SqlTrainer(PPOTrainerSync):
     def _balance_batch(self, batch: Any, metrics: dict, **options: Any) -> Any:
         record = self._record(validation=False)
         self._batch_rows = _rows(batch)
-        groups, rewards, rollouts = [], defaultdict(set), defaultdict(set)
+        rewards: dict[str, set[float]] = defaultdict(set)
+        rollouts: dict[str, set[str]] = defaultdict(set)
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
         scores = dict(zip(batch.keys, data["rm_scores"].unbind(), strict=True))
         for key, score in scores.items():
-            group, session, _ = key.rsplit("_", 2)
-            groups.append(group)
-            rewards[group].add(float(score.sum()))
-            rollouts[group].add(session)
+            rewards[_group(key)].add(float(score.sum()))
+            rollouts[_group(key)].add(key.rsplit("_", 1)[0])
         useful = [group for group in rewards if len(rewards[group]) > 1]  # so none with one rollout left
         count = max(1, len(record.groups), len(rewards))  # tasks, or with credit=transition their sub-agents
         metrics["sqlbench/groups"] = count
@@ -140,9 +139,8 @@ class SqlTrainer(PPOTrainerSync):
         if self.settings.drop_useless_groups:
             # verl needs rows: where no group divides, the largest stays, whose advantage is 0.
             wanted = useful or [max(rollouts, key=lambda group: len(rollouts[group]))]
-            keep = [i for i, group in enumerate(groups) if group in wanted]
-            dropped = [key for key, group in zip(batch.keys, groups, strict=True) if group not in wanted]
-            if dropped:
+            keep = [i for i, key in enumerate(batch.keys) if _group(key) in wanted]
+            if dropped := [key for key in batch.keys if _group(key) not in wanted]:
                 tq.kv_clear(keys=dropped, partition_id=batch.partition_id)
             batch = KVBatchMeta(
                 partition_id=batch.partition_id,
@@ -151,7 +149,7 @@ class SqlTrainer(PPOTrainerSync):
                 extra_info=batch.extra_info,
             )
         # A rollout alone in its group would have its reward as advantage.
-        if alone := [key for key in batch.keys if len(rollouts[key.rsplit("_", 2)[0]]) == 1]:
+        if alone := [key for key in batch.keys if len(rollouts[_group(key)]) == 1]:
             nothing = torch.nested.as_nested_tensor([torch.zeros_like(scores[k]) for k in alone], layout=torch.jagged)
             tq.kv_batch_put(
                 keys=alone, partition_id=batch.partition_id, fields=TensorDict({"rm_scores": nothing}, len(alone))
@@ -207,9 +205,8 @@ class SqlTrainer(PPOTrainerSync):
         weights = [
             torch.full((n,), next(weight) if is_real else 0.0) for (_, n), is_real in zip(rows, real, strict=True)
         ]
-        corrected = "rollout_is_weights" in (
-            batch.fields or ()
-        )  # by verl, where algorithm.rollout_correction asks for it
+        # verl has weights of its own where algorithm.rollout_correction asks for them.
+        corrected = "rollout_is_weights" in batch.fields
         fields = ["advantages", "rollout_is_weights"] if corrected else ["advantages"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         pushes = [float((w * a).sum()) for w, a in zip(weights, data["advantages"].unbind(), strict=True)]
@@ -222,6 +219,10 @@ class SqlTrainer(PPOTrainerSync):
             partition_id=batch.partition_id,
             fields=TensorDict({"rollout_is_weights": field}, batch_size=len(weights)),
         )
+
+
+def _group(key: str) -> str:
+    return key.rsplit("_", 2)[0]
 
 
 def _rows(batch: Any) -> list[Row]:

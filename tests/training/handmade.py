@@ -84,6 +84,15 @@ BATCHES: dict[str, tuple[list[Made], int, tuple[str, ...]]] = {
         1,
         ("actor_rollout_ref.actor.policy_loss.loss_mode=token_mean", "sqlbench.drop_useless_groups=false"),
     ),
+    "corrected": (
+        MIXED,
+        1,
+        (
+            "actor_rollout_ref.actor.policy_loss.loss_mode=token_mean",
+            "algorithm.rollout_correction.rollout_is=token",
+            "algorithm.rollout_correction.rollout_is_threshold=0.5",
+        ),
+    ),
     "check": (MIXED, 1, ("sqlbench.trained_agents=write|check",)),
     "half": (MIXED, 1, ("actor_rollout_ref.actor.ppo_mini_batch_size=2",)),
     "alike": (ALIKE, 1, ()),
@@ -242,7 +251,9 @@ def prepare(folder: Path, base: Any) -> None:
         except TrainingError as error:
             result = {"error": str(error)}
         else:
-            for part in (trainer._compute_old_log_prob, trainer._compute_advantage, trainer._update_actor):
+            batch = trainer._compute_old_log_prob(batch, metrics)
+            config.algorithm.rollout_correction.bypass_mode = name != "corrected"
+            for part in (trainer._compute_advantage, trainer._update_actor):
                 batch = part(batch, metrics)
             left = sorted(tq.kv_list("train")["train"])
             rows = {"keys": batch.keys, "padding": [bool(tag.get("is_padding")) for tag in batch.tags], "left": left}

@@ -113,6 +113,8 @@ def test_weights_turn_the_mean_over_27_tokens_into_one_over_the_whole_batch(made
         weights = rows(made(name), "rollout_is_weights")
         assert weights == flat(lambda key: 27 / BATCH_ROLLOUTS / sum(TOKENS[key]))
     assert rows(made("token_mean.batch"), "rollout_is_weights") == flat(lambda key: 27 / BATCH_TOKENS)
+    corrected = rows(made("corrected.batch"), "rollout_is_weights")  # by verl, to at most 0.5 a token
+    assert corrected == flat(lambda key: 0.5 * 27 / BATCH_TOKENS)
     assert {w for row in rows(made("nothing dropped.batch"), "rollout_is_weights").values() for w in row} == {1.0}
 
 
