@@ -8,7 +8,8 @@ Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync
   (their advantage is 0) and a group with one rollout left (its advantage would be its reward). Both are counted, and
   the loss stays a mean over the whole batch. A step without a group that divides has gradient 0; weight decay and the
   momentum of earlier steps still act.
-- Every step logs the loss's mean of the advantages. Unless it is 0, tokens are pushed up or down whatever they answer.
+- Every step logs the loss's mean of the advantages, ``sqlbench/advantage_bias``. Unless it is 0, tokens are pushed up
+  or down whatever they answer.
 - Failed rollouts are counted, and above a stated share the run stops, before it trains on the rest.
 - A training ends where one of its processes is gone: verl waits for ever for a rollout worker that the system killed.
 - Every step logs what ``trajectories.jsonl`` says about its rollouts.

@@ -181,8 +181,10 @@ def test_every_step_logs_all_that_was_promised(killed_and_resumed: tuple[Path, i
         assert row["sqlbench/transitions"] == pytest.approx(written / 8)
         parts = [row[f"sqlbench/{part}_percent"] for part in ("rollout", "update", "other")]
         assert sum(parts) == pytest.approx(100) and min(parts) >= 0
+        assert row["sqlbench/overlong_rollouts"] == 0
         for name in ("zero_variance_groups", "prompt_tokens", "response_tokens", "truncated_share", "seconds"):
             assert f"sqlbench/{name}" in row
+        assert row["sqlbench/advantage_bias"] == pytest.approx(0, abs=1e-6), "advantages cancel, rollout by rollout"
         for name in ("actor/entropy", "actor/pg_clipfrac", "actor/grad_norm", "timing_s/step"):
             assert name in row
     for step in (0, 3):

@@ -12,7 +12,7 @@ import pytest
 
 from sqlbench.agent.trajectory import Completion
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.errors import DataError, ModelError, RunError
+from sqlbench.errors import DataError, ModelError, PromptTooLongError, RunError
 from sqlbench.evaluation import evaluate
 from sqlbench.runs import RunFolder
 
@@ -96,6 +96,18 @@ def test_failed_rollouts_are_counted_and_not_scored(data):
     summary = run(data, Oracle(broken={f"1: {COUNT}", "2: SELECT 0"}))
     assert (summary.score.n, summary.failed, summary.rollouts) == (18, 2, 20)
     assert summary.failures == {"model: ModelError": 2}
+
+
+def test_answers_that_make_the_next_prompt_too_long_are_scored_as_wrong_and_counted_apart(data):
+    class RunOn(Oracle):
+        async def complete(self, messages) -> Completion:
+            if messages[0].content.startswith("check"):
+                raise PromptTooLongError("a prompt has 9 tokens")
+            return await super().complete(messages)
+
+    summary = run(data, RunOn())
+    assert (summary.score.n, summary.score.correct, summary.failed) == (20, 0, 0)
+    assert summary.reasons == {"overlong": 20}
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(data):
