@@ -32,7 +32,6 @@ from sqlbench.agent.trajectory import Completion, Transition
 from sqlbench.agent.trajectory import Trajectory as Record
 from sqlbench.errors import TrainingError
 from sqlbench.profiles import PROFILES
-from sqlbench.training.processes import MODULES
 
 Agents = tuple[tuple[str, int], ...]
 """Sub-agent and number of sampled tokens of each transition."""
@@ -369,8 +368,9 @@ def main(folder: Path) -> None:
 
     from verl_cpu import forkserver
 
+    modules = ["sqlbench.training.trainer"]
     os.environ.update(forkserver.BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
-    for name in (*forkserver.PRELOAD, *MODULES, "transformers.models.qwen3.modeling_qwen3"):
+    for name in (*forkserver.PRELOAD, *modules, "transformers.models.qwen3.modeling_qwen3"):
         importlib.import_module(name)
     jobs = [
         partial(update, folder, rank, ranks, port)
@@ -385,7 +385,7 @@ def main(folder: Path) -> None:
     forkserver._drive = lambda config, _: prepare(folder, config)
     OmegaConf.save(settings(folder), folder / "config.yaml")
     try:
-        forkserver.main(str(folder / "config.yaml"), os.getppid(), str(folder), [*MODULES])
+        forkserver.main(str(folder / "config.yaml"), os.getppid(), str(folder), modules)
     except SystemExit as end:
         if end.code:  # the updates wait for what will not come; they end with this process
             raise
