@@ -87,7 +87,7 @@ def measure_bare(folder: Path, steps: int) -> dict[str, Any]:
                 records = runner.run(rollouts(config, batches[step], batched))
             rows = trained_rows(records, config["sqlbench"]["trained_agents"])
             with clock.part("update"):
-                update(policy, optimizer, rows, section)
+                update(policy, optimizer, rows, trained_tokens(records, config["sqlbench"]["trained_agents"]), section)
             with clock.part("weight sync"):
                 engine.load(policy.named_parameters())
             same.append(agreement(records, batches[step]))
@@ -143,10 +143,15 @@ def trained_rows(records: list[Trajectory], trained: str) -> list[tuple[Completi
     return sorted(rows, key=lambda row: len(row[0].prompt_ids or ()) + len(row[0].response_ids or ()))
 
 
-def update(policy: Any, optimizer: Any, rows: list[tuple[Completion, float]], section: dict) -> None:
-    """One step on the clipped loss, all tokens weighed alike."""
+def trained_tokens(records: list[Trajectory], trained: str) -> int:
+    """Sampled tokens of all trained answers, those without advantage included: what the loss is a mean over."""
+    scored = [record for record in records if record.reward is not None]
+    return sum(len(t.completion.response_ids or ()) for record in scored for t in trained_transitions(record, trained))
+
+
+def update(policy: Any, optimizer: Any, rows: list[tuple[Completion, float]], total: int, section: dict) -> None:
+    """One step on the clipped loss, all tokens weighed alike: a mean over `total` tokens."""
     actor, size = section["actor"], section["actor"]["ppo_micro_batch_size_per_gpu"]
-    total = sum(len(c.response_ids or ()) for c, _ in rows)
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
         texts = [torch.tensor([*(c.prompt_ids or ()), *(c.response_ids or ())]) for c, _ in chunk]

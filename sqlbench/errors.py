@@ -30,7 +30,11 @@ class ModelError(SqlbenchError, RuntimeError):
 
 
 class PromptTooLongError(ModelError):
-    """A prompt has more tokens than are allowed; prompts are never cut, so the rollout fails, and is counted apart."""
+    """A prompt has more tokens than are allowed; prompts are never cut.
+
+    The first prompt of a rollout holds nothing of the policy's, so the rollout failed. Later ones hold its answers, so
+    it was wrong: reward 0 with the reason ``overlong``.
+    """
 
 
 class TrainingError(SqlbenchError, RuntimeError):

@@ -1,7 +1,8 @@
 """One rollout: task in, trajectory with a reward out. Evaluation, training, environment and chat all run this one.
 
 A broken model, database, agent or reward never raises: it becomes `Trajectory.error` with reward None, which is counted
-apart from a wrong answer (reward 0). A task known to be unscorable has reward None and a reason, and did not fail; a
+apart from a wrong answer (reward 0). Answers that make the next prompt too long are the policy's doing: reward 0, with
+a reason of its own. A task known to be unscorable has reward None and a reason, and did not fail; a
 gold query that fails though it ran when the data set was audited is a broken database.
 """
 
@@ -20,13 +21,13 @@ from typing import Any, Protocol
 from sqlbench.agent.graph import SelfCorrectingAgent
 from sqlbench.agent.prompts import Prompts, render_execution, schema_style
 from sqlbench.agent.repair import RepairPolicy
-from sqlbench.agent.trajectory import Execution, Message, Trajectory, Transition
+from sqlbench.agent.trajectory import OVERLONG, Execution, Message, Trajectory, Transition
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import in_thread
 from sqlbench.database.schema import schema_text
 from sqlbench.database.types import QueryResult, Schema
-from sqlbench.errors import DatabaseError, ModelError
+from sqlbench.errors import DatabaseError, ModelError, PromptTooLongError
 from sqlbench.interfaces import Agent, Database, Model, Reward
 from sqlbench.reward import Verdict, ascore, execution_match
 
@@ -76,6 +77,8 @@ class RolloutContext:
     """The query written last; after the rollout the final one."""
     error: str | None = None
     """What broke, if anything did."""
+    overlong: bool = False
+    """Whether the policy's own answers made a prompt too long, which is no failure."""
 
     async def ask(self, agent: str, messages: list[Message], strategy: str | None = None) -> str:
         """Return the model's answer, recorded as a transition of the sub-agent `agent`."""
@@ -120,6 +123,7 @@ class RolloutContext:
         except RolloutFailed:
             raise
         except Exception as error:
+            self.overlong = isinstance(error, PromptTooLongError) and bool(self.transitions)
             self.error = self.error or failure(where, error)
             raise RolloutFailed(self.error) from error
 
@@ -152,7 +156,9 @@ async def rollout(
     started = time.perf_counter()
     context = await run_agent(task, database, model, prompts, config, repair, observer, agent=agent)
     value, verdict = None, Verdict(None, "")
-    if context.error is None:
+    if context.overlong:
+        value, verdict, context.error = 0.0, Verdict(0, OVERLONG), None
+    elif context.error is None:
         value, verdict = await judge(task, context, reward)
     failed = context.error is not None
     return Trajectory(

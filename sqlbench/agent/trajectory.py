@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+OVERLONG = "overlong"
+"""Reason of the reward 0 of a rollout whose answers made its next prompt too long."""
 WITHOUT_TEXT = {
     "length": "thinking cut at the token limit",
     "reasoning": "only reasoning",
@@ -136,7 +138,7 @@ class Trajectory(Record):
     match: float | None = None
     """Execution match, where `reward` is another number; None where the reward is the match itself."""
     reason: str = ""
-    """Reason code of the verdict (`sqlbench.reward`)."""
+    """Reason code of the verdict (`sqlbench.reward`), or `OVERLONG`."""
     error: str | None = None
     """Why the rollout failed, as ``where: Type: message``; None when it did not."""
     seconds: float = 0.0

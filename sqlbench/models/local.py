@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sqlbench.agent.trajectory import Completion, Message
-from sqlbench.errors import ModelError
+from sqlbench.errors import ModelError, PromptTooLongError
 from sqlbench.models.base import merge_messages
 from sqlbench.models.checkpoint import check_checkpoint, checkpoint_family
 from verl_cpu.batching import BatchedEngine
@@ -118,7 +118,7 @@ class LocalChatModel:
         try:
             generation = await self.batched.generate(request)
         except EngineError as error:
-            raise ModelError(f"{error}; lower table_info_truncate or execution_truncate") from error
+            raise PromptTooLongError(f"{error}; lower table_info_truncate or execution_truncate") from error
         answer = completion(tokenizer, ids, generation, time.perf_counter() - start)
         if pieces:
             pieces.emit(answer.text)

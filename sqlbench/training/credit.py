@@ -10,7 +10,7 @@ rollouts of the same task.
 from __future__ import annotations
 
 from sqlbench.agent.prompts import parse_verdict
-from sqlbench.agent.trajectory import Trajectory
+from sqlbench.agent.trajectory import OVERLONG, Trajectory
 from sqlbench.interfaces import Database
 from sqlbench.reward import ascore
 
@@ -38,13 +38,15 @@ def group_and_key(task: str, session: int, index: int, agent: str, credit: str) 
 async def transition_rewards(record: Trajectory, database: Database) -> list[float]:
     """What each transition of a scored rollout did right, 1 or 0.
 
-    A write or rewrite: whether its query matches the gold one. A check: whether it called the query what it is.
+    A write or rewrite: whether its query matches the gold one. A check: whether it called the query what it is. What
+    made the next prompt too long did nothing right.
     """
     right: dict[int, bool] = {}
     for execution in record.executions:
         verdict = await ascore(record.gold, execution.sql, database)
         right[execution.turn] = verdict.match == 1
-    return [
+    rewards = [
         float(parse_verdict(t.completion.text) == right[t.turn] if t.agent == "check" else right[t.turn])
         for t in record.transitions
     ]
+    return [*rewards[:-1], 0.0] if record.reason == OVERLONG else rewards

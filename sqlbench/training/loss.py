@@ -4,6 +4,8 @@ Both are verl's clipped objective. ``token_mean`` weighs every trained token ali
 counts five times as much as one with one. ``per_rollout_mean`` weighs every rollout alike: the mean over rollouts of
 the mean over a rollout's trained tokens, exact for one optimizer step a batch, however rows are cut into micro-batches.
 With credit by transition (`sqlbench.training.credit`) each transition stands for itself and weighs the same.
+Both are means over the whole batch: rows that the trainer leaves out, since their advantage is 0, count in the
+denominator.
 Both report the largest difference between the probabilities of the sampled tokens in the rollout engine and in the
 trainer, as a mean over micro-batches; with one optimizer step a batch, and no separate old-log-probability pass, that
 is the agreement of the two.
@@ -11,23 +13,34 @@ is the agreement of the two.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, register_policy_loss
 
+Row = tuple[str, int]
+"""Rollout that a row belongs to, and how many of its tokens are trained."""
 
-def rollout_weights(sessions: list[str], tokens: list[int]) -> list[float]:
-    """Weight of every row's tokens that turns a token mean into a mean over rollouts.
+
+def row_weights(loss_mode: str, kept: list[Row], batch: list[Row]) -> list[float]:
+    """Weigh the tokens of kept rows so that verl's mean over them becomes the loss's mean over the whole batch.
+
+    Without this a step in which one group divides would have as large a gradient as one in which all do.
 
     Args:
-        sessions: the rollout that each row belongs to.
-        tokens: trained tokens of each row.
+        loss_mode: ``per_rollout_mean``, or the name of a loss that is a mean over tokens.
+        kept: the rows that are trained on.
+        batch: all rows, those without advantage included.
     """
-    total: dict[str, int] = {}
-    for session, count in zip(sessions, tokens, strict=True):
-        total[session] = total.get(session, 0) + count
-    return [sum(tokens) / (len(total) * total[session]) for session in sessions]
+    tokens = sum(count for _, count in kept)
+    if loss_mode != "per_rollout_mean":
+        return [tokens / sum(count for _, count in batch)] * len(kept)
+    of_rollout: Counter[str] = Counter()
+    for rollout, count in kept:
+        of_rollout[rollout] += count
+    rollouts = len({rollout for rollout, _ in batch})
+    return [tokens / (rollouts * of_rollout[rollout]) for rollout, _ in kept]
 
 
 def _clipped(old_log_prob: torch.Tensor, log_prob: torch.Tensor, response_mask: torch.Tensor, **rest: Any) -> Any:
@@ -40,13 +53,13 @@ def _clipped(old_log_prob: torch.Tensor, log_prob: torch.Tensor, response_mask: 
 
 @register_policy_loss("token_mean")
 def token_mean(rollout_is_weights: torch.Tensor | None = None, **rest: Any) -> Any:
-    """verl's clipped loss with every token weighed alike."""
+    """verl's clipped loss with every token weighed alike; `row_weights` make its mean one over the whole batch."""
     return _clipped(rollout_is_weights=rollout_is_weights, **rest)
 
 
 @register_policy_loss("per_rollout_mean")
 def per_rollout_mean(rollout_is_weights: torch.Tensor | None = None, **rest: Any) -> Any:
-    """verl's clipped loss with every rollout weighed alike, by the weights of `rollout_weights`."""
+    """verl's clipped loss with every rollout weighed alike, by the weights of `row_weights`."""
     if rollout_is_weights is None:
-        raise ValueError("per_rollout_mean needs the trainer mode 'sqlbench', which computes the rollouts' weights")
+        raise ValueError("per_rollout_mean needs the trainer mode 'sqlbench', which computes the weights of rows")
     return _clipped(rollout_is_weights=rollout_is_weights, **rest)

@@ -11,8 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from sqlbench.agent.trajectory import Trajectory
-from sqlbench.errors import PromptTooLongError
+from sqlbench.agent.trajectory import OVERLONG, Trajectory
 from sqlbench.runs import RunFolder, read_jsonl
 
 
@@ -46,7 +45,7 @@ class StepRecord:
     def __init__(self, records: list[Trajectory]) -> None:
         self.rollouts = len(records)
         self.failed = sum(r.failed for r in records)
-        self.overlong = sum(f": {PromptTooLongError.__name__}: " in (r.error or "") for r in records)
+        self.overlong = sum(r.reason == OVERLONG for r in records)
         self.error = next((r.error for r in records if r.failed), None)
         self.scored = [r for r in records if r.reward is not None]
         self.judged = [r.correct for r in records if r.correct is not None]
@@ -55,15 +54,15 @@ class StepRecord:
     def metrics(self, prefix: str) -> dict[str, float]:
         """Counts and means, by name.
 
-        Rollouts, failed ones, those that failed for a prompt over the limit, and over the scored ones: EX, mean
-        reward, transitions and turns a rollout, prompt and response tokens a transition, share of responses cut at
-        the limit, seconds a rollout.
+        Rollouts, failed ones, those with reward 0 because an answer made the next prompt too long, and over the scored
+        ones: EX, mean reward, transitions and turns a rollout, prompt and response tokens a transition, share of
+        responses cut at the limit, seconds a rollout.
         """
         transitions = [t.completion for r in self.scored for t in r.transitions]
         values = {
             "rollouts": self.rollouts,
             "failed_rollouts": self.failed,
-            "overlong_prompts": self.overlong,
+            "overlong_rollouts": self.overlong,
             "ex": _mean(self.judged),
             "reward": _mean([r.reward for r in self.scored]),
             "all_transitions": _mean([len(r.transitions) for r in self.scored]),

@@ -5,8 +5,11 @@ Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync
 - A batch of tasks makes as many optimizer steps as ``train_batch_size / ppo_mini_batch_size`` says, however many
   transitions its rollouts have. (verl counts rows, so a second transition would mean a second step.)
 - Rows of groups that cannot teach anything are left out of the update: a group whose rollouts all have the same reward
-  (their advantage is 0) and a group with one rollout left (its advantage would be its reward). Both are counted.
-  A step without a group that divides has gradient 0; weight decay and the momentum of earlier steps still act.
+  (their advantage is 0) and a group with one rollout left (its advantage would be its reward). Both are counted, and
+  the loss stays a mean over the whole batch. A step without a group that divides has gradient 0; weight decay and the
+  momentum of earlier steps still act.
+- Every step logs the loss's mean of the advantages, ``sqlbench/advantage_bias``. Unless it is 0, tokens are pushed up
+  or down whatever they answer.
 - Failed rollouts are counted, and above a stated share the run stops, before it trains on the rest.
 - A training ends where one of its processes is gone: verl waits for ever for a rollout worker that the system killed.
 - Every step logs what ``trajectories.jsonl`` says about its rollouts.
@@ -33,7 +36,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from sqlbench.errors import TrainingError
 from sqlbench.training.agent_loop import trained_transitions
-from sqlbench.training.loss import rollout_weights
+from sqlbench.training.loss import Row, row_weights
 from sqlbench.training.metrics import StepRecord, TrajectoryReader
 
 POLL_SECONDS = 0.05
@@ -129,41 +132,35 @@ class SqlTrainer(PPOTrainerSync):
 
     def _balance_batch(self, batch: Any, metrics: dict, **options: Any) -> Any:
         record = self._record(validation=False)
+        self._batch_rows = _rows(batch)
         rewards: dict[str, set[float]] = defaultdict(set)
-        sessions: dict[str, set[str]] = defaultdict(set)
-        scores = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
-        for key, score in zip(batch.keys, scores["rm_scores"].unbind(), strict=True):
-            uid, session, _ = key.rsplit("_", 2)
-            rewards[uid].add(float(score.sum()))
-            sessions[uid].add(session)
-        useless = {uid for uid in sessions if len(rewards[uid]) == 1}  # also where one rollout is left
-        groups = max(1, len(record.groups), len(sessions))  # tasks, or with credit=transition their sub-agents
-        metrics["sqlbench/groups"] = groups
-        metrics["sqlbench/zero_variance_groups"] = 1 - (len(sessions) - len(useless)) / groups
-        rows = [key.rsplit("_", 2)[0] for key in batch.keys]
-        keep = [i for i, uid in enumerate(rows) if uid not in useless]
-        if not keep:  # verl needs rows; with one reward for all of them their advantage is 0
-            largest = max(sessions, key=lambda uid: len(sessions[uid]))
-            keep = [i for i, uid in enumerate(rows) if uid == largest]
-            if len(sessions[largest]) == 1:  # a rollout alone would have its reward as advantage
-                nothing = [torch.zeros_like(scores["rm_scores"][i]) for i in keep]
-                tq.kv_batch_put(
-                    keys=[batch.keys[i] for i in keep],
-                    partition_id=batch.partition_id,
-                    fields=TensorDict(
-                        {"rm_scores": torch.nested.as_nested_tensor(nothing, layout=torch.jagged)}, len(keep)
-                    ),
-                )
-        if self.settings.drop_useless_groups and len(keep) < len(batch.keys):
-            kept = set(keep)
-            tq.kv_clear(
-                keys=[key for i, key in enumerate(batch.keys) if i not in kept], partition_id=batch.partition_id
-            )
+        rollouts: dict[str, set[str]] = defaultdict(set)
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        scores = dict(zip(batch.keys, data["rm_scores"].unbind(), strict=True))
+        for key, score in scores.items():
+            rewards[_group(key)].add(float(score.sum()))
+            rollouts[_group(key)].add(key.rsplit("_", 1)[0])
+        useful = [group for group in rewards if len(rewards[group]) > 1]  # so none with one rollout left
+        count = max(1, len(record.groups), len(rewards))  # tasks, or with credit=transition their sub-agents
+        metrics["sqlbench/groups"] = count
+        metrics["sqlbench/zero_variance_groups"] = 1 - len(useful) / count
+        if self.settings.drop_useless_groups:
+            # verl needs rows: where no group divides, the largest stays, whose advantage is 0.
+            wanted = useful or [max(rollouts, key=lambda group: len(rollouts[group]))]
+            keep = [i for i, key in enumerate(batch.keys) if _group(key) in wanted]
+            if dropped := [key for key in batch.keys if _group(key) not in wanted]:
+                tq.kv_clear(keys=dropped, partition_id=batch.partition_id)
             batch = KVBatchMeta(
                 partition_id=batch.partition_id,
                 keys=[batch.keys[i] for i in keep],
                 tags=[batch.tags[i] for i in keep],
                 extra_info=batch.extra_info,
+            )
+        # A rollout alone in its group would have its reward as advantage.
+        if alone := [key for key in batch.keys if len(rollouts[_group(key)]) == 1]:
+            nothing = torch.nested.as_nested_tensor([torch.zeros_like(scores[k]) for k in alone], layout=torch.jagged)
+            tq.kv_batch_put(
+                keys=alone, partition_id=batch.partition_id, fields=TensorDict({"rm_scores": nothing}, len(alone))
             )
         batch = super()._balance_batch(batch, metrics=metrics, **options)
         self._sort_by_length(batch)
@@ -209,24 +206,36 @@ class SqlTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         batch = super()._compute_advantage(batch, metrics)
-        if self.config.actor_rollout_ref.actor.policy_loss.loss_mode == "per_rollout_mean":
-            lengths = [tag["response_len"] for tag in batch.tags]
-            real = [not tag.get("is_padding", False) for tag in batch.tags]
-            sessions = [key.rsplit("_", 1)[0] for key in batch.keys]
-            weights = iter(
-                rollout_weights(
-                    [s for s, r in zip(sessions, real, strict=True) if r],
-                    [n for n, r in zip(lengths, real, strict=True) if r],
-                )
-            )
-            rows = [torch.full((n,), next(weights) if r else 0.0) for n, r in zip(lengths, real, strict=True)]
-            field = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-            batch = tq.kv_batch_put(
-                keys=batch.keys,
-                partition_id=batch.partition_id,
-                fields=TensorDict({"rollout_is_weights": field}, batch_size=len(rows)),
-            )
-        return batch
+        real, rows = [not tag.get("is_padding") for tag in batch.tags], _rows(batch)
+        trained = [row for row, is_real in zip(rows, real, strict=True) if is_real]
+        loss_mode = self.config.actor_rollout_ref.actor.policy_loss.loss_mode
+        weight = iter(row_weights(loss_mode, trained, self._batch_rows))
+        weights = [
+            torch.full((n,), next(weight) if is_real else 0.0) for (_, n), is_real in zip(rows, real, strict=True)
+        ]
+        # verl has weights of its own where algorithm.rollout_correction asks for them.
+        corrected = "rollout_is_weights" in batch.fields
+        fields = ["advantages", "rollout_is_weights"] if corrected else ["advantages"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        pushes = [float((w * a).sum()) for w, a in zip(weights, data["advantages"].unbind(), strict=True)]
+        metrics["sqlbench/advantage_bias"] = sum(pushes) / sum(n for _, n in trained)
+        if corrected:
+            weights = [w * c for w, c in zip(weights, data["rollout_is_weights"].unbind(), strict=True)]
+        field = torch.nested.as_nested_tensor(weights, layout=torch.jagged)
+        return tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({"rollout_is_weights": field}, batch_size=len(weights)),
+        )
+
+
+def _group(key: str) -> str:
+    return key.rsplit("_", 2)[0]
+
+
+def _rows(batch: Any) -> list[Row]:
+    """The rollout and the number of sampled tokens of each row, padding included."""
+    return [(key.rsplit("_", 1)[0], tag["response_len"]) for key, tag in zip(batch.keys, batch.tags, strict=True)]
 
 
 def _watch_actors(ended: threading.Event) -> None:

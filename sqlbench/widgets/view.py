@@ -36,6 +36,7 @@ REASONS = {
     "columns_differ": "another number of columns",
     "order_differs": "gold's rows in another order",
     "empty_unrelated": "empty like gold's result, but about something else",
+    "overlong": "an answer made the next prompt longer than allowed",
     "pred_error": "the database refused the query",
     "pred_timeout": "the query ran out of time",
     "pred_rejected": "not one read-only statement",

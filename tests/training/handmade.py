@@ -4,6 +4,7 @@ environment.
 `prepare` hands them over as the agent loop does, lets the trainer choose, pad and weigh the rows in a real
 TransferQueue, and writes down what the trainer would send to its workers. `update` is such a worker, alone or one of
 two ranks: it trains on those rows, cut into micro-batches in several ways, and writes down gradients and metrics.
+`update_as_on_a_gpu` is one with the settings of the GPU profile.
 """
 
 from __future__ import annotations
@@ -77,11 +78,26 @@ BATCHES: dict[str, tuple[list[Made], int, tuple[str, ...]]] = {
     "per_rollout_mean": (MIXED, 1, ()),
     "two_ranks": (MIXED, 2, ()),
     "token_mean": (MIXED, 1, ("actor_rollout_ref.actor.policy_loss.loss_mode=token_mean",)),
+    "nothing dropped": (
+        MIXED,
+        1,
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=token_mean", "sqlbench.drop_useless_groups=false"),
+    ),
+    "corrected": (
+        MIXED,
+        1,
+        (
+            "actor_rollout_ref.actor.policy_loss.loss_mode=token_mean",
+            "algorithm.rollout_correction.rollout_is=token",
+            "algorithm.rollout_correction.rollout_is_threshold=0.5",
+        ),
+    ),
     "check": (MIXED, 1, ("sqlbench.trained_agents=write|check",)),
     "half": (MIXED, 1, ("actor_rollout_ref.actor.ppo_mini_batch_size=2",)),
     "alike": (ALIKE, 1, ()),
     "alone": (ALONE, 1, ("sqlbench.max_failed_share=1",)),
     "failed": ([*MIXED[:-1], *_failed("d", 3)], 1, ()),
+    "missing": (MIXED[:-1], 1, ()),
 }
 """Rollouts, data-parallel ranks and overrides, by name."""
 
@@ -93,6 +109,7 @@ UPDATES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "two ranks": ("two_ranks", 2, {"micro_batch_size_per_gpu": 4}),
     "two ranks, tokens": ("two_ranks", 2, {"use_dynamic_bsz": True, "max_token_len_per_gpu": 256}),
     "token_mean": ("token_mean", 1, {"micro_batch_size_per_gpu": 4}),
+    "nothing dropped": ("nothing dropped", 1, {"micro_batch_size_per_gpu": 4}),
     "half": ("half", 1, {"micro_batch_size_per_gpu": 4}),
     "alike": ("alike", 1, {"micro_batch_size_per_gpu": 4}),
     "micro 4, again": ("per_rollout_mean", 1, {"micro_batch_size_per_gpu": 4}),
@@ -100,9 +117,28 @@ UPDATES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 """Prepared batch, data-parallel ranks and how it is cut, by name. Each starts afresh, but for the last one."""
 
+FP32 = "+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
+GPU: dict[str, tuple[str, ...]] = {
+    "gpu, bf16": (),
+    "gpu, fp32": (FP32,),
+    "gpu, tokens": (
+        FP32,
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=256",
+    ),
+    "gpu, fused": (FP32, "actor_rollout_ref.model.use_fused_kernels=True"),
+}
+"""Overrides of the GPU profile, by name; verl's fused kernels change the model's class, so they come last."""
+ON_CPU = (
+    "trainer.device=cpu",
+    "actor_rollout_ref.actor.strategy=fsdp2",  # torch's FSDP 1 refuses to spread parameters from a CPU
+    "actor_rollout_ref.actor.use_torch_compile=False",  # a minute for each shape
+    "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
+)
 
-def settings(folder: Path, *overrides: str) -> Any:
-    """The laptop profile for four tasks of four rollouts."""
+
+def settings(folder: Path, *overrides: str, profile: str = "laptop") -> Any:
+    """A profile for four tasks of four rollouts."""
     from sqlbench.training.compose import compose
 
     (folder / "run").mkdir(exist_ok=True)
@@ -117,7 +153,7 @@ def settings(folder: Path, *overrides: str) -> Any:
         "trainer.test_freq=-1",
     )
     return compose(
-        PROFILES["laptop"],
+        PROFILES[profile],
         run="run",
         folder=folder / "run",
         data=folder / "data",
@@ -214,7 +250,9 @@ def prepare(folder: Path, base: Any) -> None:
         except TrainingError as error:
             result = {"error": str(error)}
         else:
-            for part in (trainer._compute_old_log_prob, trainer._compute_advantage, trainer._update_actor):
+            batch = trainer._compute_old_log_prob(batch, metrics)
+            config.algorithm.rollout_correction.bypass_mode = name != "corrected"
+            for part in (trainer._compute_advantage, trainer._update_actor):
                 batch = part(batch, metrics)
             left = sorted(tq.kv_list("train")["train"])
             rows = {"keys": batch.keys, "padding": [bool(tag.get("is_padding")) for tag in batch.tags], "left": left}
@@ -225,27 +263,52 @@ def prepare(folder: Path, base: Any) -> None:
     ray.shutdown()
 
 
-def update(folder: Path, rank: int, ranks: int, port: int) -> None:
-    """Train on prepared batches as one of verl's workers; rank 0 writes one file for each of `UPDATES`.
+def start_worker(config: Any, rank: int = 0, ranks: int = 1, port: int = 0) -> Any:
+    """One of verl's actor workers, with the model loaded."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    torch.set_num_threads(1)
+    worker = ActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor")
+    worker.init_model()
+    return worker
+
+
+def train(worker: Any, config: Any, batch: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """Update a worker with a prepared batch; the metrics, the optimizer's moments and how many steps it made.
 
     The engine clears its gradients; after one step from nothing, AdamW's first moment is a tenth of the gradient.
     """
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
-    from verl.workers.engine_workers import ActorRolloutRefWorker
     from verl.workers.utils.losses import ppo_loss
 
-    torch.set_num_threads(1)
-    worker = ActorRolloutRefWorker(config=settings(folder).actor_rollout_ref, role="actor")
-    worker.init_model()
+    while not batch.is_file():
+        time.sleep(0.1)
+    data = torch.load(batch, weights_only=False)["data"]
+    worker.set_loss_fn(partial(ppo_loss, config=omega_conf_to_dataclass(config.actor_rollout_ref.actor)))
+    output = worker.update_actor(tu.chunk_tensordict(data, ranks)[rank])
+    engine = worker.actor.engine
+    state = {name: engine.optimizer.state[p] for name, p in engine.module.named_parameters()}
+    return {
+        "metrics": tu.get(output, "metrics"),
+        "moment": whole({name: of["exp_avg"] for name, of in state.items()}),
+        "square": whole({name: of["exp_avg_sq"] for name, of in state.items()}),
+        "optimizer_steps": {int(of["step"]) for of in state.values()},
+    }
+
+
+def whole(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Copies of sharded tensors, put together."""
+    return {name: t.full_tensor().clone() for name, t in tensors.items()}
+
+
+def update(folder: Path, rank: int, ranks: int, port: int) -> None:
+    """Train on prepared batches as one of verl's workers; rank 0 writes one file for each of `UPDATES`."""
+    worker = start_worker(settings(folder), rank, ranks, port)
     engine = worker.actor.engine
     parameters = dict(engine.module.named_parameters())
     start = {name: p.detach().clone() for name, p in parameters.items()}
-
-    def whole(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {name: t.full_tensor().clone() for name, t in tensors.items()}
-
     for name, (batch, wanted, cut) in UPDATES.items():
         if wanted != ranks:
             continue
@@ -255,24 +318,37 @@ def update(folder: Path, rank: int, ranks: int, port: int) -> None:
                 for key, parameter in parameters.items():
                     parameter.copy_(start[key])
         before = whole({key: p.detach() for key, p in parameters.items()})
-        while not (folder / f"{batch}.batch").is_file():
-            time.sleep(0.1)
-        data = torch.load(folder / f"{batch}.batch", weights_only=False)["data"]
         for option, value in {"use_dynamic_bsz": False, **cut}.items():
             setattr(worker.actor.engine_config, option, value)
-        actor = omega_conf_to_dataclass(settings(folder, *BATCHES[batch][2]).actor_rollout_ref.actor)
-        worker.set_loss_fn(partial(ppo_loss, config=actor))
-        output = worker.update_actor(tu.chunk_tensordict(data, ranks)[rank])
-        result = {
-            "metrics": tu.get(output, "metrics"),
-            "moment": whole({key: engine.optimizer.state[p]["exp_avg"] for key, p in parameters.items()}),
-            "square": whole({key: engine.optimizer.state[p]["exp_avg_sq"] for key, p in parameters.items()}),
-            "before": before,
-            "after": whole({key: p.detach() for key, p in parameters.items()}),
-            "optimizer_steps": {int(state["step"]) for state in engine.optimizer.state.values()},
-        }
+        result = train(worker, settings(folder, *BATCHES[batch][2]), folder / f"{batch}.batch", rank, ranks)
+        after = whole({key: p.detach() for key, p in parameters.items()})
         if rank == 0:
-            _save(result, folder / f"{name}.update")
+            _save(result | {"before": before, "after": after}, folder / f"{name}.update")
+
+
+def update_as_on_a_gpu(folder: Path, port: int) -> None:
+    """Train on a prepared batch with the GPU profile's actor, in verl's own engine; one file for each of `GPU`."""
+    for name, overrides in GPU.items():
+        loss = "actor_rollout_ref.actor.policy_loss.loss_mode=token_mean"
+        config = settings(folder, *ON_CPU, loss, *overrides, profile="gpu")
+        worker = start_worker(config, port=port)
+        module = worker.actor.engine.module
+        rows, layers = [], []
+        module.register_forward_pre_hook(
+            lambda _, __, given, rows=rows: rows.append(len(given["input_ids"])), with_kwargs=True
+        )
+        module.model.layers[0].mlp.register_forward_pre_hook(lambda *_, layers=layers: layers.append(1))
+        result = train(worker, config, folder / "token_mean.batch")
+        engine = worker.actor.engine
+        facts = {
+            "engine": type(engine).__name__,
+            "attention": module.config._attn_implementation,
+            "offload": (engine.is_param_offload_enabled, engine.is_optimizer_offload_enabled),
+            "rows": rows,
+            "layer_calls": len(layers),
+            "dtype": engine._autocast_dtype,
+        }
+        _save(result | facts, folder / f"{name}.update")
 
 
 def _save(result: Any, path: Path) -> None:
@@ -280,28 +356,36 @@ def _save(result: Any, path: Path) -> None:
     path.with_suffix(".new").rename(path)
 
 
+def _port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def main(folder: Path) -> None:
     """Everything, in forks of this process, which imports verl once; Ray's workers are such forks as in a training."""
     from omegaconf import OmegaConf
 
-    from sqlbench.training import worker
+    from verl_cpu import forkserver
 
-    os.environ.update(worker.BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
-    for name in (*worker.PRELOAD, "sqlbench.training.loss", "transformers.models.qwen3.modeling_qwen3"):
+    modules = ["sqlbench.training.trainer"]
+    os.environ.update(forkserver.BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
+    for name in (*forkserver.PRELOAD, *modules, "transformers.models.qwen3.modeling_qwen3"):
         importlib.import_module(name)
+    jobs = [
+        partial(update, folder, rank, ranks, port)
+        for ranks, port in ((1, _port()), (2, _port()))
+        for rank in range(ranks)
+    ]
     updates = []
-    for ranks in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(ranks):
-            updates.append(worker._fork())
-            if updates[-1] == 0:
-                worker._leave(lambda rank=rank, ranks=ranks, port=port: update(folder, rank, ranks, port))
-    worker._drive = lambda config: prepare(folder, config)
+    for job in (*jobs, partial(update_as_on_a_gpu, folder, _port())):
+        updates.append(forkserver._fork())
+        if updates[-1] == 0:
+            forkserver._leave(job)
+    forkserver._drive = lambda config, _: prepare(folder, config)
     OmegaConf.save(settings(folder), folder / "config.yaml")
     try:
-        worker.main(str(folder / "config.yaml"), os.getppid(), str(folder))
+        forkserver.main(str(folder / "config.yaml"), os.getppid(), str(folder), modules)
     except SystemExit as end:
         if end.code:  # the updates wait for what will not come; they end with this process
             raise

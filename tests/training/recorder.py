@@ -17,7 +17,8 @@ import transfer_queue as tq
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-import verl_cpu.fsdp_engine  # noqa: F401 (the profile's engine, and the losses that are wrapped here)
+import sqlbench.training.loss  # noqa: F401 (the losses that are wrapped here)
+import verl_cpu.fsdp_engine  # noqa: F401 (the profile's engine)
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.training.agent_loop import trained_transitions
 
@@ -76,10 +77,14 @@ def on_record(records: list[Trajectory], step: int, trained: str) -> Counter:
 
 def handed_over(rows: dict[str, Any]) -> Counter:
     """The same of the rows that the trainer took from the buffer."""
-    names = [key.split("_")[1:] for key in rows["keys"]]
+    parts = zip(rows["keys"], rows["prompts"], rows["responses"], rows["rollout_log_probs"], strict=True)
     return Counter(
-        (int(sample), int(number), tuple(prompt), tuple(response), tuple(log_probs))
-        for (sample, number), prompt, response, log_probs in zip(
-            names, rows["prompts"], rows["responses"], rows["rollout_log_probs"], strict=True
-        )
+        (*sample_and_number(key), tuple(prompt), tuple(response), tuple(log_probs))
+        for key, prompt, response, log_probs in parts
     )
+
+
+def sample_and_number(key: str) -> tuple[int, int]:
+    """Rollout and transition of a row: ``task_sample_number``, or with credit by transition ``task_agent_both_0``."""
+    _, *middle, last = key.split("_")
+    return divmod(int(middle[1]), 1000) if len(middle) == 2 else (int(middle[0]), int(last))

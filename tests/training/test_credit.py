@@ -33,6 +33,16 @@ def test_a_query_is_rewarded_for_its_match_and_a_check_for_its_verdict(pocket: D
     )  # fmt: skip
     rewards = asyncio.run(transition_rewards(record, cached_database(pocket.database(task.db_id))))
     assert rewards == [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+    overlong = record.model_copy(update={"reason": "overlong"})  # its last check was right, and too long to go on from
+    rewards = asyncio.run(transition_rewards(overlong, cached_database(pocket.database(task.db_id))))
+    assert rewards == [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("credit", ["rollout", "transition"])
+def test_no_two_transitions_of_a_group_have_the_same_key(credit: str) -> None:
+    """verl keeps one row a key: of two rows with the same key one would be lost without a word."""
+    rows = [(session, index, "write") for session in range(16) for index in range(9)]
+    assert len({group_and_key("task", *row, credit)[1] for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("credit", ["rollout", "transition"])

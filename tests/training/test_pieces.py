@@ -257,11 +257,12 @@ def actor_config(tokens: int) -> Any:
 
 def test_per_rollout_mean_weighs_rollouts_alike_and_token_mean_tokens() -> None:
     """Rollout a has rows of 3 and 1 tokens and advantage 1, rollout b one row of 2 tokens and advantage -2."""
-    from sqlbench.training.loss import per_rollout_mean, rollout_weights, token_mean
+    from sqlbench.training.loss import per_rollout_mean, row_weights, token_mean
 
     lengths, advantage = [3, 1, 2], torch.tensor([1.0, 1.0, -2.0])
     mask = (torch.arange(3) < torch.tensor(lengths).unsqueeze(1)).float()
-    weights = rollout_weights(["a", "a", "b"], lengths)
+    kept = list(zip("aab", lengths, strict=True))
+    weights = row_weights("per_rollout_mean", kept, kept)
     assert weights == pytest.approx([6 / (2 * 4), 6 / (2 * 4), 6 / (2 * 2)])
     log_prob = torch.full((3, 3), -1.0, requires_grad=True)
 
@@ -345,6 +346,33 @@ def test_an_answer_that_no_token_ended_is_cut(
         asyncio.run(_ServerModel(loop, {}, "nano", None).complete([message]))
 
 
+def test_every_call_of_a_rollout_has_a_seed_of_its_own_that_a_repeated_run_gives_again() -> None:
+    from transformers import AutoTokenizer
+
+    from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel
+
+    class Server:
+        async def generate(self, sampling_params: dict[str, Any], **_: Any) -> Any:
+            sent.append(sampling_params)
+            return SimpleNamespace(token_ids=[2], log_probs=[-1.0], extra_fields={}, stop_reason="")
+
+    config = rollout_limits(640, 96, 768)
+    tokenizer = AutoTokenizer.from_pretrained(NANO_PATH)
+    loop = SqlAgentLoop(SimpleNamespace(config=config), Server(), tokenizer, SimpleNamespace(config={}))
+    sent: list[dict[str, Any]] = []
+
+    async def three_calls(seed: int | None) -> None:
+        model = _ServerModel(loop, {"temperature": 1.0}, "nano", seed)
+        for _ in range(3):
+            await model.complete([Message(role="user", content="How many?")])
+
+    for seed in (1, 2, 1, None):
+        asyncio.run(three_calls(seed))
+    seeds = [sampling.get("seed") for sampling in sent]
+    assert len(set(seeds[:6])) == 6 and seeds[6:9] == seeds[:3] and seeds[9:] == [None] * 3
+    assert {sampling["temperature"] for sampling in sent} == {1.0}
+
+
 def test_agent_loop_engine_and_auto_tokenizer_give_the_same_ids() -> None:
     from transformers import AutoTokenizer
     from verl.utils.tokenizer import hf_tokenizer
@@ -382,7 +410,7 @@ def test_agent_loop_engine_and_auto_tokenizer_give_the_same_ids() -> None:
 
 
 def test_step_metrics_leave_failed_rollouts_out_and_count_them(tmp_path: Path) -> None:
-    def record(reward: float | None, error: str | None = None, step: int = 3) -> Trajectory:
+    def record(reward: float | None, error: str | None = None, step: int = 3, reason: str = "") -> Trajectory:
         call = Completion(text="", prompt_tokens=100, response_tokens=10, finish_reason="length" if reward else "stop")
         return Trajectory(
             task_key="k",
@@ -392,18 +420,20 @@ def test_step_metrics_leave_failed_rollouts_out_and_count_them(tmp_path: Path) -
             gold="g",
             step=step,
             reward=reward,
+            reason=reason,
             error=error,
             transitions=[Transition(agent="write", turn=1, messages=[], completion=call)],
         )
 
     path = tmp_path / "trajectories.jsonl"
     long = "model: PromptTooLongError: a prompt has 9 tokens"
-    rows = [record(1.0), record(0.0), record(0.0), record(None, "model: X: y"), record(None, long), record(1.0, step=4)]
+    failed = [record(None, "model: X: y"), record(None, long)]
+    rows = [record(1.0), record(0.0), record(0.0, reason="overlong"), *failed, record(1.0, step=4)]
     path.write_text("")
     reader = TrajectoryReader(path)
     path.write_text("".join(r.model_dump_json() + "\n" for r in rows) + '{"torn')
     metrics = StepRecord(reader.step(3, False)).metrics("")
-    assert metrics["rollouts"] == 5 and metrics["failed_rollouts"] == 2 and metrics["overlong_prompts"] == 1
+    assert metrics["rollouts"] == 5 and metrics["failed_rollouts"] == 2 and metrics["overlong_rollouts"] == 1
     assert metrics["ex"] == pytest.approx(1 / 3)
     assert metrics["prompt_tokens"] == 100 and metrics["truncated_share"] == pytest.approx(1 / 3)
     assert StepRecord(reader.step(4, False)).rollouts == 1

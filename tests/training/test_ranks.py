@@ -1,7 +1,8 @@
 """A real training with all that can go wrong in a rollout, on one rank and on two: what was sampled is what is trained.
 
 Half of the prompts are over the limit, a third of the answers is cut, all sub-agents are trained, and rewards are drawn
-by coin, so that groups divide whatever the policy answers.
+by coin, so that groups divide whatever the policy answers. A third training has credit by transition, and rewards that
+are earned.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import pytest
 import recorder
 import torch
 
+from sqlbench.agent.prompts import parse_verdict
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.data.tasks import DataSet
+from sqlbench.database.engine import cached_database
+from sqlbench.reward import score
 from sqlbench.runs import RunFolder
 from sqlbench.training.checkpoints import latest_checkpoint
 from sqlbench.training.launch import train
@@ -32,8 +36,6 @@ OVERRIDES = (
     f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={MICRO}",
     f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={MICRO}",
     "actor_rollout_ref.rollout.n=4",
-    f"data.max_prompt_length={MOST_PROMPT}",
-    f"data.max_response_length={MOST_RESPONSE}",
     "sqlbench.trained_agents=write|rewrite|check",
     "sqlbench.max_failed_share=0.9",
     "sqlbench.validation_tasks=1",
@@ -43,6 +45,7 @@ OVERRIDES = (
     "trainer.val_before_train=False",
     *recorder.OVERRIDES,
 )
+TIGHT = (f"data.max_prompt_length={MOST_PROMPT}", f"data.max_response_length={MOST_RESPONSE}")
 
 
 @dataclass
@@ -76,37 +79,45 @@ class Ranks:
         return [{name: t[row] for name, t in call.items()} for call in loaded for row in range(MICRO)]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
-def run(request: pytest.FixtureRequest, trainings: dict[int, Ranks]) -> Ranks:
-    return trainings[request.param]
+@pytest.fixture(scope="module", params=["one rank", "two ranks"])
+def run(request: pytest.FixtureRequest) -> Ranks:
+    return request.getfixturevalue(request.param.replace(" ", "_"))
+
+
+@pytest.fixture(scope="module", params=["one rank", "two ranks", "by transition"])
+def any_run(request: pytest.FixtureRequest) -> Ranks:
+    return request.getfixturevalue(request.param.replace(" ", "_"))
 
 
 @pytest.fixture(scope="module")
-def trainings(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Ranks]:
-    """The same training on one and on two ranks."""
-    done, results = {}, tmp_path_factory.mktemp("results")
+def one_rank(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return trained(pocket, tmp_path_factory.mktemp("one"), 1, *TIGHT, "sqlbench.random_reward=true")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """The same training."""
+    return trained(pocket, tmp_path_factory.mktemp("two"), 2, *TIGHT, "sqlbench.random_reward=true")
+
+
+@pytest.fixture(scope="module")
+def by_transition(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return trained(pocket, tmp_path_factory.mktemp("transition"), 1, "sqlbench.credit=transition")
+
+
+def trained(pocket: DataSet, folder: Path, ranks: int, *overrides: str) -> Ranks:
+    """Train, with everything recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(recorder.__file__).parent))
-        for ranks in (1, 2):
-            record = tmp_path_factory.mktemp(f"record{ranks}")
-            patch.setenv(recorder.FOLDER, str(record))
-            folder = train(
-                "laptop",
-                f"ranks{ranks}",
-                pocket.root,
-                overrides=[*OVERRIDES, f"trainer.n_gpus_per_node={ranks}"],
-                results=results,
-                random_reward=True,
-            )
-            done[ranks] = Ranks(
-                ranks, folder, record, read_rows(folder / "metrics.jsonl"), list(RunFolder(folder).trajectories())
-            )
-    return done
+        patch.setenv(recorder.FOLDER, str(folder))
+        overrides = (*OVERRIDES, f"trainer.n_gpus_per_node={ranks}", *overrides)
+        run = train("laptop", "run", pocket.root, overrides=[*overrides], results=folder / "results")
+    return Ranks(ranks, run, folder, read_rows(run / "metrics.jsonl"), list(RunFolder(run).trajectories()))
 
 
-def test_two_ranks_sample_the_same_and_give_the_same_losses_and_gradients(trainings: dict[int, Ranks]) -> None:
+def test_two_ranks_sample_the_same_and_give_the_same_losses_and_gradients(one_rank: Ranks, two_ranks: Ranks) -> None:
     """Tolerance: 1e-5 relative (measured: 1e-6); the sums of the two are rounded differently."""
-    one, two = trainings[1], trainings[2]
+    one, two = one_rank, two_ranks
     for step in STEPS:
         assert sorted(one.sampled(step)["input_ids"]) == sorted(two.sampled(step)["input_ids"])
         for name in ("actor/pg_loss", "actor/loss", "actor/grad_norm", "actor/entropy"):
@@ -119,12 +130,13 @@ def test_two_ranks_sample_the_same_and_give_the_same_losses_and_gradients(traini
         assert torch.allclose(tensor, weights[1][name], rtol=0, atol=1e-5), name
 
 
-def test_what_was_sampled_is_what_the_trainer_gets_bit_by_bit(run: Ranks) -> None:
+def test_what_was_sampled_is_what_the_trainer_gets_bit_by_bit(any_run: Ranks) -> None:
+    run = any_run
     for step in STEPS:
         rows = run.sampled(step)
         assert recorder.handed_over(rows) == recorder.on_record(run.rollouts, step, "write|rewrite|check")
         for prompt, response, ids in zip(rows["prompts"], rows["responses"], rows["input_ids"], strict=True):
-            assert ids == prompt + response and len(prompt) <= MOST_PROMPT and len(response) <= MOST_RESPONSE
+            assert ids == prompt + response
         assert rows["loss_mask"] == rows["response_mask"] == [[1] * len(r) for r in rows["responses"]]
         assert run.metrics[step]["sqlbench/rows"] == len(rows["keys"])
     assert any(t.agent == "check" for record in run.rollouts for t in record.transitions), "no check was trained"
@@ -134,22 +146,23 @@ def expected_updates(rows: dict[str, Any]) -> list[tuple[float, list[float]]]:
     """Advantage and log-probabilities of each row of the groups that divide."""
     rewards: dict[str, dict[str, float]] = defaultdict(dict)
     for key, scores in zip(rows["keys"], rows["rm_scores"], strict=True):
-        group, sample, _ = key.split("_")
+        group, sample, _ = key.rsplit("_", 2)
         assert not any(scores[:-1])
         rewards[group][sample] = scores[-1]
     found = []
     for key, log_probs in zip(rows["keys"], rows["rollout_log_probs"], strict=True):
-        group, sample, _ = key.split("_")
+        group, sample, _ = key.rsplit("_", 2)
         values = torch.tensor(list(rewards[group].values()))
         if len(set(values.tolist())) > 1:
             found.append((float((rewards[group][sample] - values.mean()) / values.std()), log_probs))
     return found
 
 
-def test_the_groups_that_divide_are_trained_on_with_their_rollouts_advantage(run: Ranks) -> None:
+def test_the_groups_that_divide_are_trained_on_with_their_rollouts_advantage(any_run: Ranks) -> None:
     """Each row once, its tokens only, as likely to the trainer as to the engine that sampled them; the loss by hand."""
+    run = any_run
     for step in STEPS:
-        expected, loss, tokens = expected_updates(run.sampled(step)), 0.0, 0
+        expected, loss = expected_updates(run.sampled(step)), 0.0
         assert expected, "no group divides: the test proves nothing"
         assert run.metrics[step]["sqlbench/rows_updated"] == len(expected)
         for row in run.trained(step):
@@ -170,24 +183,55 @@ def test_the_groups_that_divide_are_trained_on_with_their_rollouts_advantage(run
             assert same, "a row that no rollout on record explains"
             expected.remove(same[0])
             ratio = (row["log_prob"] - row["old_log_prob"])[:count].exp()
-            loss, tokens = loss - same[0][0] * float(ratio.sum()), tokens + count
+            loss -= same[0][0] * float(ratio.sum())
         assert not expected, "rows that were never trained on"
+        tokens = sum(map(len, run.sampled(step)["responses"]))  # of all rows, those of other groups included
         assert run.metrics[step]["actor/pg_loss"] == pytest.approx(loss / tokens, abs=1e-5)
 
 
+def test_by_transition_each_call_is_rewarded_for_itself_and_compared_with_its_like(
+    by_transition: Ranks, pocket: DataSet
+) -> None:
+    divided = set()
+    for step in STEPS:
+        earned = {}
+        for record in (r for r in by_transition.rollouts if r.step == step):
+            database = cached_database(pocket.database(record.db_id))
+            right = {e.turn: score(record.gold, e.sql, database).match == 1 for e in record.executions}
+            for number, call in enumerate(record.transitions):
+                said = parse_verdict(call.completion.text) if call.agent == "check" else True
+                name = (record.sample, number, *map(tuple, (call.completion.prompt_ids, call.completion.response_ids)))
+                earned[name] = (record.task_key, call.agent, float(said == right[call.turn]))
+        rows, groups = by_transition.sampled(step), defaultdict(list)
+        assert len(rows["keys"]) == len(set(rows["keys"])) == len(earned)
+        columns = [rows[name] for name in ("keys", "prompts", "responses", "rm_scores")]
+        for key, prompt, response, scores in zip(*columns, strict=True):
+            task, agent, reward = earned[*recorder.sample_and_number(key), tuple(prompt), tuple(response)]
+            assert key.split("_")[1] == agent and scores[-1] == reward
+            groups[key.rsplit("_", 2)[0]].append((task, agent, reward))
+        assert all(len({row[:2] for row in group}) == 1 for group in groups.values())
+        assert len({group[0][:2] for group in groups.values()}) == len(groups), "one group for a task and a sub-agent"
+        divided |= {group[0][1] for group in groups.values() if len({row[2] for row in group}) > 1}
+        assert by_transition.metrics[step]["sqlbench/groups"] == len(groups)
+    assert {"write", "check"} <= divided, f"only {divided} were trained: the test proves too little"
+
+
 def test_overlong_prompts_and_cut_answers_are_counted(run: Ranks) -> None:
-    """A prompt over the limit fails its rollout, which is counted and not trained on; a cut answer is scored."""
-    seen = [0, 0]
+    """A first prompt over the limit fails its rollout; a later one, or a cut answer, leaves it scored."""
+    seen = [0, 0, 0]
     for step in STEPS:
         here = [r for r in run.rollouts if r.step == step]
         calls = [t.completion for r in here if not r.failed for t in r.transitions]
         failed, cut = [r for r in here if r.failed], [c for c in calls if c.finish_reason == "length"]
-        assert all("PromptTooLongError" in (r.error or "") and r.reward is None for r in failed)
+        overlong = [r for r in here if r.reason == "overlong"]
+        assert all("PromptTooLongError" in (r.error or "") and r.reward is None and not r.transitions for r in failed)
+        assert all(r.reward == 0 and r.transitions for r in overlong)
         assert all(c.response_tokens == MOST_RESPONSE for c in cut)
         metrics = run.metrics[step]
         assert metrics["sqlbench/rollouts"] == len(here) == 16
-        assert metrics["sqlbench/failed_rollouts"] == metrics["sqlbench/overlong_prompts"] == len(failed)
+        assert metrics["sqlbench/failed_rollouts"] == len(failed)
+        assert metrics["sqlbench/overlong_rollouts"] == len(overlong)
         assert metrics["sqlbench/truncated_share"] == pytest.approx(len(cut) / len(calls))
         assert metrics["actor/rollout_probs_gap"] < 1e-4
-        seen = [seen[0] + len(failed), seen[1] + len(cut)]
-    assert all(seen), "nothing was over a limit"
+        seen = [count + len(found) for count, found in zip(seen, (failed, overlong, cut), strict=True)]
+    assert all(seen), f"nothing was over a limit: {seen}"

@@ -19,6 +19,7 @@ import recorder
 import torch
 
 from pocket import NANO_PATH
+from sqlbench.agent.trajectory import Completion
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import RunError, TrainingError
 from sqlbench.models.checkpoint import checkpoint_family
@@ -28,7 +29,7 @@ from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows
 from sqlbench.training.processes import RAY_FOLDER, WORKER
 from sqlbench.widgets.monitor import Monitor
-from verl_cpu.engine import LocalEngine
+from verl_cpu.engine import GenerationRequest, LocalEngine
 
 pytestmark = pytest.mark.training
 
@@ -180,8 +181,10 @@ def test_every_step_logs_all_that_was_promised(killed_and_resumed: tuple[Path, i
         assert row["sqlbench/transitions"] == pytest.approx(written / 8)
         parts = [row[f"sqlbench/{part}_percent"] for part in ("rollout", "update", "other")]
         assert sum(parts) == pytest.approx(100) and min(parts) >= 0
+        assert row["sqlbench/overlong_rollouts"] == 0
         for name in ("zero_variance_groups", "prompt_tokens", "response_tokens", "truncated_share", "seconds"):
             assert f"sqlbench/{name}" in row
+        assert row["sqlbench/advantage_bias"] == pytest.approx(0, abs=1e-6), "advantages cancel, rollout by rollout"
         for name in ("actor/entropy", "actor/pg_clipfrac", "actor/grad_norm", "timing_s/step"):
             assert name in row
     for step in (0, 3):
@@ -197,6 +200,24 @@ def test_rollout_and_trainer_probabilities_agree(killed_and_resumed: tuple[Path,
     gaps = [row["actor/rollout_probs_gap"] for row in rows.values() if "actor/rollout_probs_gap" in row]
     assert checked and max(checked) < 1e-4  # of steps 1 and 3, and the first may be the one that was killed
     assert len(gaps) >= 2 and max(gaps) < 1e-4
+
+
+def test_validation_is_greedy_and_training_is_not(killed_and_resumed: tuple[Path, int]) -> None:
+    """What each step 0 and 3 answered, beside what its weights answer greedily."""
+    folder, records = killed_and_resumed[0], list(RunFolder(killed_and_resumed[0]).trajectories())
+
+    def greedy(weights: Path, calls: list[Completion]) -> list[bool]:
+        asked = [GenerationRequest(tuple(call.prompt_ids or ()), 128) for call in calls]
+        answers = LocalEngine(weights, max_model_len=768).generate(asked)
+        return [answer.token_ids == call.response_ids for answer, call in zip(answers, calls, strict=True)]
+
+    def calls(step: int, validation: bool) -> list[Completion]:
+        here = (r for r in records if r.step == step and r.validation == validation)
+        return [t.completion for r in here for t in r.transitions]
+
+    for step, weights in ((0, NANO_PATH), (3, latest_checkpoint(folder))):
+        assert calls(step, True) and all(greedy(weights, calls(step, True)))
+    assert not all(greedy(NANO_PATH, calls(1, False))), "nothing was compared"
 
 
 def test_the_policy_has_learned_weights_and_loads_as_it_is(killed_and_resumed: tuple[Path, int]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from sqlbench.agent.trajectory import Completion
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.errors import DataError, ModelError, RunError
+from sqlbench.errors import DataError, ModelError, PromptTooLongError, RunError
 from sqlbench.evaluation import evaluate
 from sqlbench.runs import RunFolder
 
@@ -97,6 +98,18 @@ def test_failed_rollouts_are_counted_and_not_scored(data):
     assert summary.failures == {"model: ModelError": 2}
 
 
+def test_answers_that_make_the_next_prompt_too_long_are_scored_as_wrong_and_counted_apart(data):
+    class RunOn(Oracle):
+        async def complete(self, messages) -> Completion:
+            if messages[0].content.startswith("check"):
+                raise PromptTooLongError("a prompt has 9 tokens")
+            return await super().complete(messages)
+
+    summary = run(data, RunOn())
+    assert (summary.score.n, summary.score.correct, summary.failed) == (20, 0, 0)
+    assert summary.reasons == {"overlong": 20}
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(data):
     with pytest.raises(KeyboardInterrupt):
         run(data, Oracle(stop_after=7), concurrency=2)
@@ -113,6 +126,20 @@ def test_failed_rollouts_run_again_on_resume(data):
         run(data, Oracle(broken={f"1: {COUNT}"}, stop_after=15), concurrency=1)
     summary = run(data, Oracle())
     assert (summary.score.n, summary.failed) == (20, 0)
+
+
+def test_a_question_that_a_split_has_twice_is_run_twice_however_often_it_is_interrupted(data):
+    tasks = DataSet(data).load("dev")[:4]
+    write_split(data, "dev", [*tasks, *(task.model_copy(update={"task_id": f"{task.task_id}-2"}) for task in tasks)])
+    asked = 0
+    for left in (5, 2, 0):  # ended after the fifth answer, after two more, and not at all
+        model = Oracle(stop_after=left or None)
+        try:
+            assert run(data, model, concurrency=1).score.n == 8
+        except KeyboardInterrupt:
+            asked += left
+    assert len(model.calls) == 8 - asked
+    assert sorted(Counter(t.question for t in folder(data).trajectories()).values()) == [2] * 4
 
 
 def test_rollouts_of_another_data_set_are_not_continued(data):
@@ -154,6 +181,18 @@ def test_a_dead_model_stops_the_evaluation_with_one_reason(data):
         run(data, Dead(), concurrency=2)
     assert len(list(folder(data).trajectories())) < 20
     assert run(data, Dead.__base__(), concurrency=2).score.n == 20
+
+
+@pytest.mark.parametrize(("questions", "stops"), [(range(1, 20), False), (range(20), True)])
+def test_rollouts_that_fail_in_different_words_stop_an_evaluation_only_where_none_is_left(data, questions, stops):
+    """Nineteen in a row: more than the eight that end it where they fail in the same words."""
+    broken = {task.question for task in DataSet(data).load("dev") if int(task.task_id) in questions}
+    model = Oracle(broken=broken)  # each error names its question
+    if stops:
+        with pytest.raises(ModelError, match="all 20 rollouts failed"):
+            run(data, model)
+    else:
+        assert run(data, model).failed == 19
 
 
 def test_a_missing_database_fails_its_rollouts_only(data):

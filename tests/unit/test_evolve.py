@@ -361,6 +361,37 @@ def test_answers_marked_right_are_the_held_out_questions_of_a_database_without_t
     assert not [t for t in right if f"Question: {t.question}\n" in "".join(world.endpoint.reflections)]
 
 
+def test_three_answers_marked_right_are_enough_to_try_prompts_on_and_two_are_not(world):
+    evolution = world.evolution(tasks=())
+    world.asked(evolution, 1)
+    for count, task in enumerate([t for t in world.tasks if world.endpoint.group[t.question] == 0][:3]):
+        assert f"at least 3 questions whose answers were marked right, and there are {count}" in evolution.unavailable
+        evolution.record(Feedback(question=task.question, db=world.db, sql=task.gold, verdict="right"))
+    assert evolution.unavailable is None
+
+
+def test_where_a_database_has_tasks_the_users_own_verdicts_are_no_gold(world):
+    evolution = world.evolution(tasks=world.tasks[30:32])
+    for task in world.tasks[:6]:
+        evolution.record(Feedback(question=task.question, db=world.db, sql=WRONG, verdict="right"))
+    assert "at least 3 questions whose answers were marked right, and there are 2" in evolution.unavailable
+
+
+def test_a_cycle_reflects_on_the_newest_failures(world):
+    evolution = world.evolution()
+    for task in world.tasks[:25]:
+        evolution.record(Feedback(question=task.question, db=world.db, sql=WRONG, verdict="wrong"))
+    cycles = []
+
+    def reflect(prompt: str, part: str) -> str:
+        cycles.append(json.loads((evolution.folder / "cycle.json").read_text()))
+        return f"{part}\n- {USELESS}"
+
+    world.endpoint.reflect = reflect
+    evolution.evolve()
+    assert [x["question"] for x in cycles[0]["train"]] == [t.question for t in world.tasks[5:25]]
+
+
 def test_answers_that_did_not_even_run_can_be_learned_from(world, monkeypatch):
     monkeypatch.setitem(globals(), "WRONG", "SELECT nothing FROM nowhere")
     evolution = world.evolution(tasks=())

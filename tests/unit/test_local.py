@@ -16,7 +16,7 @@ import torch
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.cli import main
 from sqlbench.data.tasks import DataSet
-from sqlbench.errors import ModelError
+from sqlbench.errors import ModelError, PromptTooLongError
 from sqlbench.evaluation import evaluate
 from sqlbench.models.local import LocalChatModel, TextPieces, encode_chat
 from verl_cpu.batching import BatchedEngine
@@ -178,6 +178,12 @@ def test_a_prompt_is_never_cut(engine: LocalEngine) -> None:
         engine.generate([GenerationRequest((5,) * 128, 1)])
     nearly = engine.generate([GenerationRequest((5,) * 120, 50, 1.0, seed=3)])[0]
     assert len(nearly.token_ids) <= 8
+
+
+def test_a_prompt_over_the_models_limit_is_told_from_other_errors(checkpoint: Path) -> None:
+    model = LocalChatModel(checkpoint, max_model_len=8)
+    with pytest.raises(PromptTooLongError, match=r"a prompt has 26 tokens.*; lower table_info_truncate"):
+        asyncio.run(model.complete([Message(role="user", content="w1 " * 20)]))
 
 
 def test_shared_prefixes_are_common_to_their_group_and_leave_a_token() -> None:

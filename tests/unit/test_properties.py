@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -304,17 +305,23 @@ def test_a_step_counts_its_groups_and_leaves_failed_rollouts_out(drawn):
     assert metrics.get("ex") == (sum(rewards) / len(rewards) if rewards else None)
 
 
-@many(200, 10_000)
-@given(st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, 500)), min_size=1, max_size=40))
-def test_weights_turn_the_mean_over_tokens_into_the_mean_over_rollouts(rows):
-    pytest.importorskip("verl", reason="the training extra is not installed")
-    from sqlbench.training.loss import rollout_weights
+ROWS = st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, 500)), min_size=1, max_size=40)
 
-    sessions, tokens = [s for s, _ in rows], [n for _, n in rows]
-    weights = rollout_weights(sessions, tokens)
-    assert math.isclose(sum(w * n for w, n in zip(weights, tokens, strict=True)), sum(tokens))
-    shares = {s: sum(w * n for w, n, t in zip(weights, tokens, sessions, strict=True) if t == s) for s in set(sessions)}
-    assert all(math.isclose(share, sum(tokens) / len(shares)) for share in shares.values())
+
+@many(200, 10_000)
+@given(ROWS, ROWS)
+def test_weights_turn_the_mean_over_kept_tokens_into_the_mean_over_the_batch(kept, left_out):
+    pytest.importorskip("verl", reason="the training extra is not installed")
+    from sqlbench.training.loss import row_weights
+
+    batch = kept + [(name.upper(), count) for name, count in left_out]
+    tokens = sum(count for _, count in kept)
+    share = Counter()
+    for weight, (rollout, count) in zip(row_weights("per_rollout_mean", kept, batch), kept, strict=True):
+        share[rollout] += weight * count / tokens
+    assert all(math.isclose(part * len(dict(batch)), 1) for part in share.values())
+    for weight in row_weights("token_mean", kept, batch):
+        assert math.isclose(weight / tokens, 1 / sum(count for _, count in batch))
 
 
 # --- what is executed -------------------------------------------------------------------------------------------------

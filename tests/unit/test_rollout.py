@@ -15,7 +15,7 @@ from sqlbench.agent.trajectory import Completion, Trajectory
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import open_database
-from sqlbench.errors import ModelError
+from sqlbench.errors import ModelError, PromptTooLongError
 from sqlbench.rollout import failed_rollout, rollout, run_agent
 
 GOLD = "SELECT name FROM singer WHERE age > 20"
@@ -78,6 +78,26 @@ def test_a_broken_model_has_no_reward_and_failed(run):
     record = run(None)
     assert record.reward is None and record.failed and record.pred is None
     assert record.error == "model: ModelError: endpoint gone"
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_answers_that_make_the_next_prompt_too_long_are_wrong_and_a_first_prompt_that_is_failed(database, room):
+    """The query would have been right; the first prompt holds the schema and the question only."""
+
+    class Small(OneAnswer):
+        async def complete(self, messages, on_text=None) -> Completion:
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls > room:
+                raise PromptTooLongError("a prompt has 9 tokens")
+            return Completion(text=GOLD if self.calls == 1 else "THE QUERY IS INCORRECT")
+
+    task = Task(task_id="7", db_id="concert", question="Who?", gold=GOLD, split="dev")
+    record = asyncio.run(rollout(task, database, Small(None), prompts_for("nano"), RolloutConfig()))
+    assert [t.agent for t in record.transitions] == ["write", "check"][:room]
+    if room == 0:
+        assert (record.reward, record.error) == (None, "model: PromptTooLongError: a prompt has 9 tokens")
+    else:
+        assert (record.reward, record.reason, record.failed, record.pred) == (0.0, "overlong", False, GOLD)
 
 
 @pytest.mark.parametrize("scorable", [True, False])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -87,6 +89,27 @@ def test_a_finished_run_is_refused_unless_overwriting_is_asked(tmp_path):
         RunFolder(tmp_path).open({"a": 1})
     with RunFolder(tmp_path).open({"a": 2}, overwrite=True) as run:
         assert not run.finished and list(run.trajectories()) == []
+
+
+def test_a_finished_run_that_is_opened_again_for_its_failed_rollouts_is_not_finished(tmp_path):
+    with RunFolder(tmp_path).open({"a": 1}) as run:
+        run.finish({"failed": 1})
+    with RunFolder(tmp_path).open({"a": 1}) as run:
+        assert not run.finished, "killed now, it would stay half done, and refused"
+
+
+def test_who_appends_waits_for_a_line_that_another_process_is_writing(tmp_path):
+    path = tmp_path / "trajectories.jsonl"
+    with open(path, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"half": ')
+        other.flush()
+        appending = threading.Thread(target=append_line, args=(path, {"whole": 2}))
+        appending.start()
+        appending.join(0.5)  # without waiting it would be over by now, and have dropped the half line as a torn one
+        other.write(b"1}\n")
+    appending.join(20)
+    assert list(read_jsonl(path)) == [{"half": 1}, {"whole": 2}]
 
 
 def test_another_config_is_refused_with_the_difference_named(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import comb
 
 import pytest
+from scipy.stats import binom
 
 from sqlbench.statistics import mcnemar, paired_bootstrap, wilson
 
@@ -40,6 +41,13 @@ def test_bootstrap_is_paired_and_repeats():
     assert paired_bootstrap(a, b) == (low, high)
     assert paired_bootstrap(b, a) == pytest.approx((-high, -low), abs=0.01)
     assert paired_bootstrap(a, a) == (0.0, 0.0)
+
+
+def test_the_bootstrap_interval_leaves_out_a_fortieth_on_each_side():
+    """Resampled, the mean of 2,000 differences, half of them 1, is a binomial share; at 90% it would be 963 to 1037."""
+    low, high = paired_bootstrap([0] * 2000, [0, 1] * 1000)
+    assert (2000 * low, 2000 * high) == pytest.approx(binom.interval(0.95, 2000, 0.5), abs=3)
+    assert binom.interval(0.90, 2000, 0.5) == (963, 1037) and binom.interval(0.95, 2000, 0.5) == (956, 1044)
 
 
 @pytest.mark.parametrize("test", [mcnemar, paired_bootstrap])
