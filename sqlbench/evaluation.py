@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from pydantic import Field
 from tqdm.auto import tqdm
 
 from sqlbench.agent.prompts import Prompts, prompts_for
@@ -87,9 +88,9 @@ class Summary(Record):
     rollout_seconds: float | None
     tokens: dict[str, Tokens]
     """By sub-agent, and ``all``."""
-    flaws: dict[str, int]
+    flaws: dict[str, int] = Field({})
     """Empty and cut answers by what happened, those of failed rollouts included."""
-    sent: dict[str, int]
+    sent: dict[str, int] = Field({})
     """Answers of an endpoint by the request fields that it accepted."""
     reasons: dict[str, int]
     """Verdicts by reason code."""
