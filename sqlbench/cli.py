@@ -22,6 +22,7 @@ from typing import Annotated, Any, NoReturn, cast
 import typer
 
 from sqlbench.errors import DataError, SqlbenchError
+from sqlbench.streams import harden
 
 LONGEST_STOP = 4
 """Seconds in which an interrupted command may end by itself."""
@@ -375,6 +376,7 @@ def checks() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the ``sqlbench`` command."""
     debug = os.environ.get("SQLBENCH_DEBUG") == "1"
+    harden()
     stop_when_told()
     try:
         status = app(arguments, prog_name="sqlbench", standalone_mode=False)

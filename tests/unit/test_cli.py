@@ -228,6 +228,49 @@ def test_an_interruption_says_how_to_go_on(data, silent_port):
     assert "Traceback" not in errors and "the same command goes on" in errors.splitlines()[-1]
 
 
+def unread(arguments: list[str], output: int | None) -> int:
+    """Status of a command whose standard output and error are this file, or closed from the start."""
+
+    def streams() -> None:
+        for number in (1, 2):
+            os.close(number) if output is None else os.dup2(output, number)
+
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    return subprocess.run([*COMMAND, *arguments], env=environment, preexec_fn=streams).returncode
+
+
+def test_an_evaluation_whose_reader_has_left_keeps_its_results(data):
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert unread(evaluate("--limit", "3"), writer) == 0
+    assert RunFolder("results/laptop/r").summary()["rollouts"] == 3
+
+
+@pytest.mark.parametrize(("stream", "status"), [(None, 0), ("/dev/full", 1)])
+def test_output_that_cannot_be_written_stops_no_work(data, stream, status):
+    assert unread(["data", "audit", "--data", "data"], stream and os.open(stream, os.O_WRONLY)) == status
+    assert Path("data/audit.json").is_file()
+
+
+def test_a_text_can_be_printed_in_any_encoding():
+    code = "from sqlbench.streams import harden; harden(); print('M\\xf6bel')"
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment) == rb"M\xf6bel" + b"\n"
+
+
+def test_a_standard_stream_closed_from_the_start_is_not_taken_for_a_file_of_the_run():
+    code = "import os; from sqlbench.streams import harden; harden(); os.write(2, str(os.open('.', 0)).encode())"
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=lambda: os.closerange(0, 2))
+    assert int(done.stderr) > 2
+
+
+def test_the_package_is_a_command():
+    shown = subprocess.run([sys.executable, "-m", "sqlbench", "graph"], capture_output=True, text=True, check=True)
+    assert "write_query" in shown.stdout
+    wrong = subprocess.run([sys.executable, "-m", "sqlbench", "nosuch"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "see 'sqlbench --help'" in wrong.stderr
+
+
 def test_a_defect_leaves_its_traceback_in_a_file(capsys, monkeypatch):
     def boom() -> str:
         raise ZeroDivisionError("two\nlines")
