@@ -394,7 +394,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and (error.errno in FULL or error.filename):
+        # An error without the name of a file is that of a full disk, or of a machine without a temporary folder.
+        if isinstance(error, OSError) and (error.filename or error.errno in (*FULL, errno.ENOENT)):
             where = f"{error.filename or 'a file'}: {error.strerror}"
             what = "write" if error.errno in FULL else "use"
             _say(f"error: cannot {what} {where}; see to it and give the same command again: what is written is kept")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -16,6 +18,7 @@ import pytest
 
 from sqlbench.cli import main
 from sqlbench.data.tasks import Task, write_split
+from sqlbench.home import FOLDERS
 from sqlbench.runs import RunFolder
 
 COMMAND = [sys.executable, "-c", "from sqlbench.cli import main; main()"]
@@ -128,6 +131,31 @@ def test_the_chat_page_is_not_served_without_its_model(data, capsys, monkeypatch
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert "cannot use openai:m" in fails(capsys, "chat", "--data", "data", "--model", "openai:m")
+
+
+def test_the_chat_page_is_served_where_the_home_cannot_be_written(data, monkeypatch):
+    environment = {name: value for name, value in os.environ.items() if name not in FOLDERS}
+    environment |= {"HOME": "/proc/nobody", "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
+    command = [*COMMAND, "chat", "--data", "data", "--model", "openai:m", "--port", "0"]
+    with open("err", "w") as err:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=err, text=True)
+    try:
+        address = re.search(r"http://\S+", process.stdout.readline())[0]
+        while True:  # it announces itself before it listens
+            connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=200)
+            try:
+                connection.request("GET", "/")
+                break
+            except ConnectionRefusedError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        page = connection.getresponse()
+        assert page.status == 200 and b"widget" in page.read()
+    finally:
+        process.terminate()
+        process.wait()
+    errors = Path("err").read_text()
+    assert errors.startswith("cannot write /proc/nobody/") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("tasks", ["3", "10"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from sqlbench.errors import NotebookError, RunError
+from sqlbench.home import FOLDERS
 from sqlbench.notebooks import _Reporter, check_parameters, run_notebook, run_notebooks, source_hash
 
 PARAMETERS = """\
@@ -114,6 +118,19 @@ def test_a_results_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(NotebookError, match="cannot write the results folder"):
         run_notebooks(folder=notebook.parent, results=tmp_path / "file")
+
+
+def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """Jupyter's, IPython's and matplotlib's folders are then temporary, and no cell shows their complaints."""
+    write(tmp_path / "nb" / "01_a.ipynb", "import matplotlib.pyplot as plt\nprint('drawn')")
+    command = [sys.executable, "-m", "sqlbench", "notebooks", "--folder", "nb", "--only", "01"]
+    environment = {name: value for name, value in os.environ.items() if name not in FOLDERS} | {"HOME": "/proc/nobody"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[1/1]")]
+    assert done.returncode == 0 and len(lines) == 1 and lines[0].startswith("cannot write /proc/nobody/"), done.stderr
+    cell = nbformat.read(tmp_path / "results/laptop/demo/notebooks/01_a.ipynb", as_version=4).cells[-1]
+    assert [output.get("text") for output in cell.outputs] == ["drawn\n"]
+    assert not Path(lines[0].rsplit(" ", 1)[1]).exists()
 
 
 def test_a_run_stays_below_its_profile_and_runs_something(tmp_path: Path) -> None:
