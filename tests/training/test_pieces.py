@@ -516,12 +516,12 @@ def test_the_newest_policy_of_a_run_that_goes_on_is_that_of_its_newest_checkpoin
 
 
 def test_an_earlier_attempt_is_ended_and_who_looks_at_its_files_is_not(tmp_path: Path) -> None:
-    config, wait = tmp_path / "verl.yaml", "import time; time.sleep(60)"
+    config, wait = tmp_path / "verl.yaml", "import time; time.sleep(600)"
     reader = subprocess.Popen([sys.executable, "-c", wait, config])
     earlier = subprocess.Popen([sys.executable, "-c", wait, "-m", processes.WORKER, config])
     try:
         processes.end_earlier(config)
-        earlier.wait(20)
+        earlier.wait(200)
         assert reader.poll() is None
     finally:
         reader.kill()
@@ -599,10 +599,10 @@ def test_forkserver_stub_passes_output_and_status_of_the_forked_process(tmp_path
             env={"WORD": "there"},
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=200,
         )
         assert (done.stdout, done.returncode) == ("hello you there\n", 3), done.stderr
     finally:
-        process.communicate(timeout=20)
+        process.communicate(timeout=200)
     assert process.returncode == 0
     shutil.rmtree(tmp_path)

