@@ -22,6 +22,7 @@ from typing import Annotated, Any, NoReturn, cast
 import typer
 
 from sqlbench.errors import DataError, SqlbenchError
+from sqlbench.streams import harden
 
 LONGEST_STOP = 4
 """Seconds in which an interrupted command may end by itself."""
@@ -375,6 +376,7 @@ def checks() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the ``sqlbench`` command."""
     debug = os.environ.get("SQLBENCH_DEBUG") == "1"
+    harden()
     stop_when_told()
     try:
         status = app(arguments, prog_name="sqlbench", standalone_mode=False)
@@ -392,7 +394,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and (error.errno in FULL or error.filename):
+        # An error without the name of a file is that of a full disk, or of a machine without a temporary folder.
+        if isinstance(error, OSError) and (error.filename or error.errno in (*FULL, errno.ENOENT)):
             where = f"{error.filename or 'a file'}: {error.strerror}"
             what = "write" if error.errno in FULL else "use"
             _say(f"error: cannot {what} {where}; see to it and give the same command again: what is written is kept")

@@ -11,28 +11,28 @@ whoever reaches the port can spend the model's time, which is why the default ad
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response, WebSocketDisconnect
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, HTTPException, Request, Response, WebSocketDisconnect
+from fastapi.exceptions import RequestValidationError
 from openenv.core.client_types import StepResult
 from openenv.core.env_client import EnvClient
 from openenv.core.env_server import create_app
 from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.types import Action, EnvironmentMetadata, Observation, State
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationError
 
 import sqlbench
 from sqlbench.agent.prompts import DIALECTS, STRATEGIES, prompts_for, schema_style
@@ -85,12 +85,16 @@ class SqlObservation(Observation):
     """Whether its answer is right."""
 
 
+Text = Annotated[str, AfterValidator(lambda text: text.encode(errors="backslashreplace").decode())]
+"""What a caller, a model or a database wrote, as JSON can carry it: half a surrogate pair is shown as its escape."""
+
+
 class Attempt(Record):
     """One attempt as the state shows it."""
 
     strategy: str
-    sql: str
-    result: str
+    sql: Text
+    result: Text
     error_class: str
     reward: float
 
@@ -154,8 +158,9 @@ class Episode:
         )
 
     def log(self, tag: str, **fields: Any) -> None:
-        """Print one structured line."""
-        print(f"[{tag}] {json.dumps({'episode_id': self.episode_id, **fields}, ensure_ascii=False)}", flush=True)
+        """Print one structured line, in ASCII; an episode does not depend on anyone reading it."""
+        with contextlib.suppress(OSError):
+            print(f"[{tag}] {json.dumps({'episode_id': self.episode_id, **fields})}", flush=True)
 
     def log_end(self, **fields: Any) -> None:
         """Print the line that closes the episode."""
@@ -327,6 +332,7 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
         self._episodes = episodes
         self._order = episodes.order
         self._episode: Episode | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def reset_async(
         self, seed: int | None = None, episode_id: str | None = None, task_id: str | None = None, **unknown: Any
@@ -338,6 +344,7 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
             episode_id: a name of the caller's own; it must not be that of another running episode.
             task_id: this task instead of the next one.
         """
+        self._loop = asyncio.get_running_loop()
         if unknown:
             raise RequestError(422, f"reset takes seed, episode_id and task_id, not {', '.join(sorted(unknown))}")
         if seed is not None:
@@ -369,8 +376,11 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
         return asyncio.run(self.reset_async(seed, episode_id, **options))
 
     def step(self, action: SqlAction, timeout_s: float | None = None, **options: Any) -> SqlObservation:
-        """`step_async` for callers without an event loop."""
-        return asyncio.run(self.step_async(action, timeout_s, **options))
+        """`step_async` for a thread without an event loop, as OpenEnv's page calls it."""
+        work = self.step_async(action, timeout_s, **options)
+        if self._loop is not None and self._loop.is_running():  # the model's connections belong to this loop
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run(work)
 
     @property
     def state(self) -> SqlState:
@@ -398,8 +408,9 @@ class SqlEnvClient(EnvClient[SqlAction, SqlObservation, SqlState]):
 
 def create(episodes: Episodes) -> FastAPI:
     """The server's application: OpenEnv's routes, and ``/env/tasks`` and ``/env/info``."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page of ENABLE_WEB_INTERFACE=true reports home
     made = create_app(
-        partial(SqlEnvironment, episodes),
+        lambda: SqlEnvironment(episodes),  # a function: the page takes a `partial` for an environment
         SqlAction,
         SqlObservation,
         env_name="sqlbench",
@@ -433,52 +444,21 @@ def create(episodes: Episodes) -> FastAPI:
             "state": SqlState.model_json_schema(),
         }
 
-    @made.middleware("http")
-    async def strict(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Refuse what OpenEnv's models would turn into a number, ``true`` or a text, and what FastAPI breaks on."""
-        if request.url.path in ("/reset", "/step"):
-            try:
-                body = json.loads((await request.body()).decode())
-            except UnicodeDecodeError as error:
-                return JSONResponse({"detail": f"the request is no UTF-8: {error}"}, 400)
-            except (ValueError, RecursionError):
-                body = None  # no JSON: the route says so
-            for name in ("seed", "timeout_s"):
-                if isinstance(body, dict) and isinstance(value := body.get(name), bool | str):
-                    return JSONResponse({"detail": f"{name} is a number, not {json.dumps(value)[:60]}"}, 422)
-        return await go_on(request)
+    async def refuse(request: Request, error: Any) -> Response:
+        """Say what is wrong, without repeating what came: FastAPI's own answer breaks on text that is not Unicode."""
+        if isinstance(error, RequestError):
+            status, detail = error.status, str(error)
+        elif isinstance(error, HTTPException):
+            status, detail = error.status_code, error.detail
+        else:
+            status, detail = 422, error.errors()
+        if isinstance(detail, list):
+            detail = [{name: one[name] for name in ("type", "loc", "msg")} for one in detail]
+        return Response(json.dumps({"detail": detail}), status, media_type="application/json")
 
-    @made.exception_handler(RequestError)
-    async def refuse(request: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, error.status)
-
-    _complete(made.openapi())
+    for kind in (RequestError, HTTPException, RequestValidationError, ValidationError):
+        made.add_exception_handler(kind, refuse)
     return made
-
-
-def _complete(document: dict[str, Any]) -> None:
-    """Add to the OpenAPI document what OpenEnv cannot know: the action, our own fields, and what is refused."""
-    schemas, words = document["components"]["schemas"], {"type": "string"}
-    schemas["SqlAction"] = SqlAction.model_json_schema()
-    step, reset = schemas["StepRequest"], schemas["ResetRequest"]
-    step["properties"] |= {"action": {"$ref": "#/components/schemas/SqlAction"}, "episode_id": words}
-    step["examples"] = [{"action": {"strategy": GENERATE, "sql": "SELECT 1"}, "episode_id": "episode-001"}]
-    reset["properties"]["task_id"] = {"anyOf": [words, {"type": "null"}]}
-    reset["additionalProperties"] = False
-    schemas["Refusal"] = {"type": "object", "required": ["detail"], "properties": {"detail": {}}}
-    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Refusal"}}}
-    why = {
-        400: "No JSON",
-        404: "No such task or episode",
-        408: "Not within timeout_s; the attempt does not count",
-        409: "Not now: the episode is running, done, or was never begun",
-        422: "Not a request of this server",
-        502: "The model failed; the attempt does not count",
-        503: "The database failed; the attempt does not count",
-    }
-    for path, method in (("/reset", "post"), ("/step", "post"), ("/state", "get")):
-        refused = {str(status): {"description": text, "content": refusal} for status, text in why.items()}
-        document["paths"][path][method]["responses"] |= refused
 
 
 def __getattr__(name: str) -> FastAPI:

@@ -29,6 +29,7 @@ import nbformat
 
 from sqlbench.checks import versions
 from sqlbench.errors import DataError, NotebookError
+from sqlbench.home import ensure_folders
 from sqlbench.runs import METRICS, TRAJECTORIES, lock, run_path
 from sqlbench.training.metrics import read_rows
 
@@ -245,6 +246,7 @@ def run_notebooks(
         raise NotebookError(
             f"cannot write the results folder {base}: {error.strerror}; choose another with --results"
         ) from error
+    ensure_folders()
     done: list[Executed] = []
     newest = ""
     with lock(base / "notebooks"):

@@ -15,13 +15,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from sqlbench.errors import DataError
 from sqlbench.interfaces import Dataset, is_plugin, load_plugin
+
+Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+"""A text; numbers, which other data sets have, are taken for their digits."""
 
 
 class Task(BaseModel):
@@ -29,8 +32,8 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    task_id: str
-    db_id: str
+    task_id: Name
+    db_id: Name
     question: str
     gold: str
     split: str
@@ -92,15 +95,18 @@ class DataSet:
         return sorted(p.stem for p in self.root.glob("*.parquet") if p.stem != "audit")
 
     def load(self, split: str) -> list[Task]:
-        """All tasks of a split, in file order, unscorable ones included."""
+        """All tasks of a split, in file order, unscorable ones included.
+
+        A column ``evidence``, as BIRD has it, goes to the end of the question: "... Hint: <evidence>".
+        """
         path = self.root / f"{split}.parquet"
         if not path.is_file():
             raise DataError(f"{self.root} has no split '{split}'; it has: {', '.join(self.splits()) or 'none'}")
         try:
             rows = pd.read_parquet(path).to_dict("records")
-            return [Task(**{str(k): v for k, v in row.items()}) for row in rows]
         except Exception as error:
             raise DataError(f"cannot read {path}: {type(error).__name__}: {error}; write the data set again") from error
+        return [_task(path, number, {str(k): v for k, v in row.items()}) for number, row in enumerate(rows, 1)]
 
     def database(self, db_id: str) -> Path:
         """Path of one SQLite file."""
@@ -108,6 +114,19 @@ class DataSet:
         if not path.is_file():
             raise DataError(f"{self.root} has no database '{db_id}' (looked for {path})")
         return path
+
+
+def _task(path: Path, number: int, row: dict[str, Any]) -> Task:
+    hint = row.pop("evidence", None)
+    try:
+        task = Task(**row)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        field, value = wrong["loc"][0], "" if wrong["type"] == "missing" else f", not {wrong['input']!r:.60}"
+        raise DataError(f"cannot use {path}, row {number}, field '{field}': {wrong['msg']}{value}") from error
+    if isinstance(hint, str) and hint:
+        return task.model_copy(update={"question": f"{task.question} Hint: {hint}"})
+    return task
 
 
 def open_dataset(source: str | Path) -> Dataset:

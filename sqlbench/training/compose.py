@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +53,7 @@ def compose(
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -84,15 +88,33 @@ def compose(
     given = flat(merged(profile.config, arguments))
     base = [f"++{key}={_literal(value)}" for key, value in given.items()]
     GlobalHydra.instance().clear()
+    for text in overrides:
+        try:
+            OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise TrainingError(
+                f"cannot read the override {text!r}; give key=value, and brackets in quotes: key='[a]'"
+            ) from error
     try:
         with initialize_config_dir(str(defaults), version_base=None):
             config = hydra_compose("ppo_trainer", overrides=[*base, *overrides])
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         message = str(error).strip().splitlines()[0]
+        if unknown := re.fullmatch(r"Could not override '([\w.]+)'\.", message):
+            with initialize_config_dir(str(defaults), version_base=None):
+                keys = flat(OmegaConf.to_container(hydra_compose("ppo_trainer", overrides=base)))
+            message = f"no key '{unknown[1]}'; did you mean {' or '.join(_nearest(unknown[1], keys))}?"
         raise TrainingError(f"cannot compose the training configuration: {message}") from error
     _check_values(config, given)
     return config
+
+
+def _nearest(key: str, keys: Collection[str]) -> list[str]:
+    """Up to three keys that may be meant: those that end alike, then those that are written alike."""
+    same = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    found = [*get_close_matches(key, same, 3, cutoff=0.0), *get_close_matches(key, keys, 3, cutoff=0.75)]
+    return list(dict.fromkeys(found))[:3] or get_close_matches(key, keys, 1, cutoff=0.0)
 
 
 def _check_values(config: DictConfig, given: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, lock, r
 from sqlbench.training import checkpoints, processes
 from sqlbench.training.compose import compose, tracking
 from sqlbench.training.metrics import StepRecord, read_rows, write_rows
-from sqlbench.training.preflight import ask_verl, needs, planned_steps, preflight
+from sqlbench.training.preflight import ask_verl, check, needs, planned_steps, preflight
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -90,6 +90,7 @@ def train(
     )
     chosen = chosen.on(config.trainer.device)
     if dry_run:
+        check(chosen, config)
         ask_verl(config)
         print(OmegaConf.to_yaml(config, resolve=True))
         print("\n".join(f"# needs {line}" for line in needs(chosen, config)))

@@ -21,6 +21,22 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 AGENTS = ("write", "rewrite", "check")
+_MODE = "sqlbench has a trainer of its own, which is synchronous; leave the key out"
+_REWARD = "verl's own rewards are never asked; give a reward of your own as sqlbench.reward=module:attribute"
+_LORA = "verl saves adapters apart from the policy, which an evaluation needs whole; train all weights, as by default"
+FIXED = {
+    "trainer.v1.trainer_mode": ("sqlbench", _MODE),
+    "trainer.use_v1": (True, _MODE),
+    "actor_rollout_ref.hybrid_engine": (True, _MODE),
+    "custom_reward_function.path": (None, _REWARD),
+    "reward.custom_reward_function.path": (None, _REWARD),
+    "reward_model.enable": (False, _REWARD),
+    "reward.reward_model.enable": (False, _REWARD),
+    "actor_rollout_ref.model.lora_rank": (0, _LORA),
+    "actor_rollout_ref.model.lora_adapter_path": (None, _LORA),
+    "actor_rollout_ref.model.lora.rank": (0, _LORA),
+}
+"""Keys of verl that a training here has one value of, which verl itself would not refuse to change, and why."""
 
 
 def needs(profile: Profile, config: DictConfig) -> list[str]:
@@ -41,7 +57,7 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
     lines.append(f"model {model}: {'a folder' if Path(model).is_dir() else 'downloaded from the Hugging Face hub'}")
     tasks, source = profile.published_tasks, "as published"
     try:
-        tasks, source = sum(t.scorable for t in open_dataset(config.sqlbench.data).load("train")), "that can be scored"
+        tasks, source = len(load_tasks(config)[0]), "that can be scored"
         lines.append(f"data {config.sqlbench.data}: found")
     except SqlbenchError as error:
         lines.append(f"data: {error}")
@@ -63,12 +79,31 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
         TrainingError: this configuration cannot work, here or at all.
         DataError: the data set is missing or unusable.
     """
-    from sqlbench.training.tasks import validation_tasks
+    check(profile, config)
+    _reach(str(config.ray_kwargs.ray_init.get("address")))
+    if profile.device == "cuda":
+        missing = [line for line in needs(profile, config) if "NOT" in line]
+        if missing:
+            raise TrainingError(f"this machine cannot run the profile: {'; '.join(missing)}; see --dry-run")
+    return load_tasks(config)
+
+
+def check(profile: Profile, config: DictConfig) -> None:
+    """Refuse a configuration that works on no machine: what a training refuses, a dry run refuses too.
+
+    Raises:
+        TrainingError: it cannot work.
+    """
+    from omegaconf import OmegaConf
 
     settings = config.sqlbench
+    for key, (value, reason) in FIXED.items():
+        if (found := OmegaConf.select(config, key)) not in (value, None):
+            raise TrainingError(f"{key}={found} cannot be trained with: {reason}")
     try:
-        matched = [a for a in AGENTS if re.search(settings.trained_agents, a)]
-        load_plugin("agent", settings.agent), load_plugin("reward", settings.reward)
+        matched = [a for a in AGENTS if re.search(str(settings.trained_agents), a)]
+        for kind in ("agent", "reward", "trainer"):
+            load_plugin(kind, settings[kind])
     except re.error as error:
         raise TrainingError(
             f"sqlbench.trained_agents={settings.trained_agents} is no regular expression: {error}"
@@ -85,31 +120,43 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
             f"sqlbench.credit=transition rewards each query for its execution match, not by {settings.reward}. "
             "Leave one of the two out."
         )
-    if config.trainer.save_freq < 1 or "hf_model" not in config.actor_rollout_ref.actor.checkpoint.save_contents:
+    saved = config.actor_rollout_ref.actor.checkpoint.save_contents
+    if (config.trainer.save_freq or 0) < 1 or "hf_model" not in saved:
         raise TrainingError(
             "this training would leave no policy, which is taken from its last checkpoint; give trainer.save_freq=1 or "
             "more, and hf_model among actor_rollout_ref.actor.checkpoint.save_contents"
         )
-    _reach(str(config.ray_kwargs.ray_init.get("address")))
-    if profile.device == "cuda":
-        missing = [line for line in needs(profile, config) if "NOT" in line]
-        if missing:
-            raise TrainingError(f"this machine cannot run the profile: {'; '.join(missing)}; see --dry-run")
-    dataset = open_dataset(settings.data)
-    tasks = [t for t in dataset.load("train") if t.scorable]
-    if len(tasks) < config.data.train_batch_size:
+    tasks = profile.published_tasks
+    with contextlib.suppress(SqlbenchError):  # said by `needs`, and by the training itself
+        tasks = len(load_tasks(config)[0])
+    if tasks is None:
+        return
+    epoch, steps = planned_steps(config, tasks)
+    if not epoch:
         raise TrainingError(
-            f"{settings.data} has {len(tasks)} training tasks, a batch takes {config.data.train_batch_size}"
+            f"{settings.data} has {tasks} training tasks, a batch takes {config.data.train_batch_size}, and "
+            f"data.train_max_samples is {config.data.train_max_samples}; give fewer for data.train_batch_size"
         )
-    epoch, steps = planned_steps(config, len(tasks))
     if steps > epoch * config.trainer.total_epochs:  # verl would end early, after hours
         raise TrainingError(
             f"{steps} steps do not fit into trainer.total_epochs={config.trainer.total_epochs} of {epoch} steps; "
             f"ask for {-(-steps // epoch)} epochs or fewer steps"
         )
+
+
+def load_tasks(config: DictConfig) -> tuple[list[Task], list[Task]]:
+    """Tasks of the data set to train and to validate on.
+
+    Raises:
+        DataError: a split or a database is missing or unusable.
+    """
+    from sqlbench.training.tasks import validation_tasks
+
+    dataset = open_dataset(config.sqlbench.data)
+    tasks = [t for t in dataset.load("train") if t.scorable]
     for task in {t.db_id: t for t in tasks}.values():
         dataset.database(task.db_id)
-    return tasks, validation_tasks(dataset, headline_split(dataset), settings.validation_tasks)
+    return tasks, validation_tasks(dataset, headline_split(dataset), config.sqlbench.validation_tasks)
 
 
 def ask_verl(config: DictConfig) -> None:
@@ -134,7 +181,7 @@ def ask_verl(config: DictConfig) -> None:
 
 def planned_steps(config: DictConfig, tasks: int) -> tuple[int, int]:
     """Steps of an epoch and of the whole run, as verl counts them."""
-    limit = config.data.train_max_samples
+    limit = config.data.train_max_samples or 0
     epoch = (min(tasks, limit) if limit > 0 else tasks) // config.data.train_batch_size
     return epoch, config.trainer.total_training_steps or epoch * config.trainer.total_epochs
 

@@ -11,6 +11,7 @@ import nbformat
 from traitlets.config import Config
 
 from sqlbench.errors import ServerError
+from sqlbench.home import ensure_folders
 
 HOST = "127.0.0.1"
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws:"
@@ -35,6 +36,7 @@ def serve_chat(
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise ServerError(f"cannot listen on port {port}: {reason}; choose another with --port") from error
+    ensure_folders()
     options = {"data": str(data), "model": model, "folder": str(folder), "reflection": reflection, "agent": agent}
     code = f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench.widgets.chat import ChatView\nChatView(**{options!r})"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])

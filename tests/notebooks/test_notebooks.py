@@ -118,7 +118,7 @@ def nbval(notebook: Path, sanitizer: str) -> subprocess.CompletedProcess[str]:
     command += ["-p", "no:cacheprovider", "--rootdir=."]
     # nbval keeps what a notebook clears, so there must be no progress bars.
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True, env=environment, timeout=1000)
 
 
 TABLE = """

@@ -1,6 +1,7 @@
 """Load as many users make it: episodes, chats, a long evaluation, hostile queries among honest ones.
 
-``make test`` runs this small; with SQLBENCH_LONG=1, as in ``make soak``, at the sizes that docs/reliability.md states.
+``make test`` runs this small, by counts, and asserts no time; with SQLBENCH_LONG=1, as in ``make soak``, it runs at the
+sizes that docs/reliability.md states.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.repair import LinUCBRepair
 from sqlbench.connection import connect
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.database.engine import cached_database
+from sqlbench.database.engine import cached_database, open_database
+from sqlbench.database.types import Limits
 from sqlbench.environment import SqlAction, SqlEnvClient
 from sqlbench.evolve import FeedbackStore
 from sqlbench.models import open_model
@@ -123,7 +125,9 @@ def test_50_episodes_at_once_do_not_mix_and_memory_is_bounded(pocket: DataSet, m
 
     async def client(number: int, url: str, end: float) -> None:
         async with SqlEnvClient(base_url=url) as mine:
-            while time.monotonic() < end:
+            played = 0
+            while time.monotonic() < end or not played:
+                played += 1
                 task, mark = tasks[next(episodes) % len(tasks)], f"client {number}"
                 start = (await mine.reset(task_id=task.task_id)).observation
                 assert (start.question, start.attempt, start.sql) == (task.question, 0, "")
@@ -141,7 +145,7 @@ def test_50_episodes_at_once_do_not_mix_and_memory_is_bounded(pocket: DataSet, m
         end = time.monotonic() + until
 
         async def watch() -> None:
-            while time.monotonic() < end:
+            while time.monotonic() < end or len(memory) < 4:
                 memory.append(megabytes(process))
                 await asyncio.sleep(until / 40)
 
@@ -224,8 +228,8 @@ def test_memory_stays_flat_over_a_long_evaluation(model, tmp_path, note):
         assert process.returncode == 0, log.read_text()[-2000:]
     summary = RunFolder(lines.parent).summary()
     assert (summary["rollouts"], summary["score"]["correct"], summary["failed"]) == (count, count, 0)
-    warm = next(used for done, used in memory if done >= count / 5)
-    most, end = max(used for done, used in memory if done < count), max(used for _, used in memory)
+    during = [used for done, used in memory if count / 5 <= done < count] or [memory[-1][1]]  # looked at now and then
+    warm, most, end = during[0], max(during), max(used for _, used in memory)
     assert most < (1.1 if LONG else 1.3) * warm, f"{warm:.0f} MB after {count // 5} rollouts, {most:.0f} MB later"
     assert end < most + 80, f"{most:.0f} MB, {end:.0f} MB for the summary"  # which brings its parser of SQL along
     note(f"evaluation of {count:,} tasks, memory after {count // 5:,}, and at most", f"{warm:.0f} MB, {most:.0f} MB")
@@ -250,20 +254,27 @@ THREADS, ENEMIES = 64, 16
 
 
 def test_hostile_queries_change_no_honest_verdict_and_slow_none_down_much(pocket: DataSet, note):
+    """How much slower is a figure of ``make soak``: elsewhere the machine does other things meanwhile."""
     tasks = [t for t in pocket.load(SPLIT) if t.scorable][:60]
     pairs = [(t, pred) for t in tasks for pred in (t.gold, "SELECT 1", tasks[0].gold, "SELECT nothing FROM nowhere")]
 
-    def verdict(task: Task, pred: str) -> tuple[int | None, str]:
-        database = cached_database(pocket.database(task.db_id))
+    # In `make test` an honest query has a minute: whatever else the machine does, its verdict stays the same.
+    patient = {t.db_id: open_database(pocket.database(t.db_id), Limits(seconds=5 if LONG else 60)) for t in tasks}
+
+    def verdict(task: Task, pred: str, hostile: bool = False) -> tuple[int | None, str]:
+        database = cached_database(pocket.database(task.db_id)) if hostile else patient[task.db_id]
         found = score(task.gold, pred, database)
         return found.match, found.reason
 
     alone = [verdict(*pair) for pair in pairs]
     assert {match for match, _ in alone} == {0, 1}
-    calm, _ = load(verdict, pairs, alone, enemies=0)
     wild, fought = load(verdict, pairs, alone, enemies=ENEMIES)
+    assert fought >= ENEMIES and len(wild) >= THREADS - ENEMIES
+    if not LONG:
+        return
+    calm, _ = load(verdict, pairs, alone, enemies=0)
     slower = fmean(wild) / fmean(calm)  # the median says little: a thread that has its turn answers many in a row
-    assert fought >= ENEMIES and slower < 3, f"{slower:.1f} times slower"
+    assert slower < 3, f"{slower:.1f} times slower"
     note(
         "reward, hostile queries in 16 of 64 threads",
         f"{len(wild):,} honest verdicts unchanged, {fought:,} hostile ones",
@@ -278,20 +289,21 @@ def load(verdict, pairs: list, alone: list, enemies: int) -> tuple[list[float], 
 
     def honest(number: int) -> None:
         for i in itertools.count(number * 7):
-            if time.monotonic() > end:
-                return
             began = time.perf_counter()
             found = verdict(*pairs[i % len(pairs)])
             seconds.append(time.perf_counter() - began)
             assert found == alone[i % len(pairs)], (pairs[i % len(pairs)], found)
+            if time.monotonic() > end:
+                return
 
     def hostile(number: int) -> None:
         for i in itertools.count(number):
+            match, reason = verdict(pairs[i % len(pairs)][0], HOSTILE[i % len(HOSTILE)], hostile=True)
+            late = not LONG and reason == "gold_timeout"  # on a machine that does other things meanwhile
+            assert match == 0 or late, (HOSTILE[i % len(HOSTILE)], reason)
+            next(fought)
             if time.monotonic() > end:
                 return
-            match, reason = verdict(pairs[i % len(pairs)][0], HOSTILE[i % len(HOSTILE)])
-            assert match == 0, (HOSTILE[i % len(HOSTILE)], reason)
-            next(fought)
 
     with ThreadPoolExecutor(THREADS) as pool:
         work = [pool.submit(hostile if i < enemies else honest, i) for i in range(THREADS)]

@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     done = subprocess.run(
-        [sys.executable, handmade.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, handmade.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=1000
     )
     names = [*(f"{batch}.batch" for batch in BATCHES), *(f"{update}.update" for update in (*UPDATES, *GPU))]
     missing = [name for name in names if not (folder / name).is_file()]

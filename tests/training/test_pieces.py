@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -141,7 +142,14 @@ def test_overrides_win_over_the_profile_and_seed_the_data_order(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "override", ["actor_rollout_ref.rolout.n=4", "nonsense", "trainer.nope=1", "sqlbench.random_reward=maybe"]
+    "override",
+    [
+        "actor_rollout_ref.rolout.n=4",
+        "nonsense",
+        "sqlbench.trained_agents=[",
+        "trainer.nope=1",
+        "sqlbench.random_reward=maybe",
+    ],
 )
 def test_a_wrong_override_is_one_line_that_names_it(override: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
@@ -190,7 +198,36 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
             "1 turn.* trains nothing",
         ),
         "regex": ({"data": data, "overrides": ["sqlbench.trained_agents='('"]}, TrainingError, "no regular expression"),
+        "bracket": (
+            {"data": data, "overrides": ["sqlbench.trained_agents='['"]},
+            TrainingError,
+            "no regular expression",
+        ),
+        "number": ({"data": data, "overrides": ["sqlbench.trained_agents=1"]}, TrainingError, "trains nothing"),
         "batch": ({"data": data, "overrides": ["data.train_batch_size=9999"]}, TrainingError, "a batch takes 9999"),
+        "samples": ({"data": data, "overrides": ["data.train_max_samples=3"]}, TrainingError, "train_max_samples is 3"),
+        "epochs": (
+            {"data": data, "overrides": ["trainer.total_epochs=1", "trainer.total_training_steps=9999"]},
+            TrainingError,
+            "9999 steps do not fit",
+        ),
+        "no saving": ({"data": data, "overrides": ["trainer.save_freq=null"]}, TrainingError, "leave no policy"),
+        "async": (
+            {"data": data, "overrides": ["trainer.v1.trainer_mode=separate_async"]},
+            TrainingError,
+            "synchronous",
+        ),
+        "reward": (
+            {"data": data, "overrides": ["custom_reward_function.path=mine.py"]},
+            TrainingError,
+            "custom_reward_function.path=mine.py .* sqlbench.reward=module:attribute",
+        ),
+        "new reward": (
+            {"data": data, "overrides": ["reward.custom_reward_function.path=mine.py"]},
+            TrainingError,
+            "sqlbench.reward=module:attribute",
+        ),
+        "lora": ({"data": data, "overrides": ["actor_rollout_ref.model.lora_rank=8"]}, TrainingError, "adapters"),
         "no policy": ({"data": data, "overrides": ["trainer.save_freq=-1"]}, TrainingError, "leave no policy"),
         "finished": ({"data": data, "run": "finished"}, RunError, "is finished"),
         "own agent": (
@@ -207,17 +244,36 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
     }
 
 
+STATE = ["data", "finished"]  # of this machine: a dry run says it, or leaves it
+ALWAYS = ["profile", "model", "half model", "agents", "turns", "regex", "bracket", "number", "batch", "samples"]
+ALWAYS += ["epochs", "own agent", "own trainer", "credit"]
+ALWAYS += ["no policy", "no saving", "async", "reward", "new reward", "lora"]
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        *("profile", "data", "model", "half model", "agents", "turns", "regex", "batch", "no policy", "finished"),
-        *("own agent", "own trainer", "credit"),
-    ],
+    ("case", "dry_run"), [(c, d) for c in ALWAYS for d in (False, True)] + [(c, False) for c in STATE]
 )
-def test_what_cannot_work_is_refused_before_anything_starts(case: str, tmp_path: Path, pocket: DataSet) -> None:
+def test_what_cannot_work_is_refused_before_anything_starts(
+    case: str, dry_run: bool, tmp_path: Path, pocket: DataSet, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments, error, text = refusals(tmp_path, pocket)[case]
     with pytest.raises(error, match=text):
-        train(**{"profile": "laptop", "run": "r", "results": tmp_path / "results", **arguments})
+        train(**{"profile": "laptop", "run": "r", "results": tmp_path / "results", "dry_run": dry_run, **arguments})
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("trainer.nnodez=2", "trainer.nnodes?"),
+        ("actor_rollout_ref.actor.lr=1", "actor_rollout_ref.actor.optim.lr or"),
+        ("actor_rollout_ref.rolout.n=4", "actor_rollout_ref.rollout.n or"),
+        ("sqlbench.max_turn=2", "sqlbench.max_turns?"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(override: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=re.escape(f"no key '{override.split('=')[0]}'; did you mean {meant}")):
+        composed("laptop", tmp_path, override)
 
 
 def test_advantage_of_a_rollout_goes_to_all_its_transitions() -> None:
@@ -460,12 +516,12 @@ def test_the_newest_policy_of_a_run_that_goes_on_is_that_of_its_newest_checkpoin
 
 
 def test_an_earlier_attempt_is_ended_and_who_looks_at_its_files_is_not(tmp_path: Path) -> None:
-    config, wait = tmp_path / "verl.yaml", "import time; time.sleep(60)"
+    config, wait = tmp_path / "verl.yaml", "import time; time.sleep(600)"
     reader = subprocess.Popen([sys.executable, "-c", wait, config])
     earlier = subprocess.Popen([sys.executable, "-c", wait, "-m", processes.WORKER, config])
     try:
         processes.end_earlier(config)
-        earlier.wait(20)
+        earlier.wait(200)
         assert reader.poll() is None
     finally:
         reader.kill()
@@ -543,10 +599,10 @@ def test_forkserver_stub_passes_output_and_status_of_the_forked_process(tmp_path
             env={"WORD": "there"},
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=200,
         )
         assert (done.stdout, done.returncode) == ("hello you there\n", 3), done.stderr
     finally:
-        process.communicate(timeout=20)
+        process.communicate(timeout=200)
     assert process.returncode == 0
     shutil.rmtree(tmp_path)

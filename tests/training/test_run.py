@@ -93,13 +93,13 @@ def killed_and_resumed(pocket: DataSet, record: Path, watched: Watched) -> tuple
     saved = folder / "checkpoints/latest_checkpointed_iteration.txt"
     arguments = [str(pocket.root), str(results), json.dumps(RECORDED)]
     first = subprocess.Popen([sys.executable, "-c", CALL, *arguments], stderr=subprocess.DEVNULL)
-    deadline = time.time() + 180
+    deadline = time.time() + 900
     while not saved.is_file() and first.poll() is None and time.time() < deadline:
         time.sleep(0.05)
     assert first.poll() is None and saved.is_file(), (folder / "logs/train.log").read_text()[-3000:]
     first.send_signal(signal.SIGKILL)
     first.wait()
-    deadline = time.time() + 30
+    deadline = time.time() + 200
     while training_processes(first.pid) and time.time() < deadline:
         time.sleep(0.2)
     assert not training_processes(first.pid), "processes outlive the kill of the launching process"
@@ -253,7 +253,7 @@ def test_a_rollout_worker_that_the_system_kills_ends_the_run(pocket: DataSet, tm
     below = psutil.Process(launcher.pid).children(recursive=True)
     (worker,) = (process for process in below if "SqlAgentLoopWorker" in process.name())
     worker.kill()
-    errors = launcher.communicate(timeout=60)[1]
+    errors = launcher.communicate(timeout=200)[1]
     assert launcher.returncode == 1 and "a process of the training is gone (agent_loop_worker_0" in errors
 
 

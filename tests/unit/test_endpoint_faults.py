@@ -491,14 +491,14 @@ def test_an_endpoint_that_fails_in_three_of_ten_calls_costs_time_and_no_rollout(
 def test_failed_rollouts_are_on_record_and_run_again_when_the_run_is_repeated(server, data):
     faults = [truncated, empty, no_such_model, closed, not_utf8, huge, hangs]
     server.faults = iter([fault for fault in faults for fault in (good, good, fault)])
-    summary = run(data, timeout=3)
+    summary = run(data, timeout=10)
     broken = [t for t in folder(data).trajectories() if t.failed]
     assert (summary.rollouts, summary.failed, summary.score.n) == (TASKS, 6, TASKS - 6)  # the huge answer is one
     assert all("model: ModelError: model 'm' at http" in t.error and "\n" not in t.error for t in broken)
     kept = {t.task_id: t for t in folder(data).trajectories() if not t.failed}
     calls = len(server.times)
 
-    assert run(data, timeout=3).failed == 0
+    assert run(data, timeout=10).failed == 0
     assert len(server.times) == calls + 6
     after = {t.task_id: t for t in folder(data).trajectories()}
     assert len(after) == TASKS and kept.items() <= after.items()

@@ -106,10 +106,10 @@ def test_the_event_loop_goes_on_while_a_statement_runs(path):
     slow = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
 
     async def tick():
-        task = asyncio.create_task(open_database(path, Limits(seconds=0.2)).aexecute(slow))
+        task = asyncio.create_task(open_database(path, Limits(seconds=1)).aexecute(slow))
         ticks = 0
         while not task.done():
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
             ticks += 1
         return ticks, task.result().status
 
@@ -135,7 +135,7 @@ def test_memory_is_an_empty_database():
 def test_the_deadline_thread_sleeps_while_nothing_runs(path):
     database = open_database(path)
     database.execute("SELECT 1")
-    end = time.monotonic() + 2
+    end = time.monotonic() + 120
     while engine._watchdog.wake.is_set() and time.monotonic() < end:
         time.sleep(0.01)
     assert not engine._watchdog.wake.is_set()

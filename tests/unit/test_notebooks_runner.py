@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import NotebookError, RunError
+from sqlbench.home import FOLDERS
 from sqlbench.notebooks import _Reporter, check_parameters, run_notebook, run_notebooks, source_hash
 
 PARAMETERS = """\
@@ -114,6 +124,70 @@ def test_a_results_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(NotebookError, match="cannot write the results folder"):
         run_notebooks(folder=notebook.parent, results=tmp_path / "file")
+
+
+def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """Jupyter's, IPython's and matplotlib's folders are then temporary, and no cell shows their complaints."""
+    write(tmp_path / "nb" / "01_a.ipynb", "import matplotlib.pyplot as plt\nprint('drawn')")
+    command = [sys.executable, "-m", "sqlbench", "notebooks", "--folder", "nb", "--only", "01"]
+    environment = {name: value for name, value in os.environ.items() if name not in FOLDERS} | {"HOME": "/proc/nobody"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[1/1]")]
+    assert done.returncode == 0 and len(lines) == 1 and lines[0].startswith("cannot write /proc/nobody/"), done.stderr
+    cell = nbformat.read(tmp_path / "results/laptop/demo/notebooks/01_a.ipynb", as_version=4).cells[-1]
+    assert [output.get("text") for output in cell.outputs] == ["drawn\n"]
+    assert not Path(lines[0].rsplit(" ", 1)[1]).exists()
+
+
+class Parrot(BaseHTTPRequestHandler):
+    """A model that writes the server's `sql` and whose check accepts nothing but what is right."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
+        verdict = "THE QUERY IS CORRECT" if "count" in self.server.sql else "THE QUERY IS INCORRECT"
+        text = verdict if "You review" in asked[0]["content"] else f"```sql\n{self.server.sql}\n```"
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        body = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]})
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sql", "turns", "limit"),
+    [("SELECT count(*) FROM t", 3, 0), ("SELECT 'no'", 3, 0), ("SELECT 'no'", 1, 1)],
+)
+def test_the_notebooks_run_where_all_is_right_or_wrong_and_with_one_turn(
+    tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch, sql: str, turns: int, limit: int
+) -> None:
+    data = tmp_path / "data"
+    (data / "database/a").mkdir(parents=True)
+    with closing(sqlite3.connect(data / "database/a/a.sqlite")) as connection, connection:
+        connection.executescript("CREATE TABLE t (x INTEGER); INSERT INTO t VALUES (1)")
+    gold = "SELECT count(*) FROM t"
+    write_split(
+        data, "dev", [Task(task_id=f"{i}", db_id="a", question=f"{i}?", gold=gold, split="dev") for i in (1, 2)]
+    )
+    (data / "dataset.json").write_text('{"headline": "dev"}')
+    with ThreadingHTTPServer(("127.0.0.1", 0), Parrot) as server:
+        server.sql = sql
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}/v1")
+        monkeypatch.setenv("NO_PROXY", "*")
+        given = [f"data={data}", "model=openai:m", f"turns={turns}", f"limit={limit}"]
+        done = run_notebooks(
+            only=["02", "07"], folder=repo / "notebooks", results=tmp_path / "results", parameters=given
+        )
+        server.shutdown()
+    assert len(done.executed) == 2
+    cells = nbformat.read(done.folder / "notebooks/07_trajectory_inspector.ipynb", as_version=4).cells
+    shown = [output.get("text", "") for cell in cells for output in cell.get("outputs", [])]
+    assert ("one turn: there is no repair loop to compare with\n" in shown) == (turns == 1)
 
 
 def test_a_run_stays_below_its_profile_and_runs_something(tmp_path: Path) -> None:

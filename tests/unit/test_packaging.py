@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -143,13 +142,11 @@ def test_no_path_of_a_machine_is_in_the_repository(repo):
     assert not found, "\n".join(found)
 
 
-def test_importing_the_package_is_cheap_and_pulls_in_nothing_heavy():
+def test_importing_the_package_pulls_in_nothing_heavy():
     heavy = ["torch", "verl", "ray", "transformers", "langgraph", "pandas", "matplotlib"]
     code = f"import sys, sqlbench; print([m for m in {heavy} if m in sys.modules])"
-    start = time.monotonic()
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
-    assert time.monotonic() - start < 5, "an interpreter and an empty package should start in well under a second"
 
 
 def test_the_shipped_files_are_declared_as_package_data(repo):

@@ -66,7 +66,7 @@ def test_a_missing_file_has_no_lines(tmp_path):
 def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
     code = (
         "import sys, time; from sqlbench.runs import RunFolder\n"
-        "run = RunFolder(sys.argv[1]).open({'a': 1}); print('locked', flush=True); time.sleep(60)"
+        "run = RunFolder(sys.argv[1]).open({'a': 1}); print('locked', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

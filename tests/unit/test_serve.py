@@ -61,7 +61,7 @@ def served(log: Path, *options: str) -> Iterator[str]:
             yield line
         finally:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+            process.communicate(timeout=200)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from pydantic import ValidationError
 
@@ -88,3 +89,31 @@ def test_a_damaged_split_is_a_data_error(tmp_path):
     (folder(tmp_path) / "dev.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="write the data set again"):
         DataSet(tmp_path).load("dev")
+
+
+ROW = {"task_id": 7, "db_id": 3, "question": "How many?", "gold": "select 1", "split": "dev"}
+
+
+def test_numbers_name_tasks_and_a_hint_is_part_of_the_question(tmp_path):
+    rows = [ROW | {"evidence": "a girl is F"}, ROW | {"task_id": 8, "evidence": None}]
+    pd.DataFrame(rows).to_parquet(folder(tmp_path) / "dev.parquet")
+    first, second = DataSet(tmp_path).load("dev")
+    assert (first.task_id, first.db_id, first.question) == ("7", "3", "How many? Hint: a girl is F")
+    assert (second.task_id, second.question) == ("8", "How many?")
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([ROW | {"surprise": 1}], "row 1, field 'surprise': Extra inputs are not permitted, not 1"),
+        ([ROW, ROW | {"question": None}], "row 2, field 'question': Input should be a valid string, not "),
+        ([ROW | {"gold": 5}], "row 1, field 'gold': Input should be a valid string, not 5"),
+        ([ROW | {"task_id": 1.5}], "row 1, field 'task_id': Input should be a valid string, not 1.5"),
+        ([{"task_id": "a\nb"}], "row 1, field 'db_id': Field required"),
+    ],
+)
+def test_a_row_that_is_no_task_is_named(tmp_path, rows, says):
+    pd.DataFrame(rows).to_parquet(folder(tmp_path) / "dev.parquet")
+    with pytest.raises(DataError) as caught:
+        DataSet(tmp_path).load("dev")
+    assert says in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,5 @@
+"""The ``sqlbench`` command, as ``python -m sqlbench``."""
+
+from sqlbench.cli import main
+
+main()
