@@ -47,6 +47,7 @@ from sqlbench.interfaces import Database, load_plugin
 from sqlbench.models import open_model
 from sqlbench.rollout import judge, run_agent
 from sqlbench.serve import listen
+from sqlbench.text import Text, clean
 
 MAX_ATTEMPTS = 5
 MAX_SESSIONS = 100
@@ -57,9 +58,9 @@ DESCRIPTION = "Answer questions about a database with one SQL query each; repair
 class SqlAction(Action):
     """One attempt."""
 
-    strategy: str = Field(json_schema_extra={"enum": [GENERATE, *STRATEGIES]})
+    strategy: Text = Field(json_schema_extra={"enum": [GENERATE, *STRATEGIES]})
     """``generate`` first, then one of the repair strategies."""
-    sql: str | None = None
+    sql: Text | None = None
     """A query of the caller's own; without one the server's model writes it."""
 
 
@@ -112,7 +113,7 @@ class RequestError(ServerError):
     """A request that cannot be answered; `status` is its HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(clean(message))
         self.status = status
 
 
@@ -443,6 +444,8 @@ def create(episodes: Episodes) -> FastAPI:
                 return JSONResponse({"detail": f"the request is no UTF-8: {error}"}, 400)
             except (ValueError, RecursionError):
                 body = None  # no JSON: the route says so
+            else:  # the routes repeat what they refuse, and half a character cannot be sent
+                request._body = clean(json.dumps(body, ensure_ascii=False)).encode()
             for name in ("seed", "timeout_s"):
                 if isinstance(body, dict) and isinstance(value := body.get(name), bool | str):
                     return JSONResponse({"detail": f"{name} is a number, not {json.dumps(value)[:60]}"}, 422)

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sqlbench.errors import DataError
 from sqlbench.interfaces import Dataset, is_plugin, load_plugin
+from sqlbench.text import Text
 
 
 class Task(BaseModel):
@@ -31,8 +32,8 @@ class Task(BaseModel):
 
     task_id: str
     db_id: str
-    question: str
-    gold: str
+    question: Text
+    gold: Text
     split: str
     hardness: str = ""
     """``easy``, ``medium``, ``hard`` or ``extra``, by Spider's published rules."""
