@@ -21,6 +21,7 @@ from sqlbench.database.schema import quote, schema_text
 from sqlbench.database.types import Column, Limits, Schema, Table
 from sqlbench.errors import DatabaseError
 from sqlbench.interfaces import Database, Model
+from sqlbench.text import clean
 
 EXAMPLES = 5
 SMALL, LARGE = RolloutConfig().table_info_truncate, 12_000
@@ -134,8 +135,8 @@ def _parse(text: str) -> Iterator[Example]:
     for block in re.findall(r"\{[^{}]*\}", text):
         try:
             pair = json.loads(block)
-            yield Example(str(pair["question"]), extract_sql(str(pair["sql"])))
-        except (ValueError, KeyError):
+            yield Example(clean(str(pair["question"])), extract_sql(clean(str(pair["sql"]))))
+        except (ValueError, KeyError, RecursionError):
             continue
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response, WebSocketDisconnect
@@ -32,7 +32,7 @@ from openenv.core.env_client import EnvClient
 from openenv.core.env_server import create_app
 from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.types import Action, EnvironmentMetadata, Observation, State
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
 import sqlbench
 from sqlbench.agent.prompts import DIALECTS, STRATEGIES, prompts_for, schema_style
@@ -47,6 +47,7 @@ from sqlbench.interfaces import Database, load_plugin
 from sqlbench.models import open_model
 from sqlbench.rollout import judge, run_agent
 from sqlbench.serve import listen
+from sqlbench.text import Text, clean
 
 MAX_ATTEMPTS = 5
 MAX_SESSIONS = 100
@@ -57,9 +58,9 @@ DESCRIPTION = "Answer questions about a database with one SQL query each; repair
 class SqlAction(Action):
     """One attempt."""
 
-    strategy: str = Field(json_schema_extra={"enum": [GENERATE, *STRATEGIES]})
+    strategy: Text = Field(json_schema_extra={"enum": [GENERATE, *STRATEGIES]})
     """``generate`` first, then one of the repair strategies."""
-    sql: str | None = None
+    sql: Text | None = None
     """A query of the caller's own; without one the server's model writes it."""
 
 
@@ -83,10 +84,6 @@ class SqlObservation(Observation):
     """How it failed (`sqlbench.agent.repair.POTENTIAL`); ``none`` where it ran and gave rows."""
     success: bool | None = None
     """Whether its answer is right."""
-
-
-Text = Annotated[str, AfterValidator(lambda text: text.encode(errors="backslashreplace").decode())]
-"""What a caller, a model or a database wrote, as JSON can carry it: half a surrogate pair is shown as its escape."""
 
 
 class Attempt(Record):
@@ -116,7 +113,7 @@ class RequestError(ServerError):
     """A request that cannot be answered; `status` is its HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(clean(message))
         self.status = status
 
 

@@ -37,6 +37,7 @@ from sqlbench.interfaces import Agent, Database, Model
 from sqlbench.models import open_model
 from sqlbench.rollout import rollout
 from sqlbench.runs import append_line, read_jsonl, write_whole
+from sqlbench.text import Text
 
 TRAIN, HELD_OUT, MIN_HELD_OUT = 20, 20, 3
 """Failures that a cycle reflects on, and held-out questions, at most; held-out questions at least."""
@@ -62,13 +63,13 @@ part between two lines of ```."""
 class Feedback(Record):
     """One query of the user's and what became of it; recorded again when the user says more about it."""
 
-    question: str
+    question: Text
     db: str
-    sql: str
-    execution: str = ""
+    sql: Text
+    execution: Text = ""
     """The result as the prompts show it; ``error: ...`` where the query failed."""
     verdict: Literal["right", "wrong"] | None = None
-    remark: str = ""
+    remark: Text = ""
     generation: int = 0
     """Of the prompts that wrote the query."""
 
@@ -416,6 +417,10 @@ class _ReflectionFailed(BaseException):
     """GEPA skips a rewrite whose reflection raises an Exception; a dead endpoint must end the cycle instead."""
 
 
+class _Unfit(Exception):
+    """A rewrite cannot be adopted; the message says why."""
+
+
 class _Adapter:
     """How GEPA runs and reads the agent: see ``gepa.core.adapter``."""
 
@@ -478,19 +483,29 @@ class _Adapter:
                 "dataset_with_feedback": reflective_dataset[name],
                 "prompt_template": REFLECTION.replace("{name}", name).replace("{keep}", keep),
             }
-            new = InstructionProposalSignature.run(self._reflect, asked)["new_instruction"].strip()
-            missing = [text for text in needed if text not in new]
-            if missing or not new:
-                self.refused.append(f"a rewrite of {name} {'without ' + ', '.join(missing) if new else 'is empty'}")
+            try:
+                new = InstructionProposalSignature.run(self._reflect, asked)["new_instruction"].strip()
+                if not new:
+                    raise _Unfit("is empty")
+                if missing := [text for text in needed if text not in new]:
+                    raise _Unfit(f"without {', '.join(missing)}")
+            except _Unfit as reason:
+                self.refused.append(f"a rewrite of {name} {reason}")
             else:  # components are put together as they are, so the white space around them counts
                 texts[name] = old[: len(old) - len(old.lstrip())] + new + old[len(old.rstrip()) :]
         return texts
 
     def _reflect(self, prompt: Any) -> str:
         try:
-            return run_sync(lambda: self.reflection.complete([Message(role="user", content=prompt)])).text
+            answer = run_sync(lambda: self.reflection.complete([Message(role="user", content=prompt)]))
         except Exception as error:
             raise _ReflectionFailed from error
+        text = answer.text.split("</think>", 1)[-1]  # what a model thinks first is no part of its answer
+        if answer.finish_reason == "length" or text.count("```") % 2:
+            raise _Unfit("was cut")
+        if re.search(r"</?think\b", text):
+            raise _Unfit("holds the model's thoughts")
+        return text
 
 
 def needs(component: str) -> list[str]:

@@ -30,6 +30,7 @@ from sqlbench.database.types import QueryResult, Schema
 from sqlbench.errors import DatabaseError, ModelError, PromptTooLongError
 from sqlbench.interfaces import Agent, Database, Model, Reward
 from sqlbench.reward import Verdict, ascore, execution_match
+from sqlbench.text import clean
 
 SHOWN_ROWS = 20
 NO_TEXT = "allow it more tokens, or turn its thinking off with a request field"
@@ -98,12 +99,12 @@ class RolloutContext:
         """Run a query; the last text of `history` is then what prompts show of its result."""
         if not isinstance(sql, str):
             raise TypeError(f"a query is a text, not {type(sql).__name__}")
-        self.sql = sql
+        self.sql = sql = clean(sql)
         limit = self.config.execution_truncate
         with self.boundary("database", self.executions):
             result = await in_thread(self.database.execute, sql)
             record = record_execution(len(self.executions) + 1, sql, result, limit)
-        text = render_execution(record, self.prompts.family, limit, self.schema)
+        text = render_execution(record, self.prompts.family, limit, self.schema, self.schema_text)
         self.executions.append(record)
         self.history.append((sql, text))
         if self.observer is not None:

@@ -1,7 +1,8 @@
 """Scores a file of (gold, predicted) query pairs: what ``sqlbench score`` does.
 
 Every input row comes out once and in order, with ``match``, ``reason``, ``pred_error`` where there is one, and ``ms``;
-its other fields are carried through. Rows are written as they are scored.
+its other fields are carried through. Rows are written as they are scored. A prediction that is null counts as empty. A
+line that is not a pair comes out as ``{"line": number, "match": null, "reason": "bad_row", ...}`` and stops nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import os
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,10 +24,12 @@ from tqdm.auto import tqdm
 
 from sqlbench.database.engine import cached_database
 from sqlbench.database.types import Limits
-from sqlbench.errors import DataError
+from sqlbench.errors import DatabaseError, DataError
 from sqlbench.reward import Verdict, score
+from sqlbench.text import clean
 
 LIMITS = Limits(seconds=10.0)
+FIELDS = ("db_id", "gold", "pred")
 
 
 def score_pairs(
@@ -42,18 +46,21 @@ def score_pairs(
         workers: Processes; by default one per core where there are many pairs and the process has no threads.
 
     Raises:
-        DataError: an input is missing or malformed.
+        DataError: an input is missing, or no line of it is a pair.
     """
     folder = data / "database"
     if not folder.is_dir():
         raise DataError(f"no databases in {data}: it has no folder 'database' with <db_id>/<db_id>.sqlite in it")
     rows = list(_read(pairs))
-    if not rows:
-        raise DataError(f"{pairs} holds no pairs; write one JSON object with db_id, gold and pred a line")
+    usable = [row for row, fault in rows if not fault]
+    if not usable:
+        why = f" ({rows[0][1]})" if rows else ""
+        raise DataError(f"{pairs} holds no pairs{why}; write one JSON object with db_id, gold and pred a line")
     if out.exists() and out.samefile(pairs):
         raise DataError(f"{out} holds the pairs themselves; choose another file with --out")
-    if not any(_databases(folder, row["db_id"]) for row in rows):
-        raise DataError(f"none of the databases that {pairs} names is under {folder}, for example {rows[0]['db_id']!r}")
+    if not any(_databases(folder, row["db_id"]) for row in usable):
+        named = usable[0]["db_id"]
+        raise DataError(f"none of the databases that {pairs} names is under {folder}, for example {named!r}")
     counts: Counter[str] = Counter()
     if workers is None:  # forking is safe, and worth it, only from a process without threads
         workers = len(os.sched_getaffinity(0)) if len(rows) > 1000 and threading.active_count() == 1 else 1
@@ -62,19 +69,20 @@ def score_pairs(
         sink = out.open("w", encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from error
-    jobs = ((str(folder), row["db_id"], row["gold"], row["pred"], keep_distinct, strict) for row in rows)
+    jobs = ((str(folder), fault, [row.get(k) for k in FIELDS], keep_distinct, strict) for row, fault in rows)
     with sink, tqdm(total=len(rows), desc="score", unit="pair", mininterval=0.5) as progress:
-        for row, verdict in zip(rows, _verdicts(jobs, workers), strict=True):
+        for (row, _), verdict in zip(rows, _verdicts(jobs, workers), strict=True):
             row |= {"match": verdict.match, "reason": verdict.reason}
             if verdict.pred_error is not None:
                 row["pred_error"] = verdict.pred_error
             row["ms"] = round(verdict.ms, 3)
-            sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+            sink.write(clean(json.dumps(row, ensure_ascii=False)) + "\n")
             sink.flush()
             counts[verdict.reason] += 1
             progress.update()
-    scored = sum(row["match"] is not None for row in rows)
-    return {"pairs": len(rows), "scored": scored, "matched": sum(row["match"] == 1 for row in rows)} | dict(counts)
+    matches = [row["match"] for row, _ in rows]
+    scored = len(rows) - matches.count(None)
+    return {"pairs": len(rows), "scored": scored, "matched": matches.count(1)} | dict(counts)
 
 
 def _verdicts(jobs: Iterator[tuple], workers: int) -> Iterator[Verdict]:
@@ -95,11 +103,17 @@ def _verdict_chunk(jobs: list[tuple]) -> list[Verdict]:
 
 
 def _verdict(job: tuple) -> Verdict:
-    folder, db_id, gold, pred, keep_distinct, strict = job
-    if not _databases(Path(folder), db_id):
-        return Verdict(None, "no_database", f"no database {db_id!r}")
-    databases = [cached_database(path) for path in _databases(Path(folder), db_id)]
-    return score(gold, pred, databases, strict=strict, keep_distinct=keep_distinct, limits=LIMITS)
+    folder, fault, texts, keep_distinct, strict = job
+    if fault:
+        return Verdict(None, "bad_row", fault)
+    db_id, gold, pred = [clean(text or "") for text in texts]
+    try:
+        databases = [cached_database(path) for path in _databases(Path(folder), db_id)]
+        if not databases:
+            return Verdict(None, "no_database", f"no database {db_id!r}")
+        return score(gold, pred, databases, strict=strict, keep_distinct=keep_distinct, limits=LIMITS)
+    except DatabaseError as error:
+        return Verdict(None, "no_database", str(error))
 
 
 _files: dict[tuple[Path, str], list[Path]] = {}
@@ -109,26 +123,25 @@ def _databases(folder: Path, db_id: str) -> list[Path]:
     """Every database file of one folder, as the reference evaluator takes them."""
     if (folder, db_id) not in _files:
         side_files = ("-journal", "-wal", "-shm")
-        found = sorted((folder / db_id).iterdir()) if db_id and (folder / db_id).is_dir() else []
+        inside = [p for p in folder.iterdir() if p.name == db_id and p.is_dir()]
+        found = sorted(inside[0].iterdir()) if inside else []
         _files[folder, db_id] = [p for p in found if ".sqlite" in p.name and not p.name.endswith(side_files)]
     return _files[folder, db_id]
 
 
-def _read(path: Path) -> Iterator[dict]:
+def _read(path: Path) -> Iterator[tuple[dict, str]]:
+    """Every line that is not empty: the pair and nothing, or the line's number and what is wrong with it."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _row(line, f"{path}, line {number}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+                    try:
+                        row, fault = json.loads(line), ""  # of bytes: a mark of their order is left out
+                        texts = [row.get(k, 0) if isinstance(row, dict) else 0 for k in FIELDS]
+                        if not all(isinstance(text, str) for text in texts[:2]) or not isinstance(texts[2], str | None):
+                            fault = "needs text in db_id, gold and pred"
+                    except (ValueError, RecursionError) as error:
+                        fault = f"not JSON: {error}"
+                    yield ({"line": number}, f"line {number}: {fault}") if fault else (row, "")
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _row(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("db_id", "gold", "pred")):
-        raise DataError(f"{where}: needs text in db_id, gold and pred, got {line.strip()[:80]}")
-    return row

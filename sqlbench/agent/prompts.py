@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sqlbench.agent.trajectory import Execution, Message, Record
-from sqlbench.database.schema import identifier
+from sqlbench.database.schema import identifier, shown
 from sqlbench.database.types import Schema
 from sqlbench.errors import ModelError
 
@@ -239,7 +239,9 @@ def truncate(text: str, max_chars: int, mark: str = " ... (truncated)") -> str:
     return text[: max_chars - len(mark)] + mark if max_chars > len(mark) else text[:max_chars]
 
 
-def render_execution(execution: Execution, family: str, max_chars: int, schema: Schema | None = None) -> str:
+def render_execution(
+    execution: Execution, family: str, max_chars: int, schema: Schema | None = None, schema_text: str | None = None
+) -> str:
     """What a prompt shows of an execution, in at most `max_chars` characters.
 
     Args:
@@ -248,10 +250,11 @@ def render_execution(execution: Execution, family: str, max_chars: int, schema: 
         max_chars: cut here.
         schema: where given, an unknown table or column is answered with the closest names that exist, and a column of
             other tables than the query's with those.
+        schema_text: what the prompt shows of the schema; only what it shows is named.
     """
     if not execution.answered:
         message = " ".join((execution.error or execution.status).split())
-        text = f"error: {message}{_hint(message, schema)}"
+        text = f"error: {message}{_hint(message, schema, family, schema_text)}"
     elif execution.n_rows == 0:
         text = "empty result"
     elif family == "nano":
@@ -271,10 +274,12 @@ _UNKNOWN = (
 )
 
 
-def _hint(message: str, schema: Schema | None) -> str:
+def _hint(message: str, schema: Schema | None, family: str, schema_text: str | None) -> str:
     found = next((m for pattern in _UNKNOWN if (m := pattern.search(message))), None)
     if schema is None or found is None:
         return ""
+    if schema_text is not None:
+        schema = shown(schema, schema_text, schema_style(family))
     if found[1] == "column":
         names = {c.name: identifier(c.name, schema.dialect) for table in schema.tables for c in table.columns}
         if found[2] in names:  # it exists, only not in the tables of the query
@@ -286,28 +291,84 @@ def _hint(message: str, schema: Schema | None) -> str:
     return f", use {' or '.join(map(names.__getitem__, close))}" if close else ""
 
 
+# Hostile answers hold thousands of marks, so no pattern below can go back over what it has matched.
+_FENCE = re.compile(r"`{3,}|^[ \t]*+~{3,}", re.MULTILINE)
 _TAG = re.compile(
     r"[ \t]*+(?:(sql|sqlite|mysql|postgres|postgresql|pgsql)\b|(?!(?:select|with|values)\b)[\w+-]*+[ \t]*+\n)",
     re.IGNORECASE,
 )
+_ELEMENT = re.compile(
+    r"<(sql|query|sql_?query|answer|final_answer|solution)>(.*?)(?:</\1>|\Z)", re.IGNORECASE | re.DOTALL
+)
+_LABEL = re.compile(
+    r"^[ \t*_#>]*+(?:(?:final|corrected) )?(?:sql[ _]?query|sql|query)(?:[*_`]*+[ \t]*+:[*_`]*+|[ \t]*+$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_NEXT_LABEL = re.compile(r"\n[ \t*_#>]*+(?:sql ?result|result|answer|explanation|question)[*_]*+:", re.IGNORECASE)
+LABELS = 20
+"""Labels that are looked at, from the last one back."""
+_QUERY = re.compile(r"(?:\s|\(|--[^\n]*+|(?>/\*.*?\*/))*+(?:select|with|values)\b", re.IGNORECASE | re.DOTALL)
 
 
 def extract_sql(text: str) -> str:
-    """The query in a model's answer: the last ``sql`` block, else the last block of any kind, else the text itself.
+    """Return the query in a model's answer.
 
-    A block left open (an answer cut at the token limit) reaches to the end. One trailing semicolon goes. Text without
-    a block is returned as it is: whether it is SQL is for the database to say.
+    It is looked for in elements such as ``<sql>``, then in blocks fenced by backticks or tildes, then after labels such
+    as ``SQLQuery:``. The last one that begins like a query counts, among blocks first those that are marked as SQL;
+    without any, the last block counts. A block left open (an answer cut at the token limit) reaches to the end. One
+    trailing semicolon goes. Text with none of these is returned as it is: whether it is SQL is for the database to say.
     """
     text = text.rsplit("</think>", 1)[-1]
-    sql, other = "", ""
-    for block in text.split("```")[1::2]:
+    if not _QUERY.match(text):
+        for element in reversed(_ELEMENT.findall(text)):
+            if _QUERY.match(sql := _innermost(element[1])):
+                return _trim(sql)
+    return _trim(_innermost(text))
+
+
+def _innermost(text: str) -> str:
+    best, rank = None, (False, False)
+    for block in _blocks(text):
         tag = _TAG.match(block)
-        body = block[tag.end() :] if tag else block
-        if tag and tag[1] and body.strip():
-            sql = body
-        elif body.strip():
-            other = body
-    return (sql or other or text).strip().removesuffix(";").rstrip()
+        body = _unlabelled(block[tag.end() :] if tag else block)
+        found = _QUERY.match(body) is not None, bool(tag and tag[1])
+        if body.strip() and (best is None or found >= rank):
+            best, rank = body, found
+    if rank[0] or best is None:
+        return _unlabelled(text) if best is None else best
+    labelled = _unlabelled(text)
+    return labelled if labelled is not text else best
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """What stands between fences; a fence is closed by one as long or, where there is none, by a shorter one."""
+    fences = [(mark.start(), mark.end(), mark[0].strip()) for mark in _FENCE.finditer(text)]
+    fences.append((len(text), len(text), ""))
+    at = 0
+    while at < len(fences) - 1:
+        _, start, opening = fences[at]
+        end, shorter = at + 1, 0
+        while end < len(fences) - 1 and not fences[end][2].startswith(opening):
+            if not shorter and fences[end][2][0] == opening[0]:
+                shorter = end
+            end += 1
+        if end == len(fences) - 1:
+            end = shorter or end
+        yield text[start : fences[end][0]]
+        at = end + 1
+
+
+def _unlabelled(text: str) -> str:
+    """The query after the last label that is followed by one, up to the next label; else the text itself."""
+    if not _QUERY.match(text):
+        for label in list(_LABEL.finditer(text))[: -LABELS - 1 : -1]:
+            if _QUERY.match(text, label.end()):
+                return _NEXT_LABEL.split(text[label.end() :], maxsplit=1)[0]
+    return text
+
+
+def _trim(sql: str) -> str:
+    return sql.strip().removesuffix(";").rstrip()
 
 
 _VERDICT = re.compile(r"the query is[\s*_`\"':]*(not\s+|in)?correct\b", re.IGNORECASE)

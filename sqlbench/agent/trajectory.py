@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from sqlbench.text import Text
+
 OVERLONG = "overlong"
 """Reason of the reward 0 of a rollout whose answers made its next prompt too long."""
 WITHOUT_TEXT = {
@@ -40,7 +42,7 @@ class Message(Record):
 class Completion(Record):
     """What a model answered to one prompt. Token fields are None where the model does not give them."""
 
-    text: str
+    text: Text
     prompt_ids: list[int] | None = None
     response_ids: list[int] | None = None
     """Sampled token ids, end-of-sequence token included."""

@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from sqlbench.errors import DataError
 from sqlbench.interfaces import Dataset, is_plugin, load_plugin
+from sqlbench.text import Text
 
 Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
 """A text; numbers, which other data sets have, are taken for their digits."""
@@ -34,8 +35,8 @@ class Task(BaseModel):
 
     task_id: Name
     db_id: Name
-    question: str
-    gold: str
+    question: Text
+    gold: Text
     split: str
     hardness: str = ""
     """``easy``, ``medium``, ``hard`` or ``extra``, by Spider's published rules."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 
 from sqlbench.database.engine import Database
@@ -100,6 +102,21 @@ def _text(schema: Schema, style: str, max_chars: int) -> str:
             cut = _fit(blocks[kept].split("\n"), max_chars - len(head) - len(note) - 1, whole=True)
             return head + (cut + "\n" if cut else "") + note
     return _fit(blocks, max_chars)
+
+
+def shown(schema: Schema, text: str, style: str) -> Schema:
+    """The part of a schema that its text, cut or not, shows."""
+    tables, at = [], 0
+    for table in schema.tables:
+        block = _compact_line(table) if style == "compact" else _create_table(table, schema.dialect)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(block, text[at:], strict=False))
+        seen = "".join(letter for letter, _ in same)
+        words = set(re.findall(r"\w+", seen))
+        columns = tuple(c for c in table.columns if seen == block or c.name in words)
+        if seen == block or table.name in words:
+            tables.append(replace(table, columns=columns))
+        at += len(block) + 1
+    return replace(schema, tables=tuple(tables))
 
 
 def _compact_line(table: Table) -> str:

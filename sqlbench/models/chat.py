@@ -24,6 +24,7 @@ from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError
 from sqlbench.masking import mask
 from sqlbench.models.base import merge_messages
+from sqlbench.text import CleanPieces
 
 RETRIES = 3
 MAX_CHARS = 100_000
@@ -131,7 +132,7 @@ class EndpointChatModel:
             ) from None
         usage, text = answer.usage_metadata or {}, str(answer.text)
         return Completion(
-            text=text[:MAX_CHARS].encode("utf-8", "replace").decode(),
+            text=text[:MAX_CHARS],
             prompt_tokens=usage.get("input_tokens"),
             response_tokens=usage.get("output_tokens"),
             finish_reason="length" if len(text) > MAX_CHARS else _finish_reason(answer),
@@ -321,14 +322,16 @@ async def _stream(
     chat: Any, prompt: list[tuple[str, str]], fields: dict[str, Any], on_text: Callable[[str], None]
 ) -> Any:
     """The answer, whose pieces `on_text` got before; what is longer than `MAX_CHARS` is not waited for."""
-    answer, left = None, MAX_CHARS
+    answer, left, pieces = None, MAX_CHARS, CleanPieces()
     async for chunk in chat.astream(prompt, extra_body=fields):
-        if piece := str(chunk.text)[: max(left, 0)]:
+        if piece := pieces.add(str(chunk.text)[: max(left, 0)]):
             on_text(piece)
         left -= len(str(chunk.text))
         answer = chunk if answer is None else answer + chunk
         if left < 0:
             break
+    if piece := pieces.end():
+        on_text(piece)
     return answer
 
 

@@ -19,6 +19,7 @@ from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError, PromptTooLongError
 from sqlbench.models.base import merge_messages
 from sqlbench.models.checkpoint import check_checkpoint, checkpoint_family
+from sqlbench.text import clean
 from verl_cpu.batching import BatchedEngine
 from verl_cpu.engine import EngineError, Generation, GenerationRequest, LocalEngine
 
@@ -145,7 +146,7 @@ class TextPieces:
     def add(self, number: int, token_id: int) -> None:
         """Take in one token; `number` says which, for a batch that failed is generated once more from its start."""
         self.ids[number:] = [token_id]
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = clean(self.tokenizer.decode(self.ids, skip_special_tokens=True))
         if not text.endswith("\ufffd"):
             self.emit(text)
 

@@ -26,6 +26,7 @@ from sqlbench.database.schema import mermaid_er
 from sqlbench.errors import SqlbenchError
 from sqlbench.interfaces import load_plugin
 from sqlbench.models import open_model
+from sqlbench.text import clean
 from sqlbench.widgets import view
 from sqlbench.widgets.diagram import er_svg
 from sqlbench.widgets.session import LEVELS, BuiltIn, ChatSession, Exchange, Transcript, benchmark_html
@@ -323,7 +324,7 @@ class ChatView(w.VBox):
 
     def ask(self, question: str, again: Exchange | None = None) -> None:
         """Ask a question, unless one is being answered; `again` is an exchange whose queries were not the answer."""
-        question, connection = " ".join(question.split()), again.connection if again else self.connection
+        question, connection = " ".join(clean(question).split()), again.connection if again else self.connection
         if self.busy or self.session is None or connection is None:
             return
         if not question or not connection.schema.tables:

@@ -30,6 +30,7 @@ from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evolve import Evolution, Feedback
 from sqlbench.interfaces import Agent, Database, Model
 from sqlbench.rollout import RolloutContext, rollout, run_agent
+from sqlbench.text import clean
 from sqlbench.widgets import view
 
 MAX_ATTEMPTS = 5
@@ -255,6 +256,7 @@ class ChatSession:
         """
         started, evolution = time.perf_counter(), self.evolution
         self._databases[connection.name] = connection.database
+        question = clean(question)
         exchange = Exchange(question, connection, evolution.generation)
         policy, database = _Watched(self.bandit, transcript, exchange.choices), connection.database
         task = Task(task_id="", db_id=connection.name, question=question, gold="", split="")
@@ -280,7 +282,7 @@ class ChatSession:
         Raises:
             SqlbenchError: it cannot be kept.
         """
-        exchange.verdict, exchange.remark = "right" if right else "wrong", remark.strip()
+        exchange.verdict, exchange.remark = "right" if right else "wrong", clean(remark).strip()
         try:
             self._learn(exchange, float(right))
             if feedback := exchange.feedback():

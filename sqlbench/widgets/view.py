@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sqlglot
 from markupsafe import Markup
 from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer
@@ -28,6 +27,7 @@ from sqlbench.agent.prompts import parse_verdict
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.comparison import Answer, near
 from sqlbench.database.types import QueryResult
+from sqlbench.sqltree import statements
 
 SHOWN_ROWS = 100
 REASONS = {
@@ -107,14 +107,15 @@ def folded(title: str, body: Markup) -> Markup:
 
 def pretty(sql: str) -> str:
     """One query laid out over lines; text that is not exactly one parsable statement stays as it is."""
-    try:
-        trees = sqlglot.parse(sql, read="sqlite")
-        return trees[0].sql(dialect="sqlite", pretty=True) if len(trees) == 1 and trees[0] else sql
-    except (sqlglot.errors.SqlglotError, RecursionError):
-        return sql
+    trees = statements(sql)
+    return trees[0].sql(dialect="sqlite", pretty=True) if len(trees) == 1 and trees[0] else sql
 
 
 _WORD = re.compile(r"""'(?:''|[^'])*'|"(?:""|[^"])*"|\d+\.\d+|\w+|\s+|[<>!=|]+|.""", re.DOTALL)
+
+
+DIFF_TOKENS = 1000
+"""Longer texts are shown without marks: difflib can take the cube of their length."""
 
 
 def token_diff(gold: str, pred: str) -> tuple[Markup, Markup]:
@@ -128,6 +129,8 @@ def token_diff(gold: str, pred: str) -> tuple[Markup, Markup]:
         [words[i] if words[i].startswith("'") else words[i].lower() for i in some]
         for words, some in zip(sides, places, strict=True)
     ]
+    if max(map(len, keys)) > DIFF_TOKENS:
+        return Markup.escape(gold), Markup.escape(pred)
     marked: tuple[set[int], set[int]] = (set(), set())
     for kind, low, high, start, end in SequenceMatcher(None, keys[0], keys[1]).get_opcodes():
         if kind != "equal":

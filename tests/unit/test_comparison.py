@@ -107,6 +107,8 @@ def test_no_blow_up(name):
         (0.1 + 0.2, 0.3, True),
         (1e20, 1e20 + 1e5, True),
         (1.0, 1.000001, False),
+        (1.0, 1 + 5e-9, False),
+        (1.0, 1 + 5e-10, True),
         (0.0, 1e-12, False),
         (100, 100.0, True),
         (float("inf"), 5.0, False),

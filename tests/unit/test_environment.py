@@ -297,6 +297,40 @@ def test_an_episode_goes_on_when_nobody_reads_its_lines(play, monkeypatch):
                 stream.close()
 
 
+HALF = "\ud83d"
+"""Half an emoji: JSON can carry it, UTF-8 cannot."""
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/step", {"action": {"strategy": HALF}, "episode_id": "@"}, 422),
+        ("/step", {"action": {"strategy": "generate", HALF: HALF}, "episode_id": "@"}, 422),
+        ("/step", {"action": {"strategy": "generate"}, "episode_id": HALF}, 404),
+        ("/step", {"action": {"strategy": "generate"}, "timeout_s": HALF}, 422),
+        ("/step", {"action": {"strategy": "generate"}, "episode_id": [HALF]}, 422),
+        ("/step", {"action": HALF}, 422),
+        ("/reset", {"task_id": HALF}, 404),
+        ("/reset", {HALF: 1}, 422),
+        ("/reset", {"seed": [HALF]}, 422),
+    ],
+)
+def test_half_a_character_in_a_request_that_is_refused_is_shown_by_a_stand_in(server, path, body, status):
+    if body.get("episode_id") == "@":
+        body = body | {"episode_id": server.reset()["episode_id"]}
+    got, answer = server.call(path, body)
+    assert got == status and answer["detail"]
+
+
+def test_half_a_character_or_nul_in_a_query_is_one_wrong_attempt(server):
+    start = server.reset(episode_id=f"half {HALF}", task_id=server.tasks[8].task_id)
+    assert start["episode_id"] == "half \ufffd"
+    for strategy, odd in (("generate", HALF), ("rewrite_full", "\0")):
+        answer = server.step(start["episode_id"], strategy, f"SELECT '{odd}'")
+        assert (answer["observation"]["sql"], answer["observation"]["success"]) == ("SELECT '\ufffd'", False)
+    assert server.step(start["episode_id"], "fix_syntax", server.tasks[8].gold)["observation"]["success"]
+
+
 def test_an_id_in_use_is_refused_and_one_that_is_done_can_be_used_again(server):
     task = server.tasks[5]
     assert server.reset(episode_id="mine", task_id=task.task_id)["episode_id"] == "mine"

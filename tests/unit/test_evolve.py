@@ -50,6 +50,7 @@ class Endpoint(ThreadingHTTPServer):
         self.gold = {task.question: task.gold for task in tasks}
         self.reflect: Callable[[str, str], str] = lambda prompt, part: f"{part}\n- {FIRST}"
         self.reflections: list[str] = []
+        self.form, self.finish = "Here it is.\n```\n{}\n```", "stop"
         self.answered = 0
         owner = self
 
@@ -57,9 +58,10 @@ class Endpoint(ThreadingHTTPServer):
             def do_POST(self) -> None:
                 messages = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
                 text = owner.answer([m["content"] for m in messages])
+                finish = owner.finish if len(messages) == 1 else "stop"
                 body = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
                 answer = {"role": "assistant", "content": text}
-                body |= {"choices": [{"index": 0, "finish_reason": "stop", "message": answer}]}
+                body |= {"choices": [{"index": 0, "finish_reason": finish, "message": answer}]}
                 raw = json.dumps(body).encode()
                 self.send_response(200 if text else 400)
                 self.send_header("Content-Type", "application/json")
@@ -77,7 +79,7 @@ class Endpoint(ThreadingHTTPServer):
             self.reflections.append(messages[0])
             part = re.search(r"of its prompts:\n```\n(.*?)\n```\n\nThis is how", messages[0], re.S)[1]
             proposal = self.reflect(messages[0], part)
-            return proposal and f"Here it is.\n```\n{proposal}\n```"
+            return proposal and self.form.replace("{}", proposal)
         system, user = messages
         if "You review" in system:
             return "THE QUERY IS INCORRECT"
@@ -245,6 +247,42 @@ def test_a_rewrite_without_a_needed_field_is_refused_with_the_reason(world):
     assert "refused: a rewrite of write.user without {dialect}, {schema}, {question}" in evolution.outcome
     assert all("Keep {dialect}" in p for p in world.endpoint.reflections)
     assert world.endpoint.answered - before <= HELD_OUT + 3 * PROPOSALS, "a refused rewrite must not be tried"
+
+
+@pytest.mark.parametrize(
+    ("form", "finish", "reason"),
+    [
+        ("```\n{}\n```", "length", "was cut"),
+        ("```\n{}\n", "stop", "was cut"),
+        ("{}\nmore\n```", "stop", "was cut"),
+        ("```\n{}\n</think>\n{}\n```", "stop", "was cut"),
+        ("<think>\n```\n{}\n```", "stop", "holds the model's thoughts"),
+        ("{} <think>", "stop", "holds the model's thoughts"),
+        ("```\n<think>hm</think>\n{}</think>\n```", "stop", "was cut"),
+        ("<think>hm</think>\n```\n{}\n</think>\n```", "stop", "holds the model's thoughts"),
+        ("```\n{}\n```\n</think>", "stop", "is empty"),
+        ("<think>hm</think>", "stop", "is empty"),
+        ("``````", "stop", "is empty"),
+    ],
+)
+def test_a_reflection_that_was_cut_or_holds_thoughts_is_not_adopted(world, form, finish, reason):
+    evolution = world.evolution()
+    world.endpoint.form, world.endpoint.finish = form, finish
+    world.asked(evolution, 1)
+    before = world.endpoint.answered
+    assert evolution.evolve() is None and evolution.prompts == CHAT
+    assert f"refused: a rewrite of write.system {reason}" in evolution.outcome
+    assert world.endpoint.answered - before <= HELD_OUT + 3 * PROPOSALS, "a refused rewrite must not be tried"
+
+
+@pytest.mark.parametrize("thoughts", ["<think>\nIt needs ```tables```\n</think>\n", "It needs more.\n</think>"])
+def test_what_a_model_thinks_before_its_reflection_is_left_out(world, thoughts):
+    evolution = world.evolution()
+    world.endpoint.form = thoughts + "Here it is.\n```\n{}\n```"
+    world.asked(evolution, 1)
+    generation = evolution.evolve()
+    assert generation is not None and FIRST in generation.components["write.system"]
+    assert "think" not in generation.components["write.system"] and "It needs" not in str(generation.components)
 
 
 def test_what_a_component_needs_is_its_fields_and_verdicts():

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from sqlbench.agent.prompts import Prompts, extract_sql, parse_verdict, prompts_for, render_execution, truncate
+from sqlbench.agent.prompts import (
+    Prompts,
+    extract_sql,
+    parse_verdict,
+    prompts_for,
+    render_execution,
+    schema_style,
+    truncate,
+)
 from sqlbench.agent.trajectory import Execution
+from sqlbench.database.schema import schema_text
 from sqlbench.database.types import Column, Schema, Table
 from sqlbench.errors import ModelError
 
 SCHEMA = Schema(
     tables=(
         Table("singer", (Column("singer_id"), Column("name"), Column("net_worth"))),
-        Table("stadium", (Column("stadium_id"), Column("capacity"))),
+        Table("stadium", (Column("stadium_id"), Column("capacity"), Column("town"))),
+        Table("club", (Column("club_id"), Column("town"))),
+        Table("bar", (Column("bar_id"), Column("town"))),
     )
 )
 
@@ -45,12 +58,57 @@ def nano(**fields) -> str:
         ("```sql\nSELECT name FROM", "SELECT name FROM"),
         ("```sql\n```\nSELECT 1", "```sql\n```\nSELECT 1"),
         ("<think>```sql\nSELECT 0\n```</think>SELECT 1", "SELECT 1"),
+        ("SQLQuery: SELECT 1", "SELECT 1"),
+        ("SQL: SELECT 1;", "SELECT 1"),
+        ("**SQL Query:** SELECT 1", "SELECT 1"),
+        ("Here it is.\n\nFinal SQL:\nSELECT 1", "SELECT 1"),
+        ("SQL: SELECT 1\nNo:\nSQL: SELECT 2", "SELECT 2"),
+        ("Question: how many?\nSQLQuery: SELECT 1\nSQLResult: 3\nAnswer: three", "SELECT 1"),
+        ("sql\nSELECT 1", "SELECT 1"),
+        ("```sql\nSQL: SELECT 1\n```", "SELECT 1"),
+        ("```python\nx = 1\n```\nSQL: SELECT 1", "SELECT 1"),
+        ("The SQL: is hard", "The SQL: is hard"),
+        ("SELECT '\nSQL: SELECT 2'", "SELECT '\nSQL: SELECT 2'"),
+        ("<sql>SELECT 1</sql>", "SELECT 1"),
+        ("<SQL>\nSELECT 1;\n</SQL>", "SELECT 1"),
+        ("<sql>SELECT 1", "SELECT 1"),
+        ("It is\n<answer>\nSELECT 1;\n</answer> as asked", "SELECT 1"),
+        ("<query>SELECT 1</query> or <query>SELECT 2</query>", "SELECT 2"),
+        ("```sql\nSELECT 0\n```\n<answer>```sql\nSELECT 1\n```</answer>", "SELECT 1"),
+        ("```sql\nSELECT 1\n```\n<answer>about 3</answer>", "SELECT 1"),
+        ("SELECT '<sql>SELECT 2</sql>'", "SELECT '<sql>SELECT 2</sql>'"),
+        ("~~~sql\nSELECT 1\n~~~", "SELECT 1"),
+        ("~~~\nSELECT a ~~~ b\n~~~~", "SELECT a ~~~ b"),
+        ("````sql\nSELECT 1\n````", "SELECT 1"),
+        ("````sql\nSELECT '```'\n````", "SELECT '```'"),
+        ("````sql\nSELECT 1\n```", "SELECT 1"),
+        ("```sql\nSELECT 1\n``````", "SELECT 1"),
+        ("```\nsql\nSELECT 1\n```", "SELECT 1"),
+        ("```\n SQL \nSELECT 1\n```", "SELECT 1"),
+        ("```sql\r\nSELECT 1\r\n```", "SELECT 1"),
+        ("```sql\nSELECT 1\n```\nFaster with\n```sql\nCREATE INDEX i ON t (a);\n```", "SELECT 1"),
+        ("```sql\nSELECT 1\n```\nFaster with\n```\nCREATE INDEX i ON t (a);\n```", "SELECT 1"),
+        ("```sql\n-- all\n/* it */ (SELECT 1)\n```\n```sql\nANALYZE\n```", "-- all\n/* it */ (SELECT 1)"),
+        ("```sql\nDROP TABLE t\n```", "DROP TABLE t"),
         ("I cannot answer that.", "I cannot answer that."),
         ("", ""),
     ],
 )
-def test_sql_is_taken_from_the_last_sql_block_or_the_bare_text(answer, sql):
+def test_sql_is_taken_from_whatever_a_model_wraps_it_in(answer, sql):
     assert extract_sql(answer) == sql
+
+
+MARKS = ["```", "~~~\n", "````\n```\n", "<sql>", "<sql>/*", "sql:/*\n", "sql\n", "/*", "/**/", "(", "--\n", "```sql\n/*",  # noqa: E501
+         "</think>", "\n*", "\t\n", "sql:select\nanswer:\n", "the query is not ", "the query is ***", " "]  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_an_answer_full_of_marks_is_read_to_its_end(mark):
+    for before in ("", "x ", "sql: "):
+        answer = before + mark * (100_000 // len(mark))
+        assert extract_sql(answer) in answer and not parse_verdict(answer)
+    ever_shorter = "".join("`" * n + "\n" for n in range(300, 3, -1))
+    assert extract_sql(ever_shorter + mark * 10_000) is not None
 
 
 @pytest.mark.parametrize(
@@ -83,6 +141,10 @@ def test_the_last_verdict_wins_and_none_means_incorrect(answer, correct):
         ({"status": "error", "error": "no such table: stadiums"}, "error: no such table: stadiums, use stadium"),
         ({"status": "error", "error": 'column "capacty" does not exist'},
          'error: column "capacty" does not exist, use capacity'),
+        ({"status": "error", "error": "no such column: cap"}, "error: no such column: cap, use capacity"),
+        ({"status": "error", "error": "no such column: c"}, "error: no such column: c"),
+        ({"status": "error", "error": "no such column: town"},
+         "error: no such column: town, town is in stadium or club"),
         ({"status": "error", "error": "no such column: qqqq"}, "error: no such column: qqqq"),
         ({"status": "error", "error": 'near "FORM": syntax error'}, 'error: near "FORM": syntax error'),
         ({"status": "timeout", "error": None}, "error: timeout"),
@@ -90,6 +152,28 @@ def test_the_last_verdict_wins_and_none_means_incorrect(answer, correct):
 )  # fmt: skip
 def test_nano_execution_text_is_what_the_embedded_policy_was_trained_on(fields, text):
     assert nano(**fields) == text
+
+
+@pytest.mark.parametrize("family", ["nano", "chat"])
+def test_a_hint_names_only_what_the_prompt_shows_of_the_schema(family):
+    style = schema_style(family)
+    names = {"table": {t.name for t in SCHEMA.tables}, "column": {c.name for t in SCHEMA.tables for c in t.columns}}
+    hinted = set()
+    for size in range(len(schema_text(SCHEMA, style, 10_000)) + 1):
+        text = schema_text(SCHEMA, style, size)
+        for kind, known in names.items():
+            for wrong in {*known, *(name + "s" for name in known)}:
+                failed = execution(status="error", error=f"no such {kind}: {wrong}")
+                hint = render_execution(failed, family, 2048, SCHEMA, text).partition(wrong)[2].replace(wrong, "")
+                named = set(re.findall(r"\w+", hint)) & (names["table"] | names["column"])
+                assert named <= set(re.findall(r"\w+", text)), (text, wrong, hint)
+                hinted |= named
+    assert hinted == names["table"] | names["column"]
+    cut = max((schema_text(SCHEMA, style, size) for size in range(500)), key=lambda t: len(t) * ("club" not in t))
+    assert "town" in cut
+    failed = execution(status="error", error="no such column: town")
+    assert "club" in render_execution(failed, family, 2048, SCHEMA)
+    assert "club" not in render_execution(failed, family, 2048, SCHEMA, cut)
 
 
 def test_chat_execution_text_shows_columns_rows_and_how_many_are_left_out():

@@ -12,7 +12,7 @@ import pytest
 from sqlbench import reward
 from sqlbench.database.engine import LOOK_SECONDS, open_database
 from sqlbench.database.types import Limits
-from sqlbench.reward import REFERENCE, STRICT, ascore, clear_gold_cache, score
+from sqlbench.reward import LONG_TEXT, REFERENCE, STRICT, ascore, clear_gold_cache, prepare, score
 
 ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
 
@@ -101,6 +101,32 @@ def test_verdict(database, gold, pred, reference, kept, strict):
 def test_every_deviation_is_one_option(database, option, gold, pred, without, with_it):
     assert score(gold, pred, database, strict=replace(STRICT, **{option: False})).match == without
     assert score(gold, pred, database, strict=replace(REFERENCE, **{option: True})).match == with_it
+
+
+def test_numbers_of_rows_that_tie_are_compared_within_the_tolerance(database):
+    gold, pred = "SELECT name, 0.3 FROM player ORDER BY score", "SELECT name, {} FROM player ORDER BY score, id DESC"
+    assert score(gold, pred.format("0.1 + 0.2"), database).match == 1
+    assert score(gold, pred.format("0.1 + 0.2001"), database).match == 0
+    assert score(gold, pred.format("0.1 + 0.2"), database, strict=replace(STRICT, float_tolerance=False)).match == 0
+
+
+def test_ties_that_are_not_those_of_the_gold_answer_count_for_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("sqlbench.database.engine.LOOK_SECONDS", 1e9)  # a change of the file goes unnoticed
+    clear_gold_cache()
+    database = open_database(make(tmp_path / "club.sqlite"))
+    gold, pred = "SELECT name FROM player ORDER BY score", "SELECT name FROM player ORDER BY id DESC"
+    assert score(gold, gold, database).match == 1
+    make(tmp_path / "other.sqlite", scores=(1, 1, 1, 1)).replace(tmp_path / "club.sqlite")
+    database.close()
+    assert score(gold, pred, database).reason == "order_differs"
+
+
+@pytest.mark.parametrize("marker", ["DISTINCT", "; SELECT 1"])
+def test_a_text_too_long_for_the_lexer_is_run_as_it_stands(marker):
+    text = f"SELECT {marker} '{'/*' * LONG_TEXT}'"
+    for rules in (STRICT, REFERENCE):
+        assert prepare(text, rules) == text
+        assert prepare("SELECT DISTINCT 1", rules) != "SELECT DISTINCT 1"
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -81,6 +81,58 @@ def test_malformed_pairs_are_refused_in_one_line(data, tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+GOOD = '{"db_id": "club", "gold": "SELECT a FROM t", "pred": "SELECT a FROM t"}'
+
+
+def test_a_broken_row_stops_nothing_and_a_null_prediction_is_an_empty_one(data, tmp_path):
+    pairs, out = tmp_path / "pairs.jsonl", tmp_path / "o"
+    broken = [
+        b"{",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"7",
+        b'{"db_id": "club", "gold": 1, "pred": ""}',
+        b'{"gold": "", "pred": ""}',
+    ]
+    null = b'{"db_id": "club", "gold": "SELECT a FROM t", "pred": null}'
+    pairs.write_bytes(b"\n".join([b"\xef\xbb\xbf" + GOOD.encode(), *broken, null, b"", GOOD.encode()]))
+    summary = score_pairs(data, pairs, out)
+    rows = [json.loads(line) for line in out.open(encoding="utf-8")]
+    assert [r["match"] for r in rows] == [1, *[None] * 6, 0, 1]
+    assert [r["reason"] for r in rows] == ["equal", *["bad_row"] * 6, "pred_rejected", "equal"]
+    assert [r["line"] for r in rows[1:7]] == [2, 3, 4, 5, 6, 7] and rows[1]["pred_error"].startswith("line 2: not JSON")
+    assert rows[7]["pred"] is None and "no statement" in rows[7]["pred_error"]
+    assert summary == {"pairs": 9, "scored": 3, "matched": 2, "equal": 2, "bad_row": 6, "pred_rejected": 1}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_half_a_character_anywhere_in_a_row_costs_no_other_row(data, tmp_path, workers):
+    half, nul = "\ud83d", "\0"
+    odd = [
+        {"pred": f"SELECT '{half}'"},
+        {"pred": f"SELECT '{nul}'"},
+        {"pred": "SELECT a FROM t", "source": half, half: nul},
+        {"gold": f"SELECT '{half}'", "pred": f"SELECT '{half}'"},
+        {"db_id": half, "pred": "SELECT 1"},
+        {"db_id": "x" * 5000, "pred": "SELECT 1"},
+        {"pred": "SELECT '\ud83d\ude00' AS a FROM t"},
+        {"pred": "SELECT a FROM t"},
+    ]
+    out = tmp_path / "o"
+    score_pairs(data, write(tmp_path / "pairs.jsonl", odd), out, workers=workers)
+    rows = [json.loads(line) for line in out.open(encoding="utf-8")]
+    assert [r["match"] for r in rows] == [0, 0, 1, 1, None, None, 0, 1]
+    assert rows[0]["pred"] == "SELECT '\ufffd'" and rows[6]["pred"] == "SELECT '\U0001f600' AS a FROM t"
+
+
+def test_a_database_that_cannot_be_read_costs_no_other_database(data, tmp_path):
+    (data / "database" / "bad").mkdir()
+    (data / "database" / "bad" / "bad.sqlite").write_bytes(b"no database" * 1000)
+    pairs = write(tmp_path / "pairs.jsonl", [{"db_id": "bad", "pred": "SELECT 1"}, {"pred": "SELECT a FROM t"}])
+    summary = score_pairs(data, pairs, tmp_path / "o")
+    assert summary == {"pairs": 2, "scored": 1, "matched": 1, "no_database": 1, "equal": 1}
+
+
 def test_missing_inputs_are_refused(data, tmp_path):
     with pytest.raises(DataError, match="no databases in"):
         score_pairs(tmp_path / "nosuch", tmp_path / "pairs.jsonl", tmp_path / "o")

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sqlite3
+import sys
 import zipfile
 from collections import Counter
 
 import pytest
 
-from sqlbench.sqltree import ERROR_CLASSES, component_match, error_class, hardness, outer_order, same_subject
+from sqlbench import sqltree
+from sqlbench.sqltree import (
+    ERROR_CLASSES,
+    MAX_CHARS,
+    component_match,
+    error_class,
+    hardness,
+    outer_order,
+    same_subject,
+    statements,
+    with_order_keys,
+)
+from sqlbench.widgets.view import pretty
 
 # Counted by hand: (components, nested, others) in the comment.
 HARDNESS = [
@@ -123,6 +137,104 @@ def test_outer_order(sql, ordered):
 )
 def test_same_subject(gold, pred, same):
     assert same_subject(gold, pred) == same
+
+
+# What opens, what is repeated, what stands inside, what closes each repetition.
+REPEATS = {
+    "join": ("SELECT 1 FROM t", " JOIN t", "", ""),
+    "join on": ("SELECT 1 FROM t", " JOIN t ON 1", "", ""),
+    "join in parentheses": ("SELECT 1 FROM ", "(t JOIN ", "t", ")"),
+    "lateral": ("SELECT 1 FROM t", ", LATERAL (SELECT 1 FROM t", "", ""),
+    "comma": ("SELECT 1 FROM t", ", t", "", ""),
+    "union": ("SELECT 1", " UNION SELECT 1", "", ""),
+    "parenthesis": ("SELECT ", "(", "1", ")"),
+    "open parenthesis": ("SELECT ", "(", "", ""),
+    "subquery": ("SELECT 1 FROM ", "(SELECT 1 FROM ", "t", ")"),
+    "in subquery": ("SELECT 1 FROM t WHERE a", " IN (SELECT a FROM t WHERE a", " = 1", ")"),
+    "with": ("", "WITH a AS (", "SELECT 1", ") SELECT 1"),
+    "case": ("SELECT ", "CASE WHEN 1 THEN ", "1", " END"),
+    "when": ("SELECT CASE", " WHEN 1 THEN 1", " END", ""),
+    "in list": ("SELECT 1 FROM t WHERE a IN (1", ", 1", ")", ""),
+    "not": ("SELECT ", "NOT ", "1", ""),
+    "minus": ("SELECT ", "- ", "1", ""),
+    "and": ("SELECT 1 FROM t WHERE 1", " AND 1", "", ""),
+    "equals": ("SELECT 1 FROM t WHERE a", " = a", "", ""),
+    "concatenation": ("SELECT 'a'", " || 'a'", "", ""),
+    "arrow": ("SELECT a", "->>1", "", ""),
+    "index": ("SELECT a", "[1]", "", ""),
+    "type": ("SELECT ", "STRUCT(", "", ""),
+    "call": ("SELECT ", "f(", "1", ")"),
+    "lambda": ("SELECT f(", "x -> ", "1)", ""),
+    "comment": ("SELECT 1", " /* c */", "", ""),
+    "open comment": ("SELECT 1", " /*", "", ""),
+    "open quote": ("SELECT ", "'a", "", ""),
+    "statement": ("SELECT 1", "; SELECT 1", "", ""),
+    "pipe": ("FROM t", " |> SELECT 1", "", ""),
+    "space": ("SELECT", " ", "1", ""),
+    "number": ("SELECT a FROM t ORDER BY 0x", "f", "", ""),
+}
+
+
+def repeated(kind: str, times: int) -> str:
+    head, unit, inside, close = REPEATS[kind]
+    return head + unit * times + inside + close * times
+
+
+def calls(function, *arguments) -> int:
+    """How many Python functions are called: the same on every machine."""
+    count = 0
+
+    def hear(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(hear)
+    try:
+        function(*arguments)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("kind", REPEATS)
+def test_a_clause_that_is_repeated_is_read_in_a_bounded_number_of_steps(kind):
+    head, unit, inside, close = REPEATS[kind]
+    most = (MAX_CHARS - len(head + inside)) // len(unit + close)
+    for times in (14, 60, most, 10 * most):
+        text = repeated(kind, min(times, 100_000))
+        for dialect in ("sqlite", "postgresql"):
+            assert calls(statements, text, dialect) < 1_000_000
+            assert outer_order(text, dialect) in (None, False, True)
+            with_order_keys(text, ("a",), dialect)
+            same_subject(text, text, dialect)
+        assert hardness(text) in ("easy", "medium", "hard", "extra")
+        assert set(component_match(text, text).values()) <= {1.0}
+        assert pretty(text)
+
+
+def test_a_query_over_the_bounds_has_no_tree():
+    assert hardness(repeated("join", 5)) == "extra" != hardness(repeated("join", 1))
+    assert component_match(repeated("join", 5), repeated("join", 5)) == {"select": 1, "joins": 1}
+    over = repeated("join", 16), repeated("parenthesis", 500), repeated("and", 150), "SELECT 1" + " " * MAX_CHARS
+    for text in over:
+        assert statements(text) == [] and component_match(text, text) == {}
+        assert outer_order(f"{text} ORDER BY 1") is None and not same_subject(text, text)
+        assert pretty(text) == text
+
+
+def test_every_real_query_is_far_inside_the_bounds(shared, monkeypatch):
+    with zipfile.ZipFile(shared / "spider_data.zip") as archive:
+        names = ("dev", "train_spider")
+        queries = {t["query"] for n in names for t in json.loads(archive.read(f"spider_data/{n}.json"))}
+    with gzip.open(shared / "spider_dev_pairs.jsonl.gz", "rt") as lines:
+        queries |= {row[side] for row in map(json.loads, lines) for side in ("gold", "pred")}
+    free = [query for query in queries if statements(query)]
+    for name in ("MAX_CHARS", "MAX_STEPS", "MAX_DEPTH", "MAX_HEX"):
+        monkeypatch.setattr(sqltree, name, getattr(sqltree, name) // 4)
+    assert len(queries) > 6000 and [query for query in queries if statements(query)] == free
+    for name in ("MAX_CHARS", "MAX_STEPS", "MAX_DEPTH", "MAX_HEX"):
+        monkeypatch.setattr(sqltree, name, 10**6)
+    assert [query for query in queries if statements(query)] == free
 
 
 FAILING = {

@@ -362,6 +362,11 @@ def test_a_diff_keeps_both_texts(gold: str, pred: str) -> None:
         assert "<del>" not in left and "<ins>" not in right
 
 
+def test_texts_too_long_to_compare_are_shown_without_marks():
+    long = " ".join(f"w{i % 150} <b>" for i in range(50_000))
+    assert view.token_diff(long, long + " x") == (Markup.escape(long), Markup.escape(long + " x"))
+
+
 def test_a_diff_marks_tokens() -> None:
     left, right = view.token_diff("SELECT a FROM t WHERE b = 'X'", "select a\nfrom t where c = 'x'")
     assert left == "SELECT a FROM t WHERE <del>b</del> = <del>&#39;X&#39;</del>"
