@@ -93,3 +93,5 @@ class Schema:
     tables: tuple[Table, ...]
     dialect: str = "sqlite"
     name: str = ""
+    unreadable: tuple[str, ...] = ()
+    """Tables and views that were left out: what they are made of is missing here."""

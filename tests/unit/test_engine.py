@@ -13,6 +13,7 @@ import pytest
 
 from sqlbench.database import engine
 from sqlbench.database.engine import cached_database, open_database
+from sqlbench.database.sqlite import SqliteConnection
 from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError
 
@@ -170,7 +171,7 @@ def test_what_is_written_to_a_log_beside_the_file_is_seen(tmp_path):
 
 
 def test_a_connection_that_was_closed_meanwhile_does_not_end_the_deadlines_of_others(path):
-    closed, database = engine._SqliteConnection(str(path)), open_database(path)
+    closed, database = SqliteConnection(path.as_uri()), open_database(path)
     closed.close()
     engine._watchdog.watch(closed, 0.0)
     time.sleep(0.1)
