@@ -19,6 +19,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from tqdm.auto import tqdm
 
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.database.engine import Database, cached_database
+from sqlbench.database.schema import SQLITE_TABLES, introspect, quote
 from sqlbench.database.types import Limits
-from sqlbench.errors import DataError
+from sqlbench.errors import DatabaseError, DataError
 from sqlbench.reward import GOLD_ROWS, score
 from sqlbench.sqltree import hardness, outer_order
 
@@ -93,6 +95,8 @@ class Audit(BaseModel):
     tables_without_rows: dict[str, list[str]]
     """Databases with rows: their tables that have none."""
     excluded: list[Finding]
+    unreadable_tables: dict[str, list[str]] = {}
+    """Databases and their tables and views that are left out: what they are made of (a module of SQLite) is missing."""
 
     def summary(self) -> str:
         """One line a split, as the command line prints it."""
@@ -102,6 +106,8 @@ class Audit(BaseModel):
             lines.append(
                 f"{name}: {s.tasks} tasks, {s.scorable} scorable; excluded: {reasons}; without rows: {s.zero_rows}"
             )
+        for db_id, names in self.unreadable_tables.items():
+            lines.append(f"{db_id}: left out, since SQLite cannot read them here: {', '.join(names)}")
         return "\n".join(lines)
 
 
@@ -149,6 +155,7 @@ class Auditor:
             databases_without_rows=_tally(f.db_id for f in first if f.excluded == "database_without_rows"),
             tables_without_rows={db: sorted(none) for db, (some, none) in empty.items() if some and none},
             excluded=[f for f in self.findings if f.excluded],
+            unreadable_tables={db: list(names) for db in empty if (names := introspect(self._database(db)).unreadable)},
         )
         (self.root / "audit.json").write_text(audit.model_dump_json(indent=1) + "\n", encoding="utf-8")
         return audit
@@ -225,7 +232,7 @@ class Auditor:
         return self.root / "database" / db_id / f"{db_id}.sqlite"
 
     def _connect(self, db_id: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(f"{self._path(db_id).resolve().as_uri()}?mode=ro", uri=True)
+        connection = sqlite3.connect(self._database(db_id).uri(), uri=True)
         connection.text_factory = bytes
         return connection
 
@@ -235,19 +242,16 @@ class Auditor:
             return None
         filled: set[str] = set()
         empty: set[str] = set()
-        connection = self._connect(db_id)
         try:
-            names = connection.execute(
-                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
-            ).fetchall()
-            for (name,) in names:
-                table = name.decode()
-                some = connection.execute('SELECT 1 FROM "{}" LIMIT 1'.format(table.replace('"', '""'))).fetchone()
-                (filled if some else empty).add(table.lower())
-        except sqlite3.DatabaseError as error:
+            unreadable = introspect(self._database(db_id)).unreadable
+            with closing(self._connect(db_id)) as connection:
+                for name, kind in connection.execute(SQLITE_TABLES).fetchall():
+                    table = name.decode(errors="replace")
+                    if kind == b"table" and table not in unreadable:
+                        some = connection.execute(f"SELECT 1 FROM {quote(table)} LIMIT 1").fetchone()
+                        (filled if some else empty).add(table.lower())
+        except (sqlite3.DatabaseError, DatabaseError) as error:
             raise DataError(f"{self._path(db_id)} is no readable SQLite database: {error}; import it again") from error
-        finally:
-            connection.close()
         return filled, empty
 
     def _reads(self, db_id: str, gold: str) -> set[str]:

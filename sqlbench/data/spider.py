@@ -22,6 +22,7 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import tempfile
 import urllib.error
 import urllib.request
@@ -37,6 +38,7 @@ from tqdm.auto import tqdm
 
 from sqlbench.data.audit import Audit, Auditor
 from sqlbench.data.tasks import Task, write_split
+from sqlbench.database.sqlite_file import SIDE_FILES, merge
 from sqlbench.errors import DataError
 
 SPIDER_PAGE = "https://yale-lily.github.io/spider"
@@ -152,8 +154,17 @@ def _copy_databases(source: _Source, prefix: str, out: Path) -> None:
     for db_id, name in tqdm(sorted(wanted.items()), desc="databases", unit="db"):
         target = out / "database" / db_id / f"{db_id}.sqlite"
         target.parent.mkdir(parents=True)
-        with source.open(name) as read, target.open("wb") as write:
-            shutil.copyfileobj(read, write, _BLOCK)
+        files = [f for suffix in ("", *SIDE_FILES) if (f := name + suffix) in source.names]
+        for file in files:
+            with source.open(file) as read, target.with_name(PurePosixPath(file).name).open("wb") as write:
+                shutil.copyfileobj(read, write, _BLOCK)
+        if len(files) > 1:  # a part of the data is in a log beside the database
+            try:
+                merge(str(target))
+            except sqlite3.Error as error:
+                raise DataError(
+                    f"Cannot merge {' and '.join(files)} of the release: {error}. Import it whole."
+                ) from error
 
 
 def import_spider(source: str | Path, out: str | Path, *, seed: int = 0) -> Audit:

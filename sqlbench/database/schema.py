@@ -37,16 +37,16 @@ def _read(database: Database) -> Schema:
 
 
 SQLITE_TABLES = r"""
-SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\_%' ESCAPE '\'
+SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\_%' ESCAPE '\'
 AND name NOT IN (SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'shadow') ORDER BY type, rowid"""
-"""Names of tables and views, without the ones in which virtual tables keep their data."""
+"""Tables and views, without the tables in which virtual ones keep their data."""
 
 
 def _sqlite_tables(connection: sqlite3.Connection) -> tuple[tuple[Table, ...], tuple[str, ...]]:
     """The tables, and the names of those that cannot be read."""
     connection.text_factory = lambda raw: raw.decode(errors="replace")
     info, unreadable = {}, []
-    for (name,) in connection.execute(SQLITE_TABLES).fetchall():
+    for name, _ in connection.execute(SQLITE_TABLES).fetchall():
         try:  # the last field says whether a column is hidden (1) or generated (2, 3)
             found = connection.execute(f"PRAGMA table_xinfo({quote(name)})").fetchall()
         except sqlite3.OperationalError as error:
