@@ -188,6 +188,7 @@ class Episodes:
         model: writes the queries that the caller does not write.
         limit: episodes that are kept; the one that was not used for longest goes first.
         idle_seconds: an episode is forgotten after so long without a step.
+        query_timeout: seconds that a query may take, the caller's and the gold one alike.
 
     Raises:
         DataError: there is no such data set or split, or no task in it.
@@ -202,13 +203,15 @@ class Episodes:
         *,
         limit: int = 1000,
         idle_seconds: float = 3600.0,
+        query_timeout: float = 5.0,
     ) -> None:
         self.dataset, self.split = DataSet(data), split
         self.tasks = {task.task_id: task for task in self.dataset.load(split) if task.scorable}
         if not self.tasks:
             raise DataError(f"split '{split}' of {data} has no scorable task; choose another split")
         self.model = open_model(model)
-        self.prompts, self.config = prompts_for(self.model.family), RolloutConfig(max_turns=1)
+        self.prompts = prompts_for(self.model.family)
+        self.config = RolloutConfig(max_turns=1, query_timeout=query_timeout)
         self.limit, self.idle_seconds = limit, idle_seconds
         self.order = self.shuffled(0)
         self._kept: dict[str, Episode] = {}  # the one used last is last
@@ -222,7 +225,7 @@ class Episodes:
     async def start(self, task: Task, episode_id: str, instead_of: Episode | None) -> Episode:
         """A new episode under this id; the one it takes the place of ends."""
         try:
-            database = cached_database(self.dataset.database(task.db_id))
+            database = cached_database(self.dataset.database(task.db_id), self.config.limits)
             schema = await in_thread(introspect, database)
         except SqlbenchError as error:
             raise RequestError(503, f"task {task.task_id} cannot be played: {error}") from error
@@ -490,7 +493,14 @@ def __getattr__(name: str) -> FastAPI:
     return create(Episodes(data, get("SQLBENCH_SPLIT", "train"), get("SQLBENCH_MODEL", "nano")))
 
 
-def serve(data: str | Path, port: int, host: str = "127.0.0.1", split: str = "train", model: str = "nano") -> None:
+def serve(
+    data: str | Path,
+    port: int,
+    host: str = "127.0.0.1",
+    split: str = "train",
+    model: str = "nano",
+    query_timeout: float = 5.0,
+) -> None:
     """Serve until interrupted; port 0 takes a free one. Standard output carries the episodes' lines and nothing else.
 
     Raises:
@@ -499,7 +509,7 @@ def serve(data: str | Path, port: int, host: str = "127.0.0.1", split: str = "tr
         ModelError: there is no such model.
     """
     with listen(host, port) as listener:
-        made = create(Episodes(data, split, model))
+        made = create(Episodes(data, split, model, query_timeout=query_timeout))
         print(f"serving {data} on http://{host}:{listener.getsockname()[1]}; Ctrl-C stops", file=sys.stderr, flush=True)
         config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         # OpenEnv closes sockets once more that the client closed; that is no error.

@@ -52,7 +52,10 @@ async def rollout(
         else:
             reward, reason = None if verdict.match is None else float(verdict.match), verdict.reason
             if verdict.match is None and task.scorable:
-                broken = f"the gold query of a scorable task fails ({reason}); was {database.target} changed?"
+                hint = f"was {database.target} changed?"
+                if reason == "gold_timeout":
+                    hint = f"it may take {config.query_timeout:g} s (--query-timeout)"
+                broken = f"the gold query of a scorable task fails ({reason}); {hint}"
                 error = failure("reward", DatabaseError(broken))
     return Trajectory(
         **_of(task),

@@ -25,11 +25,15 @@ from sqlbench.database.types import Limits
 from sqlbench.errors import DataError
 from sqlbench.reward import Verdict, score
 
-LIMITS = Limits(seconds=10.0)
-
 
 def score_pairs(
-    data: Path, pairs: Path, out: Path, keep_distinct: bool = False, strict: bool = False, workers: int | None = None
+    data: Path,
+    pairs: Path,
+    out: Path,
+    keep_distinct: bool = False,
+    strict: bool = False,
+    workers: int | None = None,
+    query_timeout: float = 10.0,
 ) -> dict[str, int]:
     """Score every row of `pairs` on the databases under `data` and return how often each reason occurred.
 
@@ -40,6 +44,8 @@ def score_pairs(
         keep_distinct: Compare with DISTINCT as written.
         strict: Close the reference evaluator's holes (`sqlbench.reward.Strictness`).
         workers: Processes; by default one per core where there are many pairs and the process has no threads.
+
+        query_timeout: Seconds that a query may take, gold or predicted.
 
     Raises:
         DataError: an input is missing or malformed.
@@ -62,7 +68,8 @@ def score_pairs(
         sink = out.open("w", encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from error
-    jobs = ((str(folder), row["db_id"], row["gold"], row["pred"], keep_distinct, strict) for row in rows)
+    limits = Limits(seconds=query_timeout)
+    jobs = ((str(folder), row["db_id"], row["gold"], row["pred"], keep_distinct, strict, limits) for row in rows)
     with sink, tqdm(total=len(rows), desc="score", unit="pair", mininterval=0.5) as progress:
         for row, verdict in zip(rows, _verdicts(jobs, workers), strict=True):
             row |= {"match": verdict.match, "reason": verdict.reason}
@@ -95,11 +102,11 @@ def _verdict_chunk(jobs: list[tuple]) -> list[Verdict]:
 
 
 def _verdict(job: tuple) -> Verdict:
-    folder, db_id, gold, pred, keep_distinct, strict = job
+    folder, db_id, gold, pred, keep_distinct, strict, limits = job
     if not _databases(Path(folder), db_id):
         return Verdict(None, "no_database", f"no database {db_id!r}")
     databases = [cached_database(path) for path in _databases(Path(folder), db_id)]
-    return score(gold, pred, databases, strict=strict, keep_distinct=keep_distinct, limits=LIMITS)
+    return score(gold, pred, databases, strict=strict, keep_distinct=keep_distinct, limits=limits)
 
 
 _files: dict[tuple[Path, str], list[Path]] = {}

@@ -114,8 +114,9 @@ class Audit(BaseModel):
 class Auditor:
     """Audits tasks over the databases of one data set folder; equal (database, gold) pairs are run once."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, query_timeout: float = 5.0) -> None:
         self.root = Path(root)
+        self.limits = Limits(query_timeout, rows=GOLD_ROWS)
         self.findings: list[Finding] = []
         self._gold: dict[tuple[str, str], dict] = {}
         self._values: dict[tuple[str, str], str] = {}  # gold answers that are one value, as SQL literals
@@ -201,7 +202,7 @@ class Auditor:
             return {"excluded": "missing_database", "detail": f"no {db_id}.sqlite"}
         filled, empty = tables
         database = self._database(db_id)
-        result = database.execute(gold, Limits(rows=GOLD_ROWS))
+        result = database.execute(gold)
         if (
             result.status == "ok"
             and len(result.rows) == len(result.columns) == 1
@@ -226,7 +227,7 @@ class Auditor:
         return found
 
     def _database(self, db_id: str) -> Database:
-        return cached_database(self._path(db_id))
+        return cached_database(self._path(db_id), self.limits)
 
     def _path(self, db_id: str) -> Path:
         return self.root / "database" / db_id / f"{db_id}.sqlite"
@@ -287,14 +288,18 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def audit_dataset(root: str | Path) -> Audit:
+def audit_dataset(root: str | Path, query_timeout: float = 5.0) -> Audit:
     """Audit every split of a data set folder, rewrite the splits with what was found, and write the audit's two files.
+
+    Args:
+        root: the folder.
+        query_timeout: seconds that a gold query may take.
 
     Raises:
         DataError: the folder is no data set or one of its databases is damaged.
     """
     data = DataSet(root)
-    auditor = Auditor(data.root)
+    auditor = Auditor(data.root, query_timeout)
     audited = {split: auditor.audit(data.load(split), split) for split in data.splits()}
     for split, tasks in audited.items():
         write_split(data.root, split, tasks)

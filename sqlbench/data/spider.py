@@ -167,11 +167,11 @@ def _copy_databases(source: _Source, prefix: str, out: Path) -> None:
                 ) from error
 
 
-def import_spider(source: str | Path, out: str | Path, *, seed: int = 0) -> Audit:
+def import_spider(source: str | Path, out: str | Path, *, seed: int = 0, query_timeout: float = 5.0) -> Audit:
     """Write a Spider release, zipped or unpacked, as a data set and return its gold audit.
 
     Splits: ``train`` (with train_others.json where present), ``dev``, ``test`` where present, and ``dev_500``, a seeded
-    sample of the scorable dev tasks.
+    sample of the scorable dev tasks. A gold query that takes longer than `query_timeout` seconds excludes its task.
 
     Raises:
         DataError: `source` is missing, damaged or no Spider release, or `out` already holds something.
@@ -187,7 +187,7 @@ def import_spider(source: str | Path, out: str | Path, *, seed: int = 0) -> Audi
         except OSError as error:
             raise DataError(f"cannot write beside {out}: {error}; choose another folder with --out") from error
         try:
-            audit = _write(release, prefix, work, seed)
+            audit = _write(release, prefix, work, seed, query_timeout)
             work.chmod(0o755)
             if out.exists():
                 out.rmdir()
@@ -199,7 +199,7 @@ def import_spider(source: str | Path, out: str | Path, *, seed: int = 0) -> Audi
     return audit
 
 
-def _write(release: _Source, prefix: str, work: Path, seed: int) -> Audit:
+def _write(release: _Source, prefix: str, work: Path, seed: int, query_timeout: float) -> Audit:
     splits = {
         "train": _tasks(release, prefix, ("train_spider.json", "train_others.json"), "train"),
         "dev": _tasks(release, prefix, ("dev.json",), "dev"),
@@ -215,7 +215,7 @@ def _write(release: _Source, prefix: str, work: Path, seed: int) -> Audit:
             tables.setdefault(row.get("db_id", ""), row)
     (work / "tables.json").write_text(json.dumps(list(tables.values()), indent=1) + "\n", encoding="utf-8")
 
-    auditor = Auditor(work)
+    auditor = Auditor(work, query_timeout)
     audited = {name: auditor.audit(tasks, name) for name, tasks in splits.items()}
     usable = [t for t in audited["dev"] if t.scorable]
     chosen = sorted(random.Random(seed).sample(range(len(usable)), min(SUBSET, len(usable))))

@@ -8,6 +8,8 @@ CHUNK_BYTES = 32 << 20
 """Largest amount of row data that is fetched between two looks at the size of the result."""
 SQL_BYTES = 100_000
 """Longest statement that is looked at."""
+LONGEST_QUERY = 86_400.0
+"""Seconds; the most that a time limit can be."""
 NO_STATEMENT = "there is no statement: the text is empty or only a comment"
 
 

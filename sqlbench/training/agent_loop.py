@@ -67,9 +67,12 @@ class SqlAgentLoop(AgentLoopBase):
             max_turns=settings.max_turns,
             table_info_truncate=settings.table_info_truncate,
             execution_truncate=settings.execution_truncate,
+            query_timeout=settings.query_timeout,
         )
         try:
-            database = cached_database(Path(settings.data) / "database" / task.db_id / f"{task.db_id}.sqlite")
+            database = cached_database(
+                Path(settings.data) / "database" / task.db_id / f"{task.db_id}.sqlite", limits.limits
+            )
         except DatabaseError as error:
             record = failed_rollout(task, "database", error)
         else:
