@@ -283,9 +283,8 @@ def _evaluate_once(cell: Cell, model: str, name: str, bench: Bench, grid: Grid) 
     wanted = {"split": grid.split, "limit": grid.limit, "rollout": cell.rollout.model_dump()}
     if folder.finished:
         seen = folder.config()
-        seen["rollout"] = RolloutConfig.model_validate(
-            seen.get("rollout", {})
-        ).model_dump()  # what is newer than the run
+        # A setting that is newer than the run had its default there.
+        seen["rollout"] = RolloutConfig.model_validate(seen.get("rollout", {})).model_dump()
         if changed := differences({key: seen.get(key) for key in wanted}, wanted):
             raise RunError(f"{folder.root} holds another evaluation ({'; '.join(changed)}); choose another run name")
         return folder

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sqlbench.database.sqlite import HEAP_BYTES, PROGRAM_STEPS, SqliteConnection
-from sqlbench.database.sqlite_file import Snapshot, identity
+from sqlbench.database.sqlite_file import Snapshot, identity, read_in_place, stamp
 from sqlbench.database.types import Limits, QueryResult, Schema
 from sqlbench.errors import DatabaseError
 
@@ -199,13 +199,12 @@ class Database:
                     break
                 time.sleep(0.03)
         result.seconds = time.perf_counter() - start
-        if self._is_file and (result.status == "error" or result.seconds > LOOK_SECONDS):
-            stamp = self.identity()[1]
-            in_place = stamp[0] == seen[1][0]  # otherwise what was read is whole: the file that was replaced
-            if stamp != seen[1] and (in_place or result.status == "error"):
-                raise DatabaseError(
-                    f"database {self.target} was changed while it was read: {result.error or 'no error'}"
-                )
+        if self._is_file and read_in_place(seen):
+            current = stamp(self.target)
+            same_file = current[0] == seen[1][0]  # otherwise what was read is whole: the file that was replaced
+            if current != seen[1] and (same_file or result.status == "error"):
+                reason = f": {result.error}" if result.error else ""
+                raise DatabaseError(f"database {self.target} was changed while it was read{reason}")
         return result
 
     def _run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:

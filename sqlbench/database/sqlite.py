@@ -281,7 +281,7 @@ def _instr(value: Any, part: Any) -> int | None:
 
 def _replace(value: Any, old: Any, new: Any) -> Any:
     if value is None or old is None or old in ("", b""):
-        return None if old is None else value
+        return None if old is None else _text(value) if isinstance(value, bytes) else value
     if new is None:
         return None
     text, old, new = _text(value), _text(old), _text(new)
@@ -295,7 +295,7 @@ def _trimmer(strip: Callable[[str, str], str]) -> Callable[[Any, Any], str | Non
     def trim(value: Any, characters: Any) -> str | None:
         if value is None or characters is None:
             return None
-        wanted = "".join(set(_text(characters)))
+        wanted = "".join(set(_text(characters).partition("\0")[0]))  # SQLite reads the set up to a zero
         if len(wanted) > 1000:
             raise OverflowError
         return strip(_text(value), wanted)

@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import time
 import weakref
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from sqlbench.errors import DatabaseError
@@ -28,10 +28,12 @@ def identity(path: str) -> tuple:
     Raises:
         DatabaseError: there is no such file.
     """
-    try:
-        return (path, _stamp(path), *[_side_stamp(file) for file in _side_files(path)])
-    except OSError as error:
-        raise DatabaseError(f"cannot open database {path}: {error.strerror}") from error
+    return (path, stamp(path), *[_side_stamp(file) for file in _side_files(path)])
+
+
+def read_in_place(identity: tuple) -> bool:
+    """Whether a file with this identity needs no private copy."""
+    return identity[2:] == (None, None)
 
 
 def _side_files(path: str) -> list[str]:
@@ -39,18 +41,26 @@ def _side_files(path: str) -> list[str]:
     return [real + suffix for suffix in SIDE_FILES]
 
 
-def _stamp(path: str) -> tuple[int, int, int]:
-    stat = os.stat(path)
+def stamp(path: str) -> tuple[int, int, int]:
+    """Return the inode, size and time of change of one file.
+
+    Raises:
+        DatabaseError: there is no such file.
+    """
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise DatabaseError(f"cannot open database {path}: {error.strerror}") from error
     return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def _side_stamp(path: str) -> tuple[int, int, int] | None:
-    """Like `_stamp`; None where there is nothing in the file."""
+    """Like `stamp`; None where there is nothing in the file."""
     try:
-        stamp = _stamp(path)
-    except FileNotFoundError:
+        found = stamp(path)
+    except DatabaseError:
         return None
-    return stamp if stamp[1] else None
+    return found if found[1] else None
 
 
 class Snapshot:
@@ -63,7 +73,7 @@ class Snapshot:
     def __init__(self, path: str) -> None:
         for _ in range(_TRIES):
             self.identity = identity(path)
-            if self.identity[2:] == (None, None):
+            if read_in_place(self.identity):
                 self.uri = _immutable(path)
                 return
             copy = self._copy(path)
@@ -85,10 +95,8 @@ class Snapshot:
             copy = os.path.join(folder, "copy.sqlite")
             shutil.copyfile(path, copy)
             for source, suffix in zip(_side_files(path), SIDE_FILES, strict=True):
-                if os.path.exists(source):
+                with suppress(FileNotFoundError):  # merged and removed meanwhile: the caller notices
                     shutil.copyfile(source, copy + suffix)
-        except FileNotFoundError:  # it was merged and removed meanwhile, which the caller notices
-            return copy
         except OSError as error:
             raise DatabaseError(
                 f"Cannot copy {path} with the log beside it to {tempfile.gettempdir()}: {error.strerror}. "
