@@ -18,14 +18,14 @@ COUNT = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r)"
 GROW = "WITH RECURSIVE r(x) AS (SELECT 'aaaaaaaa' UNION ALL SELECT x || x FROM r WHERE length(x) < 1e9)"
 LONG = "SELECT group_concat('aaaaaaaaaaaaaaaaaaaaaaaa', '') AS s FROM item a, item b"
 LITERAL = "a" * 45_000
-SIZES = (1600, 9600, 64_000, 640_000)
+SIZES = (8000, 9600, 64_000, 640_000)
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def straight(call: str, times: int = 450) -> str:
+def straight(call: str, times: int = 450, size: int = 1) -> str:
     """A statement that makes the same call on one long value many times, with nowhere to interrupt it."""
-    value = "SELECT body AS s FROM doc WHERE size = 1"
+    value = f"SELECT body AS s FROM doc WHERE size = {size}"
     return f"WITH t AS MATERIALIZED ({value}) SELECT " + " + ".join([call] * times) + " FROM t"
 
 
@@ -281,6 +281,26 @@ def test_functions_give_what_sqlite_gives(tmp_path, size):
         opened = open_database(tmp_path / "x.sqlite", Limits(seconds=30))
         assert opened.execute("SELECT replace(t, 'y', '') FROM long").rows == [("x" * size,)]
         assert opened.execute(sql).rows == connection.execute(sql).fetchall()
+
+
+@pytest.mark.parametrize(
+    ("call", "size"),
+    [
+        ("(s LIKE '%river%')", 8000),
+        ("(s GLOB '*river*')", 8000),
+        ("instr(s, 'river')", 64_000),
+        ("length(replace(s, 'river', ''))", 64_000),
+        ("length(trim(s, 't'))", 64_000),
+        ("length(strftime(s, 'now'))", 64_000),
+        ("length(printf('%s', s))", 64_000),
+        ("json_valid(s)", 64_000),
+    ],
+)
+def test_costly_calls_in_a_row_shorten_the_longest_value(home, call, size):
+    database = open_database(home / "shop.sqlite", LIMITS)
+    assert database.execute(straight(call, 2, size)).ok
+    result = open_database(home / "shop.sqlite", LIMITS).execute(straight(call, 450, size))
+    assert result.status == "too_large" and "a value of more than" in result.error
 
 
 def test_a_value_beyond_the_limit_is_named_with_it(database):
