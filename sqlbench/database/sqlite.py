@@ -56,7 +56,7 @@ _WEIGHING = _Bounds(VALUE_BYTES)
 _READING = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE})
 _DATA_VERSION = (sqlite3.SQLITE_PRAGMA, "data_version", None)
 """A number that FTS5 reads before a search."""
-_FORBIDDEN = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "optimize", "rtreecheck"})
+_FORBIDDEN = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"})
 
 # Nanoseconds that one call may take for each byte of the longest value. Those of _NATIVE grow with its length and hold
 # for that of _SMALL; that of json_patch for _PATCH_BYTES.

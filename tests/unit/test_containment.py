@@ -18,7 +18,7 @@ COUNT = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r)"
 GROW = "WITH RECURSIVE r(x) AS (SELECT 'aaaaaaaa' UNION ALL SELECT x || x FROM r WHERE length(x) < 1e9)"
 LONG = "SELECT group_concat('aaaaaaaaaaaaaaaaaaaaaaaa', '') AS s FROM item a, item b"
 LITERAL = "a" * 45_000
-SIZES = (8000, 9600, 64_000, 640_000)
+SIZES = (6400, 9600, 64_000, 640_000)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(60)
 def straight(call: str, times: int = 450, size: int = 1) -> str:
     """A statement that makes the same call on one long value many times, with nowhere to interrupt it."""
     value = f"SELECT body AS s FROM doc WHERE size = {size}"
-    return f"WITH t AS MATERIALIZED ({value}) SELECT " + " + ".join([call] * times) + " FROM t"
+    return f"WITH t AS MATERIALIZED ({value}) SELECT " + " + ".join([call] * times) + " AS x FROM t"
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ HOSTILE = {
     "edit": ("SELECT edit('x', 'touch {home}/w')", {"error", "rejected"}),
     "tokenizer": ("SELECT fts3_tokenizer('simple')", REFUSED),
     "tokenizer in a table": ("SELECT * FROM fts3tokenize('simple', 'a')", {"error", "rejected"}),
-    "fts3 optimize": ("SELECT optimize(item) FROM item", REFUSED),
-    "rtreecheck": ("SELECT rtreecheck('item')", REFUSED),
+    "fts3 optimize": ("SELECT optimize(item) FROM item", {"error", "rejected"}),
+    "rtreecheck": ("SELECT rtreecheck('item')", {"error", "rejected"}),
     "begin": ("BEGIN IMMEDIATE", REFUSED),
     "savepoint": ("SAVEPOINT x", REFUSED),
     "two statements": ("SELECT 1; SELECT 2", REFUSED),
@@ -286,8 +286,8 @@ def test_functions_give_what_sqlite_gives(tmp_path, size):
 @pytest.mark.parametrize(
     ("call", "size"),
     [
-        ("(s LIKE '%river%')", 8000),
-        ("(s GLOB '*river*')", 8000),
+        ("(s LIKE '%river%')", 6400),
+        ("(s GLOB '*river*')", 6400),
         ("instr(s, 'river')", 64_000),
         ("length(replace(s, 'river', ''))", 64_000),
         ("length(trim(s, 't'))", 64_000),

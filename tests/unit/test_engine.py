@@ -280,6 +280,24 @@ def test_a_file_that_another_program_writes_is_read_whole_or_not_at_all(tmp_path
     assert seen and all(rows == [(1000, 100)] for rows in seen)
 
 
+def test_a_file_that_was_changed_under_a_query_fails_the_query(path):
+    slow = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
+    database, caught = open_database(path), []
+
+    def ask():
+        with pytest.raises(DatabaseError, match="was changed while it was read") as error:
+            database.execute(slow, Limits(seconds=0.5))
+        caught.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.1)
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("INSERT INTO t VALUES (4, 'Dan')")
+    thread.join()
+    assert caught and database.execute("SELECT count(*) FROM t").rows == [(4,)]
+
+
 def test_a_file_without_room_for_a_copy_is_refused_in_one_line(tmp_path, monkeypatch):
     after_a_crash_in_wal_mode(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
