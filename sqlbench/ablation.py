@@ -26,6 +26,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from sqlbench.config import RolloutConfig
 from sqlbench.curves import read_metrics, time_shares
 from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evaluation import evaluate
@@ -282,6 +283,8 @@ def _evaluate_once(cell: Cell, model: str, name: str, bench: Bench, grid: Grid) 
     wanted = {"split": grid.split, "limit": grid.limit, "rollout": cell.rollout.model_dump()}
     if folder.finished:
         seen = folder.config()
+        # A setting that is newer than the run had its default there.
+        seen["rollout"] = RolloutConfig.model_validate(seen.get("rollout", {})).model_dump()
         if changed := differences({key: seen.get(key) for key in wanted}, wanted):
             raise RunError(f"{folder.root} holds another evaluation ({'; '.join(changed)}); choose another run name")
         return folder

@@ -21,6 +21,7 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
+from sqlbench.database.types import LONGEST_QUERY
 from sqlbench.errors import DataError, SqlbenchError
 from sqlbench.streams import harden
 
@@ -51,6 +52,9 @@ Model = Annotated[
 ]
 Agent = Annotated[str, typer.Option(help="self-correcting, or module:attribute of your own.")]
 Reward = Annotated[str, typer.Option(help="execution-match, or module:attribute of your own.")]
+QueryTimeout = Annotated[
+    float, typer.Option(min=0.01, max=LONGEST_QUERY, help="Seconds a query may take, gold or not.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what the run folder holds.")]
 Request = Annotated[
     str | None,
@@ -84,23 +88,24 @@ def data_spider(
     download: Annotated[bool, typer.Option("--download", help="Fetch the public archive first.")] = False,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("data/spider"),
     seed: Seed = 0,
+    query_timeout: QueryTimeout = 5.0,
 ) -> None:
     """Import a Spider release: splits, databases, tables.json, gold audit."""
     from sqlbench.data.spider import download_spider, import_spider
 
     if download == (source is not None):
         raise DataError("say where the release is: either --from ZIP_OR_FOLDER or --download")
-    audit = import_spider(source or download_spider(out.parent), out, seed=seed)
+    audit = import_spider(source or download_spider(out.parent), out, seed=seed, query_timeout=query_timeout)
     typer.echo(audit.summary())
     typer.echo(f"wrote {out}")
 
 
 @data_app.command("audit")
-def data_audit(data: Data = POCKET) -> None:
+def data_audit(data: Data = POCKET, query_timeout: QueryTimeout = 5.0) -> None:
     """Run every gold query of a data set and list the tasks that cannot be scored."""
     from sqlbench.data.audit import audit_dataset
 
-    typer.echo(audit_dataset(data).summary())
+    typer.echo(audit_dataset(data, query_timeout).summary())
 
 
 @nano_app.command("train")
@@ -132,6 +137,7 @@ def eval_(
     table_info_truncate: Annotated[int, typer.Option(min=1, help="Characters of schema in a prompt.")] = 2048,
     execution_truncate: Annotated[int, typer.Option(min=1, help="Characters of a result in a prompt.")] = 2048,
     strict: Annotated[bool, typer.Option(help="Close the reference evaluator's holes.")] = True,
+    query_timeout: QueryTimeout = 5.0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.01, help="Seconds a call to an endpoint may take.")] = None,
@@ -160,6 +166,7 @@ def eval_(
         table_info_truncate=table_info_truncate,
         execution_truncate=execution_truncate,
         strict=strict,
+        query_timeout=query_timeout,
         temperature=temperature,
         max_tokens=max_tokens,
         timeout=timeout,
@@ -182,6 +189,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="Policy to start from: nano, or a checkpoint folder.")] = None,
     results: Results = RESULTS,
     seed: Annotated[int | None, typer.Option(help="Short for sqlbench.seed=N.")] = None,
+    query_timeout: Annotated[float | None, typer.Option(help="Short for sqlbench.query_timeout=SECONDS.")] = None,
     random_reward: Annotated[bool, typer.Option("--random-reward", help="Control: coin flips as rewards.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what it needs.")] = False,
     track: Track = None,
@@ -190,7 +198,8 @@ def train(
     """Train with GRPO through verl; goes on at the last checkpoint."""
     from sqlbench.training.launch import train as launch
 
-    given = [*(overrides or []), *([] if seed is None else [f"sqlbench.seed={seed}"])]
+    short = {"seed": seed, "query_timeout": query_timeout}
+    given = [*(overrides or []), *(f"sqlbench.{key}={value}" for key, value in short.items() if value is not None)]
     folder = launch(
         profile,
         run,
@@ -214,11 +223,12 @@ def score(
     out: Annotated[Path, typer.Option(help="JSON lines to write: one verdict a pair.")],
     keep_distinct: Annotated[bool, typer.Option("--keep-distinct", help="Do not drop DISTINCT.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Close the reference evaluator's holes.")] = False,
+    query_timeout: QueryTimeout = 10.0,
 ) -> None:
     """Score pairs of gold and predicted queries, by default with the reference evaluator's verdicts."""
     from sqlbench.scoring import score_pairs
 
-    counts = score_pairs(data, pairs, out, keep_distinct=keep_distinct, strict=strict)
+    counts = score_pairs(data, pairs, out, keep_distinct=keep_distinct, strict=strict, query_timeout=query_timeout)
     typer.echo(", ".join(f"{count} {what}" for what, count in counts.items()))
     typer.echo(f"wrote {out}")
 
@@ -288,12 +298,13 @@ def env(
     model: Model = "nano",
     reward: Reward = "execution-match",
     request: Request = None,
+    query_timeout: QueryTimeout = 5.0,
 ) -> None:
     """Serve the task as an OpenEnv environment."""
     from sqlbench.environment import serve
 
     _send(request)
-    serve(data, port, host, split, model, reward)
+    serve(data, port, host, split, model, reward, query_timeout)
 
 
 @app.command("serve")

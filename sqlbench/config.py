@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sqlbench.database.types import LONGEST_QUERY, Limits
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown names refused."""
@@ -24,6 +26,13 @@ class RolloutConfig(Settings):
     """Characters of an execution result in a prompt."""
     strict: bool = True
     """Close the reference evaluator's holes (`sqlbench.reward.score`)."""
+    query_timeout: float = Field(5.0, gt=0, le=LONGEST_QUERY)
+    """Seconds that a query may take: the agent's, the gold one and the prediction that is scored."""
+
+    @property
+    def limits(self) -> Limits:
+        """What every statement of the rollout may use."""
+        return Limits(seconds=self.query_timeout)
 
 
 class EvalConfig(Settings):

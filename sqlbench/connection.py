@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlbench.agent.prompts import DIALECTS, extract_sql
 from sqlbench.agent.trajectory import Message
 from sqlbench.config import RolloutConfig
-from sqlbench.database.engine import is_postgres, open_database
+from sqlbench.database.engine import is_postgres, open_database, sqlite_path
 from sqlbench.database.schema import quote, schema_text
 from sqlbench.database.types import Column, Limits, Schema, Table
 from sqlbench.errors import DatabaseError
@@ -55,14 +55,16 @@ class Connection:
 
 
 def connect(target: str | Path | Database) -> Connection:
-    """Open a SQLite file, ``:memory:`` or a ``postgresql://`` address for reading, or take a database object.
+    """Open a SQLite file (a path or ``sqlite:///path``), ``:memory:`` or a ``postgresql://`` address for reading.
+
+    A database object is taken as it is.
 
     Raises:
         DatabaseError: it is no address, cannot be reached, does not exist or is no database.
     """
     if not isinstance(target, str | Path):
         return _connection(target)
-    text = str(target).strip()
+    text = sqlite_path(str(target).strip())
     scheme = re.match(r"(\w+)(\+\w+)?:/", text)
     if not text or (scheme and not is_postgres(text)):
         what = f"a database of kind '{scheme[0].rstrip(':/')}' is not supported" if scheme else "no database given"
@@ -85,6 +87,8 @@ def _connection(database: Database) -> Connection:
 def _notice(name: str, schema: Schema) -> str:
     if not schema.tables:
         return f"{name} has no tables that can be read, so there is nothing to ask about"
+    if schema.unreadable:
+        return f"SQLite cannot read these tables of {name} here, so they are left out: {', '.join(schema.unreadable)}"
     if len(schema_text(schema, "compact", 1 << 30)) <= SMALL and len(schema_text(schema, "ddl", 1 << 30)) <= LARGE:
         return ""
     widest = max(schema.tables, key=lambda table: len(table.columns))

@@ -191,6 +191,7 @@ class Episodes:
         reward: what a query that ends an episode is worth; the built-in one, or ``module:attribute``.
         limit: episodes that are kept; the one that was not used for longest goes first.
         idle_seconds: an episode is forgotten after so long without a step.
+        query_timeout: seconds that a query may take, the caller's and the gold one alike.
 
     Raises:
         DataError: there is no such data set or split, or no task in it.
@@ -206,13 +207,15 @@ class Episodes:
         reward: str = "execution-match",
         limit: int = 1000,
         idle_seconds: float = 3600.0,
+        query_timeout: float = 5.0,
     ) -> None:
         self.dataset, self.split = open_dataset(data), split
         self.tasks = {task.task_id: task for task in self.dataset.load(split) if task.scorable}
         if not self.tasks:
             raise DataError(f"split '{split}' of {data} has no scorable task; choose another split")
         self.model, self.reward = open_model(model), load_plugin("reward", reward)
-        self.prompts, self.config = prompts_for(self.model.family), RolloutConfig(max_turns=1)
+        self.prompts = prompts_for(self.model.family)
+        self.config = RolloutConfig(max_turns=1, query_timeout=query_timeout)
         self.limit, self.idle_seconds = limit, idle_seconds
         self.order = self.shuffled(0)
         self._kept: dict[str, Episode] = {}  # the one used last is last
@@ -226,7 +229,7 @@ class Episodes:
     async def start(self, task: Task, episode_id: str, instead_of: Episode | None) -> Episode:
         """A new episode under this id; the one it takes the place of ends."""
         try:
-            database = cached_database(self.dataset.database(task.db_id))
+            database = cached_database(self.dataset.database(task.db_id), self.config.limits)
             schema = await in_thread(database.schema)
         except SqlbenchError as error:
             raise RequestError(503, f"task {task.task_id} cannot be played: {error}") from error
@@ -475,6 +478,7 @@ def serve(
     split: str = "train",
     model: str = "nano",
     reward: str = "execution-match",
+    query_timeout: float = 5.0,
 ) -> None:
     """Serve until interrupted; port 0 takes a free one. Standard output carries the episodes' lines and nothing else.
 
@@ -484,7 +488,7 @@ def serve(
         ModelError: there is no such model.
     """
     with listen(host, port) as listener:
-        made = create(Episodes(data, split, model, reward=reward))
+        made = create(Episodes(data, split, model, reward=reward, query_timeout=query_timeout))
         print(f"serving {data} on http://{host}:{listener.getsockname()[1]}; Ctrl-C stops", file=sys.stderr, flush=True)
         config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         # OpenEnv closes sockets once more that the client closed; that is no error.

@@ -135,6 +135,7 @@ def evaluate(
     table_info_truncate: int = 2048,
     execution_truncate: int = 2048,
     strict: bool = True,
+    query_timeout: float = 5.0,
     temperature: float = 0.0,
     max_tokens: int | None = None,
     timeout: float | None = None,
@@ -162,6 +163,7 @@ def evaluate(
         table_info_truncate: characters of schema text in a prompt.
         execution_truncate: characters of an execution result in a prompt.
         strict: close the reference evaluator's holes.
+        query_timeout: seconds that a query may take, the agent's and the gold one alike.
         temperature: 0 is greedy.
         max_tokens: tokens of an answer at most; None is the model's own default.
         timeout: seconds one call to an endpoint may take.
@@ -201,6 +203,7 @@ def evaluate(
             table_info_truncate=table_info_truncate,
             execution_truncate=execution_truncate,
             strict=strict,
+            query_timeout=query_timeout,
         ),
         prompts=prompts.components,
         family=prompts.family,
@@ -361,7 +364,7 @@ async def _run(
     async def worker() -> None:
         for task in queue:
             try:
-                database = cached_database(dataset.database(task.db_id))
+                database = cached_database(dataset.database(task.db_id), config.limits)
             except Exception as error:
                 record = failed_rollout(task, "database", error)
             else:

@@ -50,6 +50,7 @@ SQLBENCH = {
     "max_turns": 3,
     "table_info_truncate": 2048,
     "execution_truncate": 2048,
+    "query_timeout": 5.0,
     "seed": 1,
     "random_reward": False,
     "credit": "rollout",
@@ -66,6 +67,7 @@ SQLBENCH = {
 trained_agents: regular expression over sub-agent names; ``write`` finds ``rewrite`` too.
 credit: what a transition is rewarded for: ``rollout``, the match of the rollout's last query, or ``transition``, what
 it did itself (`sqlbench.training.credit`).
+query_timeout: seconds that a query may take, the policy's and the gold one alike.
 max_failed_share: of the rollouts of a step; the run stops above it.
 drop_useless_groups: leave groups whose rewards are all equal out of the update (their advantage is 0).
 seed_sampling: give every model call its own seed, so that a run repeats; vLLM is slower with it.

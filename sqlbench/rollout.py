@@ -183,9 +183,10 @@ async def judge(task: Task, context: RolloutContext, reward: Reward = execution_
             if task.gold.strip():
                 verdict = await ascore(task.gold, context.sql or "", context.database, strict=context.config.strict)
                 if verdict.match is None and task.scorable:
-                    target = context.database.target
-                    why = f"the gold query of a scorable task fails ({verdict.reason}); was {target} changed?"
-                    raise DatabaseError(why)
+                    hint = f"was {context.database.target} changed?"
+                    if verdict.reason == "gold_timeout":
+                        hint = f"it may take {context.config.query_timeout:g} s (--query-timeout)"
+                    raise DatabaseError(f"the gold query of a scorable task fails ({verdict.reason}); {hint}")
             given: Any = verdict.match if reward is execution_match else reward(task, context)
             value = _in_range(await given if inspect.isawaitable(given) else given, reward)
     except RolloutFailed:

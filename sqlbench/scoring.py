@@ -28,12 +28,17 @@ from sqlbench.errors import DatabaseError, DataError
 from sqlbench.reward import Verdict, score
 from sqlbench.text import clean
 
-LIMITS = Limits(seconds=10.0)
 FIELDS = ("db_id", "gold", "pred")
 
 
 def score_pairs(
-    data: Path, pairs: Path, out: Path, keep_distinct: bool = False, strict: bool = False, workers: int | None = None
+    data: Path,
+    pairs: Path,
+    out: Path,
+    keep_distinct: bool = False,
+    strict: bool = False,
+    workers: int | None = None,
+    query_timeout: float = 10.0,
 ) -> dict[str, int]:
     """Score every row of `pairs` on the databases under `data` and return how often each reason occurred.
 
@@ -44,6 +49,8 @@ def score_pairs(
         keep_distinct: Compare with DISTINCT as written.
         strict: Close the reference evaluator's holes (`sqlbench.reward.Strictness`).
         workers: Processes; by default one per core where there are many pairs and the process has no threads.
+
+        query_timeout: Seconds that a query may take, gold or predicted.
 
     Raises:
         DataError: an input is missing, or no line of it is a pair.
@@ -69,7 +76,8 @@ def score_pairs(
         sink = out.open("w", encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from error
-    jobs = ((str(folder), fault, [row.get(k) for k in FIELDS], keep_distinct, strict) for row, fault in rows)
+    limits = Limits(seconds=query_timeout)
+    jobs = ((str(folder), fault, [row.get(k) for k in FIELDS], keep_distinct, strict, limits) for row, fault in rows)
     with sink, tqdm(total=len(rows), desc="score", unit="pair", mininterval=0.5) as progress:
         for (row, _), verdict in zip(rows, _verdicts(jobs, workers), strict=True):
             row |= {"match": verdict.match, "reason": verdict.reason}
@@ -103,7 +111,7 @@ def _verdict_chunk(jobs: list[tuple]) -> list[Verdict]:
 
 
 def _verdict(job: tuple) -> Verdict:
-    folder, fault, texts, keep_distinct, strict = job
+    folder, fault, texts, keep_distinct, strict, limits = job
     if fault:
         return Verdict(None, "bad_row", fault)
     db_id, gold, pred = [clean(text or "") for text in texts]
@@ -111,7 +119,7 @@ def _verdict(job: tuple) -> Verdict:
         databases = [cached_database(path) for path in _databases(Path(folder), db_id)]
         if not databases:
             return Verdict(None, "no_database", f"no database {db_id!r}")
-        return score(gold, pred, databases, strict=strict, keep_distinct=keep_distinct, limits=LIMITS)
+        return score(gold, pred, databases, strict=strict, keep_distinct=keep_distinct, limits=limits)
     except DatabaseError as error:
         return Verdict(None, "no_database", str(error))
 

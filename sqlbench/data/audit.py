@@ -19,6 +19,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.database.engine import cached_database
+from sqlbench.database.engine import Database, cached_database
+from sqlbench.database.schema import SQLITE_TABLES, quote
 from sqlbench.database.types import Limits
-from sqlbench.errors import DataError
-from sqlbench.interfaces import Database
+from sqlbench.errors import DatabaseError, DataError
 from sqlbench.reward import GOLD_ROWS, score
 from sqlbench.sqltree import hardness, outer_order
 
@@ -94,6 +95,8 @@ class Audit(BaseModel):
     tables_without_rows: dict[str, list[str]]
     """Databases with rows: their tables that have none."""
     excluded: list[Finding]
+    unreadable_tables: dict[str, list[str]] = {}
+    """Databases and their tables and views that are left out: what they are made of (a module of SQLite) is missing."""
 
     def summary(self) -> str:
         """One line a split, as the command line prints it."""
@@ -103,14 +106,17 @@ class Audit(BaseModel):
             lines.append(
                 f"{name}: {s.tasks} tasks, {s.scorable} scorable; excluded: {reasons}; without rows: {s.zero_rows}"
             )
+        for db_id, names in self.unreadable_tables.items():
+            lines.append(f"{db_id}: left out, since SQLite cannot read them here: {', '.join(names)}")
         return "\n".join(lines)
 
 
 class Auditor:
     """Audits tasks over the databases of one data set folder; equal (database, gold) pairs are run once."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, query_timeout: float = 5.0) -> None:
         self.root = Path(root)
+        self.limits = Limits(query_timeout, rows=GOLD_ROWS)
         self.findings: list[Finding] = []
         self._gold: dict[tuple[str, str], dict] = {}
         self._values: dict[tuple[str, str], str] = {}  # gold answers that are one value, as SQL literals
@@ -150,6 +156,7 @@ class Auditor:
             databases_without_rows=_tally(f.db_id for f in first if f.excluded == "database_without_rows"),
             tables_without_rows={db: sorted(none) for db, (some, none) in empty.items() if some and none},
             excluded=[f for f in self.findings if f.excluded],
+            unreadable_tables={db: list(names) for db in empty if (names := self._database(db).schema().unreadable)},
         )
         (self.root / "audit.json").write_text(audit.model_dump_json(indent=1) + "\n", encoding="utf-8")
         return audit
@@ -195,7 +202,7 @@ class Auditor:
             return {"excluded": "missing_database", "detail": f"no {db_id}.sqlite"}
         filled, empty = tables
         database = self._database(db_id)
-        result = database.execute(gold, Limits(rows=GOLD_ROWS))
+        result = database.execute(gold)
         if (
             result.status == "ok"
             and len(result.rows) == len(result.columns) == 1
@@ -220,13 +227,15 @@ class Auditor:
         return found
 
     def _database(self, db_id: str) -> Database:
-        return cached_database(self._path(db_id))
+        database = cached_database(self._path(db_id), self.limits)
+        assert isinstance(database, Database)  # a path opens a file
+        return database
 
     def _path(self, db_id: str) -> Path:
         return self.root / "database" / db_id / f"{db_id}.sqlite"
 
     def _connect(self, db_id: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(f"{self._path(db_id).resolve().as_uri()}?mode=ro", uri=True)
+        connection = sqlite3.connect(self._database(db_id).uri(), uri=True)
         connection.text_factory = bytes
         return connection
 
@@ -236,19 +245,16 @@ class Auditor:
             return None
         filled: set[str] = set()
         empty: set[str] = set()
-        connection = self._connect(db_id)
         try:
-            names = connection.execute(
-                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
-            ).fetchall()
-            for (name,) in names:
-                table = name.decode()
-                some = connection.execute('SELECT 1 FROM "{}" LIMIT 1'.format(table.replace('"', '""'))).fetchone()
-                (filled if some else empty).add(table.lower())
-        except sqlite3.DatabaseError as error:
+            unreadable = self._database(db_id).schema().unreadable
+            with closing(self._connect(db_id)) as connection:
+                for name, kind in connection.execute(SQLITE_TABLES).fetchall():
+                    table = name.decode(errors="replace")
+                    if kind == b"table" and table not in unreadable:
+                        some = connection.execute(f"SELECT 1 FROM {quote(table)} LIMIT 1").fetchone()
+                        (filled if some else empty).add(table.lower())
+        except (sqlite3.DatabaseError, DatabaseError) as error:
             raise DataError(f"{self._path(db_id)} is no readable SQLite database: {error}; import it again") from error
-        finally:
-            connection.close()
         return filled, empty
 
     def _reads(self, db_id: str, gold: str) -> set[str]:
@@ -284,14 +290,18 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def audit_dataset(root: str | Path) -> Audit:
+def audit_dataset(root: str | Path, query_timeout: float = 5.0) -> Audit:
     """Audit every split of a data set folder, rewrite the splits with what was found, and write the audit's two files.
+
+    Args:
+        root: the folder.
+        query_timeout: seconds that a gold query may take.
 
     Raises:
         DataError: the folder is no data set or one of its databases is damaged.
     """
     data = DataSet(root)
-    auditor = Auditor(data.root)
+    auditor = Auditor(data.root, query_timeout)
     audited = {split: auditor.audit(data.load(split), split) for split in data.splits()}
     for split, tasks in audited.items():
         write_split(data.root, split, tasks)

@@ -22,6 +22,7 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import tempfile
 import urllib.error
 import urllib.request
@@ -37,6 +38,7 @@ from tqdm.auto import tqdm
 
 from sqlbench.data.audit import Audit, Auditor
 from sqlbench.data.tasks import Task, write_split
+from sqlbench.database.sqlite_file import SIDE_FILES, merge
 from sqlbench.errors import DataError
 
 SPIDER_PAGE = "https://yale-lily.github.io/spider"
@@ -152,15 +154,24 @@ def _copy_databases(source: _Source, prefix: str, out: Path) -> None:
     for db_id, name in tqdm(sorted(wanted.items()), desc="databases", unit="db"):
         target = out / "database" / db_id / f"{db_id}.sqlite"
         target.parent.mkdir(parents=True)
-        with source.open(name) as read, target.open("wb") as write:
-            shutil.copyfileobj(read, write, _BLOCK)
+        files = [f for suffix in ("", *SIDE_FILES) if (f := name + suffix) in source.names]
+        for file in files:
+            with source.open(file) as read, target.with_name(PurePosixPath(file).name).open("wb") as write:
+                shutil.copyfileobj(read, write, _BLOCK)
+        if len(files) > 1:  # a part of the data is in a log beside the database
+            try:
+                merge(str(target))
+            except sqlite3.Error as error:
+                raise DataError(
+                    f"Cannot merge {' and '.join(files)} of the release: {error}. Import it whole."
+                ) from error
 
 
-def import_spider(source: str | Path, out: str | Path, *, seed: int = 0) -> Audit:
+def import_spider(source: str | Path, out: str | Path, *, seed: int = 0, query_timeout: float = 5.0) -> Audit:
     """Write a Spider release, zipped or unpacked, as a data set and return its gold audit.
 
     Splits: ``train`` (with train_others.json where present), ``dev``, ``test`` where present, and ``dev_500``, a seeded
-    sample of the scorable dev tasks.
+    sample of the scorable dev tasks. A gold query that takes longer than `query_timeout` seconds excludes its task.
 
     Raises:
         DataError: `source` is missing, damaged or no Spider release, or `out` already holds something.
@@ -176,7 +187,7 @@ def import_spider(source: str | Path, out: str | Path, *, seed: int = 0) -> Audi
         except OSError as error:
             raise DataError(f"cannot write beside {out}: {error}; choose another folder with --out") from error
         try:
-            audit = _write(release, prefix, work, seed)
+            audit = _write(release, prefix, work, seed, query_timeout)
             work.chmod(0o755)
             if out.exists():
                 out.rmdir()
@@ -188,7 +199,7 @@ def import_spider(source: str | Path, out: str | Path, *, seed: int = 0) -> Audi
     return audit
 
 
-def _write(release: _Source, prefix: str, work: Path, seed: int) -> Audit:
+def _write(release: _Source, prefix: str, work: Path, seed: int, query_timeout: float) -> Audit:
     splits = {
         "train": _tasks(release, prefix, ("train_spider.json", "train_others.json"), "train"),
         "dev": _tasks(release, prefix, ("dev.json",), "dev"),
@@ -204,7 +215,7 @@ def _write(release: _Source, prefix: str, work: Path, seed: int) -> Audit:
             tables.setdefault(row.get("db_id", ""), row)
     (work / "tables.json").write_text(json.dumps(list(tables.values()), indent=1) + "\n", encoding="utf-8")
 
-    auditor = Auditor(work)
+    auditor = Auditor(work, query_timeout)
     audited = {name: auditor.audit(tasks, name) for name, tasks in splits.items()}
     usable = [t for t in audited["dev"] if t.scorable]
     chosen = sorted(random.Random(seed).sample(range(len(usable)), min(SUBSET, len(usable))))

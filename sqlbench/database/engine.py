@@ -1,27 +1,27 @@
 """One read-only statement on SQLite or PostgreSQL, inside limits of time, rows, bytes and memory.
 
 Whatever text is executed, on SQLite: nothing is written (files are opened ``mode=ro``, an authorizer allows only
-reading and plain functions), nothing outside the file is read (no ATTACH, PRAGMA, extension), the statement ends within
-0.2 s of its deadline, SQLite's heap stays under `HEAP_BYTES` in the whole process and a result under
+reading and plain functions), no file appears beside the database (`sqlbench.database.sqlite_file`), nothing outside it
+is read (no ATTACH, PRAGMA, extension), the statement ends within half a second of its deadline
+(`sqlbench.database.sqlite`), SQLite's heap stays under `HEAP_BYTES` in the whole process and a result under
 `Limits.result_bytes` plus one chunk of `CHUNK_BYTES`. On PostgreSQL the text runs as a cursor of a read-only
 transaction with ``statement_timeout``, so only a single SELECT, VALUES or TABLE can run at all; a superuser login steps
 down to ``pg_read_all_data``, and functions that could step up again or run SQL held in strings are refused (see
 `sqlbench.database.postgres`), as are the tables of passwords.
 
-Not covered: a database file that was itself made hostile (corrupt pages, virtual tables); a single full count or index
-search over a file of many gigabytes; server memory of PostgreSQL, and one PostgreSQL value of up to 1 GB on its way to
-the client; PostgreSQL extensions and server functions that were installed to run commands. A role that may only read
-the tables meant for it is the real boundary there: ``CREATE ROLE reader LOGIN; GRANT SELECT ON ... TO reader``.
-SQLite's heap limit belongs to the process: other users of sqlite3 in the process share it.
+Not covered: a database file that was itself made hostile (corrupt pages); FTS5's snippet(), whose time grows with the
+square of the hits in one document; a single full count or index search over a file of many gigabytes; server memory of
+PostgreSQL, and one PostgreSQL value of up to 1 GB on its way to the client; PostgreSQL extensions and server functions
+that were installed to run commands. A role that may only read the tables meant for it is the real boundary there:
+``CREATE ROLE reader LOGIN; GRANT SELECT ON ... TO reader``. SQLite's heap limit belongs to the process: other users of
+sqlite3 in the process share it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import marshal
 import os
-import re
 import sqlite3
 import threading
 import time
@@ -29,15 +29,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits, QueryResult
+from sqlbench.database.sqlite import HEAP_BYTES, PROGRAM_STEPS, SqliteConnection
+from sqlbench.database.sqlite_file import Snapshot, identity, read_in_place, stamp
+from sqlbench.database.types import Limits, QueryResult, Schema
 from sqlbench.errors import DatabaseError
 
 if TYPE_CHECKING:
     from sqlbench import interfaces
-    from sqlbench.database.types import Schema
 
-HEAP_BYTES = 64 << 20
-"""Hard limit of SQLite's heap in this process."""
 IDLE_CONNECTIONS = 2
 """Kept open for each database: one takes about 150 kB of the heap that all databases of the process share."""
 LOOK_SECONDS = 0.01
@@ -100,151 +99,6 @@ class _Watchdog:
 
 _watchdog = _Watchdog()
 
-_ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
-_FORBIDDEN = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "sqlite_dbpage"})
-
-
-def _authorize(action: int, first: str | None, second: str | None, schema: str | None, source: str | None) -> int:
-    if action not in _ALLOWED or (action == sqlite3.SQLITE_FUNCTION and second in _FORBIDDEN):
-        return sqlite3.SQLITE_DENY
-    return sqlite3.SQLITE_OK
-
-
-# One call of these functions costs up to the square of its arguments' lengths, and no call can be interrupted. Where a
-# statement could also build long arguments for them, values are kept short and the program small.
-_SQUARE = ("instr", "replace", "trim", "like", "glob", "json")
-_BUILDERS = (
-    "||", "replace", "printf", "format", "concat", "hex", "blob", "char", "json", "strftime", "quote", "string_agg",
-)  # fmt: skip
-_LIMITS = {
-    sqlite3.SQLITE_LIMIT_SQL_LENGTH: SQL_BYTES,
-    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
-    sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
-    sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 1,
-    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 1000,
-    sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 500,
-    sqlite3.SQLITE_LIMIT_COLUMN: 1000,
-    sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 200,
-}
-_LOOSE, _TIGHT = (256 << 10, 20_000), (8 << 10, 1_500)
-"""(longest value in bytes, longest program in instructions)."""
-
-
-def _is_tight(sql: str) -> bool:
-    text = sql.lower()
-    return any(name in text for name in _SQUARE) and (len(text) > 2000 or any(name in text for name in _BUILDERS))
-
-
-def _lenient(raw: bytes) -> str:
-    return raw.decode(errors="ignore")
-
-
-_plain = threading.local()
-_LARGE = re.compile(r"\s*[-+]?(\d{5}|[\d.]+e)", re.IGNORECASE)
-
-
-def _printf(*arguments: Any) -> Any:
-    """SQLite's own printf, for widths that end: it counts up to a width of 1e9 without looking at any limit."""
-    texts = [a.decode(errors="ignore") if isinstance(a, bytes) else str(a) for a in arguments]
-    if texts and (re.search(r"\d{5}", texts[0]) or ("*" in texts[0] and any(map(_LARGE.match, texts[1:])))):
-        raise ValueError("width or precision of more than 9999")
-    if not hasattr(_plain, "connection"):
-        _plain.connection = sqlite3.connect(":memory:")
-    return _plain.connection.execute(f"SELECT printf({','.join('?' * len(arguments))})", arguments).fetchone()[0]
-
-
-class _SqliteConnection:
-    def __init__(self, path: str) -> None:
-        if path == ":memory:":
-            uri = "file::memory:"
-        else:
-            # An immutable file is read without locks and never grows a -shm beside it; a file in use by a writer
-            # (it has a -wal or -journal) has to be read the ordinary way.
-            busy = os.path.exists(path + "-wal") or os.path.exists(path + "-journal")
-            uri = Path(path).absolute().as_uri() + ("?mode=ro" if busy else "?mode=ro&immutable=1")
-        # A kept statement takes about 10 kB of the heap that all connections share, so few are kept.
-        self.raw = raw = sqlite3.connect(
-            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1.0, cached_statements=16
-        )
-        for pragma in (
-            f"hard_heap_limit={HEAP_BYTES}",
-            "temp_store=memory",
-            "query_only=on",
-            "trusted_schema=off",
-            "cache_size=-1024",
-            "mmap_size=0",  # a file that is cut while it is mapped ends the process (SIGBUS)
-        ):
-            raw.execute(f"PRAGMA {pragma}").fetchall()
-        raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
-        with contextlib.suppress(sqlite3.OperationalError):  # made now, since making them later asks for CREATE TABLE
-            raw.execute("SELECT 1 FROM json_each('[]'), json_tree('[]')").fetchall()
-        for limit, value in _LIMITS.items():
-            raw.setlimit(limit, value)
-        self.bounds = (0, 0)
-        for name in ("printf", "format"):
-            raw.create_function(name, -1, _printf, deterministic=True)
-        raw.set_authorizer(_authorize)
-
-    def interrupt(self) -> None:
-        self.raw.interrupt()
-
-    def close(self) -> None:
-        self.raw.close()
-
-    def run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:
-        bounds = _TIGHT if _is_tight(sql) else _LOOSE
-        if bounds is not self.bounds:
-            self.raw.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, bounds[0])
-            self.raw.setlimit(sqlite3.SQLITE_LIMIT_VDBE_OP, bounds[1])
-            self.bounds = bounds
-        while True:
-            try:
-                return self._fetch(sql, limits)
-            except (sqlite3.Error, ValueError) as error:
-                message = str(error)
-                if message.startswith("Could not decode to UTF-8"):
-                    try:
-                        self.raw.text_factory = _lenient
-                        return self.run(sql, limits, deadline)
-                    finally:
-                        self.raw.text_factory = str
-                if message == "interrupted":
-                    if time.perf_counter() < deadline:  # it was meant for the statement before this one
-                        continue
-                    return QueryResult("timeout", error=f"no result within {limits.seconds:g} s")
-                if message == "string or blob too big":
-                    return QueryResult("too_large", error=f"a value of more than {bounds[0]} bytes")
-                if message == "query string is too large":
-                    return QueryResult("rejected", error=f"statement of more than {SQL_BYTES} bytes")
-                plain = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.ProgrammingError)
-                refused = "authoriz" in message or "prohibited" in message or "readonly" in message
-                return QueryResult("error" if plain and not refused else "rejected", error=message)
-
-    def _fetch(self, sql: str, limits: Limits) -> QueryResult:
-        cursor = self.raw.execute(sql)
-        try:
-            description = cursor.description
-            if description is None:
-                return QueryResult("rejected", error=NO_STATEMENT)
-            columns = tuple([d[0] for d in description])
-            step = max(1, min(1000, limits.rows + 1, CHUNK_BYTES // (len(columns) * self.bounds[0])))
-            rows: list[tuple] = []
-            size = 0
-            while True:
-                chunk = cursor.fetchmany(step)
-                rows += chunk
-                if len(rows) > limits.rows:
-                    error = f"more than {limits.rows:,} rows"
-                    return QueryResult("too_large", columns, rows[: limits.rows], error)
-                if len(chunk) < step:
-                    return QueryResult("ok", columns, rows)
-                size += len(marshal.dumps(chunk))
-                if size > limits.result_bytes:
-                    error = f"more than {limits.result_bytes:,} bytes in the first {len(rows):,} rows"
-                    return QueryResult("too_large", columns, rows, error)
-        finally:
-            cursor.close()
-
 
 class Database:
     """A database opened for reading: thread-safe, with a pool of connections. Make one with `open_database`."""
@@ -259,27 +113,37 @@ class Database:
 
             self.name = database_name(target)
         self._is_file = self.dialect == "sqlite" and target != ":memory:"
+        self.described: tuple[tuple, Schema] | None = None
+        """As `sqlbench.database.schema.introspect` read it, and of which content."""
         self._idle: list[Connection] = []
         self._born = object()
-        self._seen, self._looked = self.identity(), time.monotonic()
+        self._lock = threading.Lock()
+        self._snapshot = self._read_file() if self._is_file else None
+        self._seen, self._looked = self._identity_seen(), time.monotonic()
         self._idle.append(self._connect())
 
     def identity(self) -> tuple:
-        """A value that changes when the content may have: inode, size and time of change of a file and of its -wal.
+        """A value that changes when the content may have: inode, size and time of change of a file and of its logs.
 
         PostgreSQL has none, so its results are good for as long as this object lives.
         """
-        if not self._is_file:
-            return (self.target, self._born)
+        return identity(self.target) if self._is_file else (self.target, self._born)
+
+    def uri(self) -> str:
+        """What sqlite3 opens to read the file as it was last seen."""
+        return self._snapshot.uri if self._snapshot else "file::memory:"
+
+    def _identity_seen(self) -> tuple:
+        return self._snapshot.identity if self._snapshot else self.identity()
+
+    def _read_file(self) -> Snapshot:
         try:
-            stamp = _stamp(self.target)
-        except OSError as error:
-            raise DatabaseError(f"cannot open database {self.target}: {error.strerror}") from error
-        try:
-            log = _stamp(self.target + "-wal")
-        except OSError:
-            log = None
-        return (self.target, stamp, log)
+            return Snapshot(self.target)
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> DatabaseError:
+        return DatabaseError(f"cannot open database {self.target}: {error}; is it a SQLite file?")
 
     def schema(self) -> Schema:
         """Describe the tables; read once for each content of the database."""
@@ -293,9 +157,9 @@ class Database:
                 from sqlbench.database.postgres import PostgresConnection
 
                 return PostgresConnection(self.target)
-            return _SqliteConnection(self.target)
+            return SqliteConnection(self.uri())
         except sqlite3.Error as error:
-            raise DatabaseError(f"cannot open database {self.target}: {error}; is it a SQLite file?") from error
+            raise self._unusable(error) from error
 
     def execute(self, sql: str, limits: Limits | None = None) -> QueryResult:
         """Run one statement and wait for it. A failing statement is a `QueryResult`, never an exception.
@@ -310,15 +174,23 @@ class Database:
         """Look whether the file was replaced, let go of what was open of it then, and return its identity."""
         now = time.monotonic()
         if self._is_file and now > self._looked + LOOK_SECONDS:
-            self._looked = now
-            identity = self.identity()
-            if identity != self._seen:
-                self.close()
-                self._seen = identity
+            self.look()
+        return self._seen
+
+    def look(self) -> tuple:
+        """Like `refresh`, without trusting a look of a moment ago."""
+        self._looked = time.monotonic()
+        if self.identity() != self._seen:
+            with self._lock:
+                if self.identity() != self._seen:
+                    self._snapshot = self._read_file()
+                    self._seen = self._snapshot.identity
+                    self.close()
         return self._seen
 
     def execute_as_seen(self, sql: str, limits: Limits) -> QueryResult:
         """Like `execute`, on the file as `refresh` last saw it."""
+        seen = self._seen
         start = time.perf_counter()
         deadline = start + limits.seconds
         while True:
@@ -331,13 +203,17 @@ class Database:
                 # fail itself, and gets a few more tries. One that has run for a while is what used the memory up.
                 now = time.perf_counter()
                 if now - tried > 0.05 or now - start > 0.15 or now + 0.1 > deadline:
-                    error = f"needs more than {HEAP_BYTES} bytes of memory or {_LOOSE[1]} instructions"
+                    error = f"needs more than {HEAP_BYTES} bytes of memory or {PROGRAM_STEPS} instructions"
                     result = QueryResult("too_large", error=error)
                     break
                 time.sleep(0.03)
-        if result.status == "error" and self._is_file and self.identity()[:2] != self._seen[:2]:
-            raise DatabaseError(f"database {self.target} was changed while it was read: {result.error}")
         result.seconds = time.perf_counter() - start
+        if self._is_file and read_in_place(seen):
+            current = stamp(self.target)
+            same_file = current[0] == seen[1][0]  # otherwise what was read is whole: the file that was replaced
+            if current != seen[1] and (same_file or result.status == "error"):
+                reason = f": {result.error}" if result.error else ""
+                raise DatabaseError(f"database {self.target} was changed while it was read{reason}")
         return result
 
     def _run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:
@@ -374,38 +250,53 @@ class Database:
             idle.pop().close()
 
 
-def _stamp(path: str) -> tuple[int, int, int]:
-    stat = os.stat(path)
-    return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
 def is_postgres(target: str) -> bool:
     """Whether a database target is a PostgreSQL address."""
     return target.startswith(("postgresql://", "postgres://"))
 
 
+def sqlite_path(target: str) -> str:
+    """Return the path in an address such as ``sqlite:///shop.db`` or ``sqlite:////data/shop.db``; others unchanged.
+
+    Raises:
+        DatabaseError: it begins like one and is not.
+    """
+    scheme, colon, rest = target.partition(":")
+    if not colon or scheme.split("+")[0].lower() != "sqlite":
+        return target
+    if rest in ("//", "///:memory:"):
+        return ":memory:"
+    if scheme != "sqlite" or not rest.startswith("///") or not rest.strip("/"):
+        raise DatabaseError(
+            f"Not the address of a SQLite file: {target}. Write sqlite:///shop.db, or sqlite:////data/shop.db for the "
+            "file /data/shop.db."
+        )
+    return rest[3:]
+
+
 def open_database(target: str | Path, limits: Limits | None = None) -> Database:
-    """Open a SQLite file, ``:memory:`` or a ``postgresql://`` address for reading.
+    """Open a SQLite file (a path or ``sqlite:///path``), ``:memory:`` or a ``postgresql://`` address for reading.
 
     Raises:
         DatabaseError: it does not exist, is no database, or cannot be reached.
     """
-    return Database(str(target), limits or Limits())
+    return Database(sqlite_path(str(target)), limits or Limits())
 
 
-_open: dict[str, Database] = {}
+_open: dict[tuple[str, Limits], Database] = {}
 _open_lock = threading.Lock()
+_LIMITS = Limits()
 
 
-def cached_database(path: str | Path | interfaces.Database) -> interfaces.Database:
+def cached_database(path: str | Path | interfaces.Database, limits: Limits = _LIMITS) -> interfaces.Database:
     """The database of this path from the pool of this process, opened on first use; a database object is returned."""
     if not isinstance(path, str | Path):
         return path
-    key = str(path)
+    key = (str(path), limits)
     database = _open.get(key)
     if database is None:
         with _open_lock:
-            database = _open.get(key) or _open.setdefault(key, open_database(key))
+            database = _open.get(key) or _open.setdefault(key, open_database(*key))
     return database
 
 
@@ -426,7 +317,7 @@ def _after_fork() -> None:
     _watchdog, _threads, _open_lock = _Watchdog(), None, threading.Lock()
     _inherited.extend(c for d in _open.values() for c in d._idle)  # kept alive: closing them would touch shared locks
     for database in _open.values():
-        database._idle = []
+        database._idle, database._lock = [], threading.Lock()
 
 
 _inherited: list[Connection] = []

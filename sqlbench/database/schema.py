@@ -6,9 +6,7 @@ import re
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
-from functools import lru_cache
 from itertools import takewhile
-from pathlib import Path
 
 from sqlbench.database.engine import Database
 from sqlbench.database.types import Column, ForeignKey, Schema, Table
@@ -21,38 +19,43 @@ def introspect(database: Database) -> Schema:
     Raises:
         DatabaseError: its catalogue cannot be read.
     """
-    return _introspect(database.identity(), database.dialect, database.name)
+    seen = database.look()
+    if database.described is None or database.described[0] != seen:
+        database.described = (seen, _read(database))
+    return database.described[1]
 
 
-@lru_cache(maxsize=1024)
-def _introspect(identity: tuple, dialect: str, name: str) -> Schema:
-    if dialect == "postgresql":
+def _read(database: Database) -> Schema:
+    if database.dialect == "postgresql":
         from sqlbench.database.postgres import read_tables
 
-        return Schema(read_tables(identity[0]), dialect, name)
-    if identity[0] == ":memory:":
-        return Schema((), dialect, name)
+        return Schema(read_tables(database.target), database.dialect, database.name)
     try:
-        with closing(sqlite3.connect(Path(identity[0]).absolute().as_uri() + "?mode=ro", uri=True)) as connection:
-            return Schema(_sqlite_tables(connection), dialect, name)
+        with closing(sqlite3.connect(database.uri(), uri=True)) as connection:
+            tables, unreadable = _sqlite_tables(connection)
+            return Schema(tables, database.dialect, database.name, unreadable)
     except sqlite3.Error as error:
-        raise DatabaseError(f"cannot read the schema of {identity[0]}: {error}") from error
+        raise DatabaseError(f"cannot read the schema of {database.target}: {error}") from error
 
 
-def _sqlite_tables(connection: sqlite3.Connection) -> tuple[Table, ...]:
+SQLITE_TABLES = r"""
+SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\_%' ESCAPE '\'
+AND name NOT IN (SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'shadow') ORDER BY type, rowid"""
+"""Tables and views, without the tables in which virtual ones keep their data."""
+
+
+def _sqlite_tables(connection: sqlite3.Connection) -> tuple[tuple[Table, ...], tuple[str, ...]]:
+    """The tables, and the names of those that cannot be read."""
     connection.text_factory = lambda raw: raw.decode(errors="replace")
-    names = connection.execute(
-        "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
-        " ORDER BY type, rowid"
-    )
-    info = {}
-    for (name,) in names.fetchall():
+    info, unreadable = {}, []
+    for name, _ in connection.execute(SQLITE_TABLES).fetchall():
         try:  # the last field says whether a column is hidden (1) or generated (2, 3)
             found = connection.execute(f"PRAGMA table_xinfo({quote(name)})").fetchall()
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
                 raise
-            continue  # a view of something that is gone
+            unreadable.append(name)  # a view of something that is gone, or a table whose module SQLite lacks here
+            continue
         info[name] = [column for column in found if column[6] != 1]
     keys = {
         name.lower(): [column[1] for column in sorted(rows, key=lambda c: c[5]) if column[5]]
@@ -67,7 +70,7 @@ def _sqlite_tables(connection: sqlite3.Connection) -> tuple[Table, ...]:
             target = ref_column or (implied[part] if part < len(implied) else "")
             references.append(ForeignKey(column, ref_table, target))
         tables.append(Table(name, columns, tuple(sorted(references, key=lambda r: (r.column, r.ref_table)))))
-    return tuple(tables)
+    return tuple(tables), tuple(unreadable)
 
 
 def quote(name: str, schema: str = "") -> str:

@@ -9,6 +9,8 @@ CHUNK_BYTES = 32 << 20
 """Largest amount of row data that is fetched between two looks at the size of the result."""
 SQL_BYTES = 100_000
 """Longest statement that is looked at."""
+LONGEST_QUERY = 86_400.0
+"""Seconds; the most that a time limit can be."""
 NO_STATEMENT = "there is no statement: the text is empty or only a comment"
 
 
@@ -94,6 +96,8 @@ class Schema:
     tables: tuple[Table, ...]
     dialect: str = "sqlite"
     name: str = ""
+    unreadable: tuple[str, ...] = ()
+    """Tables and views that were left out: what they are made of is missing here."""
 
     @cached_property
     def texts(self) -> dict[tuple[str, int], str]:

@@ -69,9 +69,10 @@ class SqlAgentLoop(AgentLoopBase):
             max_turns=settings.max_turns,
             table_info_truncate=settings.table_info_truncate,
             execution_truncate=settings.execution_truncate,
+            query_timeout=settings.query_timeout,
         )
         try:
-            database = cached_database(_dataset(settings.data).database(task.db_id))
+            database = cached_database(_dataset(settings.data).database(task.db_id), limits.limits)
         except SqlbenchError as error:
             record = failed_rollout(task, "database", error)
         else:

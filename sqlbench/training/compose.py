@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqlbench.database.types import LONGEST_QUERY
 from sqlbench.errors import TrainingError
 from sqlbench.models.checkpoint import checkpoint_family
 from sqlbench.profiles import Profile, merged
@@ -129,6 +130,8 @@ def _check_values(config: DictConfig, given: dict[str, Any]) -> None:
             raise TrainingError(f"{key}={value}: give a whole number of at least 1")
         if type(value) not in (int, float):
             raise TrainingError(f"{key}={value} is no number")
+    if not 0 < (seconds := config.sqlbench.query_timeout) <= LONGEST_QUERY:
+        raise TrainingError(f"sqlbench.query_timeout={seconds}: give seconds between 0 and {LONGEST_QUERY:g}")
     for key, default in given.items():
         if isinstance(default, bool) and not isinstance(value := OmegaConf.select(config, key), bool):
             raise TrainingError(f"{key}={value} is neither true nor false")

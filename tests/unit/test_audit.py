@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
@@ -118,3 +119,46 @@ def test_gold_as_prediction_scores_on_all_of_the_real_dev_split(spider, strict):
 def test_without_an_audit_the_command_that_makes_one_is_named(tmp_path):
     with pytest.raises(DataError, match="sqlbench data audit"):
         read_audit(tmp_path)
+
+
+ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
+SHELF = """
+CREATE VIRTUAL TABLE page USING fts5(title, body);
+INSERT INTO page VALUES ('a', 'the river runs');
+CREATE VIRTUAL TABLE draft USING fts5(body);
+PRAGMA journal_mode = wal;
+PRAGMA writable_schema = on;
+INSERT INTO sqlite_master VALUES ('table', 'shape', 'shape', 0, 'CREATE VIRTUAL TABLE shape USING no_such_module(x)');
+"""
+
+
+def test_a_table_of_a_missing_module_is_left_out_with_a_note_and_the_rest_is_audited(tmp_path):
+    path = tmp_path / "database/shelf/shelf.sqlite"
+    path.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in SHELF.strip().split("\n"):
+            connection.execute(statement)
+    golds = ["SELECT title FROM page WHERE page MATCH 'river'", "SELECT x FROM shape"]
+    tasks = [
+        Task(task_id=f"dev-{i}", db_id="shelf", question="Which?", gold=gold, split="dev")
+        for i, gold in enumerate(golds)
+    ]
+    write_split(tmp_path, "dev", tasks)
+    (tmp_path / "dataset.json").write_text("{}")
+    audit = audit_dataset(tmp_path)
+    assert [t.excluded for t in DataSet(tmp_path).load("dev")] == ["", "gold_error"]
+    assert audit.unreadable_tables == {"shelf": ["shape"]}
+    assert audit.tables_without_rows == {"shelf": ["draft"]}
+    assert "shelf: left out, since SQLite cannot read them here: shape" in audit.summary()
+    assert [p.name for p in path.parent.iterdir()] == ["shelf.sqlite"]
+
+
+def test_the_time_limit_of_gold_queries_is_an_option(tmp_path):
+    path = tmp_path / "database/shop/shop.sqlite"
+    path.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(SCRIPTS["shop"])
+    write_split(tmp_path, "dev", [Task(task_id="dev-0", db_id="shop", question="How many?", gold=ENDLESS, split="dev")])
+    (tmp_path / "dataset.json").write_text("{}")
+    audit = audit_dataset(tmp_path, query_timeout=0.1)
+    assert audit.excluded[0].excluded == "gold_timeout" and audit.excluded[0].detail == "no result within 0.1 s"

@@ -6,6 +6,7 @@ import hashlib
 import resource
 import sqlite3
 import threading
+from contextlib import closing
 
 import pytest
 
@@ -17,6 +18,15 @@ COUNT = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r)"
 GROW = "WITH RECURSIVE r(x) AS (SELECT 'aaaaaaaa' UNION ALL SELECT x || x FROM r WHERE length(x) < 1e9)"
 LONG = "SELECT group_concat('aaaaaaaaaaaaaaaaaaaaaaaa', '') AS s FROM item a, item b"
 LITERAL = "a" * 45_000
+SIZES = (6400, 9600, 64_000, 640_000)
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def straight(call: str, times: int = 450, size: int = 1) -> str:
+    """A statement that makes the same call on one long value many times, with nowhere to interrupt it."""
+    value = f"SELECT body AS s FROM doc WHERE size = {size}"
+    return f"WITH t AS MATERIALIZED ({value}) SELECT " + " + ".join([call] * times) + " AS x FROM t"
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +36,11 @@ def home(tmp_path_factory):
         connection = sqlite3.connect(folder / f"{name}.sqlite")
         connection.execute("CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT)")
         connection.executemany("INSERT INTO item (name) VALUES (?)", [(f"{secret} {i}",) for i in range(100)])
+        connection.execute("CREATE TABLE doc (size INTEGER PRIMARY KEY, body TEXT, global_rank INTEGER)")
+        for size in SIZES:
+            body = ("the river runs. " * (size // 16 + 1))[:size]
+            connection.execute("INSERT INTO doc VALUES (?, ?, 1)", (size, body))
+        connection.execute("INSERT INTO doc VALUES (1, ?, 1)", ("a" * 640_000,))
         connection.commit()
         connection.close()
     return folder
@@ -76,7 +91,10 @@ HOSTILE = {
     "readfile": ("SELECT readfile('{home}/other.sqlite')", {"error", "rejected"}),
     "writefile": ("SELECT writefile('{home}/w', 'x')", {"error", "rejected"}),
     "edit": ("SELECT edit('x', 'touch {home}/w')", {"error", "rejected"}),
-    "tokenizer": ("SELECT fts3_tokenizer('simple')", {"error", "rejected"}),
+    "tokenizer": ("SELECT fts3_tokenizer('simple')", REFUSED),
+    "tokenizer in a table": ("SELECT * FROM fts3tokenize('simple', 'a')", {"error", "rejected"}),
+    "fts3 optimize": ("SELECT optimize(item) FROM item", {"error", "rejected"}),
+    "rtreecheck": ("SELECT rtreecheck('item')", {"error", "rejected"}),
     "begin": ("BEGIN IMMEDIATE", REFUSED),
     "savepoint": ("SAVEPOINT x", REFUSED),
     "two statements": ("SELECT 1; SELECT 2", REFUSED),
@@ -152,6 +170,24 @@ HOSTILE = {
         "SELECT count(*) FROM json_tree('[" + "1," * 900 + "1]') a, json_tree('[" + "1," * 900 + "1]') b, item, item c",
         {"timeout"},
     ),
+    **{
+        f"{call} in a row": (straight(call), {"too_large"})
+        for call in (
+            f"(s LIKE '{'%a' * 40}b')", f"(s LIKE '%{'a' * 60}b')", f"(s GLOB '*{'a' * 60}b')",
+            f"(s GLOB '*{'[a-b]' * 12}c')", "instr(s, s || 'b')", "length(replace(s, substr(s, 9) || 'b', ''))",
+            "length(trim(s, 'b' || s))", "length(ltrim(s, 'b' || s))", "length(rtrim(s, s))", "length(upper(s))",
+            "length(hex(s))", "length(quote(s))", "length(strftime(s, 'now'))", "length(printf('%s%s', s, s))",
+            "json_valid(s)", "json_quote(s)", "length(json_patch(json_object(s, 1), json_object(s, 2)))",
+            "length(randomblob(640000))", "unicode(s)",
+        )
+    },
+    "one LIKE with a long pattern": (straight(f"(s LIKE '%{'a' * 990}b')", 1), {"too_large"}),
+    "one json_patch of long values": (straight("length(json_patch(json_object(s, 1), '{}'))", 1), {"too_large"}),
+    "one trim of a long set": (straight("length(trim(s, 'b' || s))", 1), {"ok", "too_large"}),
+    "doubling calls": (
+        "SELECT x FROM (SELECT x || x AS x FROM (" * 12 + "SELECT instr(name, name) AS x FROM item" + "))" * 12,
+        {"error", "ok", "too_large"},
+    ),
     "deep json": ("SELECT json('" + "[" * 40_000 + "')", {"error", "too_large"}),
 }  # fmt: skip
 
@@ -188,6 +224,110 @@ def test_the_elements_of_a_json_value_can_be_asked_for(database):
 )
 def test_printf_is_sqlites_own(database, sql):
     assert database.execute(sql).rows == sqlite3.connect(":memory:").execute(sql).fetchall()
+
+
+# ---- long values
+
+
+ON_LONG_TEXT = {
+    "SELECT length(body) FROM doc WHERE size = {n} ORDER BY global_rank": "{n}",
+    "SELECT count(*) FROM doc WHERE size = {n} AND body LIKE '%' || 'river' || '%'": "1",
+    "SELECT count(*) FROM doc WHERE size = {n} AND (body LIKE '%river%' OR body LIKE '%sea%')": "1",
+    "SELECT count(*) FROM doc WHERE size = {n} AND body GLOB '*r[iu]n*'": "1",
+    "SELECT instr(body, 'runs') FROM doc WHERE size = {n}": "11",
+    "SELECT length(replace(body, 'river', 'sea')) FROM doc WHERE size = {n}": "{n} * 14 / 16",
+    "SELECT length(trim(body, ' .')) FROM doc WHERE size = {n}": "{n} - 2",
+    "SELECT length(trim(body)) FROM doc WHERE size = {n}": "{n} - 1",
+    "SELECT length(body || '!') FROM doc WHERE size = {n}": "{n} + 1",
+    "SELECT length(printf('%s!', body)) FROM doc WHERE size = {n}": "{n} + 1",
+    "SELECT length(group_concat(body, '')) FROM doc WHERE size = {n}": "{n}",
+    "SELECT length(json_extract(json_object('a', body), '$.a')) FROM doc WHERE size = {n}": "{n}",
+    "SELECT length(upper(substr(body, 1, instr(body, 'runs')))) FROM doc WHERE size = {n}": "11",
+    "SELECT strftime('%Y', '2020-01-01') + length(body) FROM doc WHERE size = {n}": "2020 + {n}",
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sql", ON_LONG_TEXT)
+def test_long_text_is_read_searched_and_replaced(database, sql, size):
+    result = database.execute(sql.format(n=size), Limits())
+    assert result.error is None and result.rows == [(eval(ON_LONG_TEXT[sql].format(n=size)),)]
+
+
+@pytest.mark.parametrize("size", [1, 20_000])  # SQLite's own functions, and those that take their place
+def test_functions_give_what_sqlite_gives(tmp_path, size):
+    values = (
+        "NULL",
+        "''",
+        "'a'",
+        "'ab'",
+        "'abcab'",
+        "'äbä'",
+        "12",
+        "1.5",
+        "1e30",
+        "x'6162'",
+        "x''",
+        "'a' || char(0) || 'b'",
+    )
+    with closing(sqlite3.connect(tmp_path / "x.sqlite")) as connection:
+        connection.executescript(
+            "CREATE TABLE v (a); CREATE TABLE long (t);" + "".join(f"INSERT INTO v VALUES ({v});" for v in values)
+        )
+        connection.execute("INSERT INTO long VALUES (?)", ("x" * size,))
+        connection.commit()
+        two = ("instr", "trim", "ltrim", "rtrim")
+        calls = [f"{f}(x.a, y.a)" for f in two] + [f"typeof({f}(x.a, y.a))" for f in two]
+        calls += ["replace(x.a, y.a, z.a)", "typeof(replace(x.a, y.a, z.a))"]
+        sql = f"SELECT {', '.join(calls)} FROM v x, v y, v z"
+        opened = open_database(tmp_path / "x.sqlite", Limits(seconds=30))
+        assert opened.execute("SELECT replace(t, 'y', '') FROM long").rows == [("x" * size,)]
+        assert opened.execute(sql).rows == connection.execute(sql).fetchall()
+
+
+@pytest.mark.parametrize(
+    ("call", "size"),
+    [
+        ("(s LIKE '%river%')", 6400),
+        ("(s GLOB '*river*')", 6400),
+        ("instr(s, 'river')", 64_000),
+        ("length(replace(s, 'river', ''))", 64_000),
+        ("length(trim(s, 't'))", 64_000),
+        ("length(strftime(s, 'now'))", 64_000),
+        ("length(printf('%s', s))", 64_000),
+        ("json_valid(s)", 64_000),
+    ],
+)
+def test_costly_calls_in_a_row_shorten_the_longest_value(home, call, size):
+    database = open_database(home / "shop.sqlite", LIMITS)
+    assert database.execute(straight(call, 2, size)).ok
+    result = open_database(home / "shop.sqlite", LIMITS).execute(straight(call, 450, size))
+    assert result.status == "too_large" and "a value of more than" in result.error
+
+
+def test_a_value_beyond_the_limit_is_named_with_it(database):
+    result = database.execute("SELECT randomblob(1100000)", Limits())
+    assert (result.status, result.error) == ("too_large", "a value of more than 1048576 bytes")
+
+
+@pytest.mark.parametrize("operator", ["LIKE", "GLOB"])
+def test_patterns_have_a_longest_length(home, operator):
+    database = open_database(home / "shop.sqlite")
+    assert database.execute(f"SELECT count(*) FROM item WHERE name {operator} '{'a' * 5000}'").rows == [(0,)]
+    result = database.execute(f"SELECT count(*) FROM item WHERE name {operator} '{'a' * 5001}'")
+    assert (result.status, result.error) == ("too_large", "a pattern of more than 5000 bytes")
+
+
+def test_expressions_have_a_greatest_depth(database):
+    assert database.execute("SELECT " + " + ".join(["id"] * 500) + " FROM item WHERE id = 1").rows == [(500,)]
+    result = database.execute("SELECT " + " + ".join(["id"] * 502) + " FROM item WHERE id = 1")
+    assert result.status == "error" and "maximum depth 500" in result.error
+
+
+def test_exactly_as_many_rows_as_the_limit_are_a_result(database):
+    assert database.execute("SELECT id FROM item", Limits(rows=100)).ok
+    result = database.execute("SELECT id FROM item", Limits(rows=99))
+    assert result.status == "too_large" and len(result.rows) == 99
 
 
 def test_memory_stays_within_what_is_stated(database):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import shutil
 import sqlite3
+import tempfile
 import threading
 import time
 from contextlib import closing
 
 import pytest
 
+from sqlbench.connection import connect
 from sqlbench.database import engine
 from sqlbench.database.engine import cached_database, open_database
+from sqlbench.database.schema import introspect, sample_rows
+from sqlbench.database.sqlite import SqliteConnection
 from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError
 
@@ -170,7 +176,7 @@ def test_what_is_written_to_a_log_beside_the_file_is_seen(tmp_path):
 
 
 def test_a_connection_that_was_closed_meanwhile_does_not_end_the_deadlines_of_others(path):
-    closed, database = engine._SqliteConnection(str(path)), open_database(path)
+    closed, database = SqliteConnection(path.as_uri()), open_database(path)
     closed.close()
     engine._watchdog.watch(closed, 0.0)
     time.sleep(0.1)
@@ -184,3 +190,138 @@ def test_two_databases_are_never_taken_for_one():
     for _ in range(20):  # each is gone before the next one is made, and its place in memory is free
         seen.add(open_database(":memory:").identity())
     assert len(seen) == 20
+
+
+# ---- files with a log beside them
+
+
+def listing(folder):
+    """Every file of a folder with its content and time of change."""
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+
+def in_wal_mode(folder):
+    """A database in WAL mode whose writer closed it: no file beside it."""
+    with closing(sqlite3.connect(folder / "x.sqlite")) as connection:
+        connection.executescript("PRAGMA journal_mode = wal; CREATE TABLE t (x); INSERT INTO t VALUES (1)")
+
+
+def after_a_crash_in_wal_mode(folder):
+    """What a writer leaves that was killed: the last commits are in the log alone."""
+    with closing(sqlite3.connect(folder / "w.sqlite", isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = wal")
+        writer.execute("CREATE TABLE t (x)")
+        writer.execute("INSERT INTO t VALUES (1)")
+        for suffix in ("", "-wal"):
+            shutil.copy(folder / f"w.sqlite{suffix}", folder / f"x.sqlite{suffix}")
+    (folder / "w.sqlite").unlink()
+
+
+def after_a_crash_with_a_journal(folder):
+    """A transaction that was under way when its writer was killed: half of it is in the file, and has to go again."""
+    with closing(sqlite3.connect(folder / "w.sqlite", isolation_level=None)) as writer:
+        writer.executescript("CREATE TABLE t (x, pad); PRAGMA cache_size = 5; BEGIN")
+        writer.executemany("INSERT INTO t VALUES (?, ?)", [(int(n == 0), "p" * 500) for n in range(1000)])
+        writer.execute("COMMIT")
+        writer.execute("BEGIN")
+        writer.execute("UPDATE t SET x = 7")
+        for suffix in ("", "-journal"):
+            shutil.copy(folder / f"w.sqlite{suffix}", folder / f"x.sqlite{suffix}")
+    (folder / "w.sqlite").unlink()
+
+
+@pytest.mark.parametrize("make", [in_wal_mode, after_a_crash_in_wal_mode, after_a_crash_with_a_journal])
+def test_what_was_committed_is_read_and_nothing_changes_beside_the_file(tmp_path, monkeypatch, make):
+    folder, private = tmp_path / "data", tmp_path / "private"
+    folder.mkdir()
+    private.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(private))
+    make(folder)
+    before = listing(folder)
+    os.chmod(folder, 0o555)
+    database = open_database(folder / "x.sqlite")
+    assert database.execute("SELECT sum(x) FROM t").rows == [(1,)]
+    assert [t.name for t in introspect(database).tables] == ["t"]
+    assert sample_rows(database, "t", 1)[0][0] == 1
+    assert listing(folder) == before
+    del database
+    gc.collect()
+    assert list(private.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_a_file_that_another_program_writes_is_read_whole_or_not_at_all(tmp_path, mode):
+    path = tmp_path / "bank.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(f"PRAGMA journal_mode = {mode}")
+        connection.execute("CREATE TABLE account (id INTEGER PRIMARY KEY, money INTEGER, pad TEXT)")
+        connection.executemany("INSERT INTO account VALUES (?, 10, ?)", [(n, "p" * 1000) for n in range(100)])
+    done = threading.Event()
+
+    def write():
+        with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+            while not done.is_set():
+                writer.execute("UPDATE account SET money = money + CASE WHEN id % 2 THEN 1 ELSE -1 END")
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    seen = []
+    try:
+        database = open_database(path)
+        for _ in range(200):
+            try:
+                seen.append(database.execute("SELECT sum(money), count(*) FROM account").rows)
+            except DatabaseError as error:
+                assert "changed while it was read" in str(error) or "keeps writing" in str(error)
+    finally:
+        done.set()
+        thread.join()
+    assert seen and all(rows == [(1000, 100)] for rows in seen)
+
+
+def test_a_file_that_was_changed_under_a_query_fails_the_query(path):
+    slow = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
+    database, caught = open_database(path), []
+
+    def ask():
+        with pytest.raises(DatabaseError, match="was changed while it was read") as error:
+            database.execute(slow, Limits(seconds=0.5))
+        caught.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.1)
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("INSERT INTO t VALUES (4, 'Dan')")
+    thread.join()
+    assert caught and database.execute("SELECT count(*) FROM t").rows == [(4,)]
+
+
+def test_a_file_without_room_for_a_copy_is_refused_in_one_line(tmp_path, monkeypatch):
+    after_a_crash_in_wal_mode(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(DatabaseError, match=r"Cannot copy .*x\.sqlite .*PRAGMA journal_mode=delete") as caught:
+        open_database(tmp_path / "x.sqlite")
+    assert "\n" not in str(caught.value)
+
+
+# ---- addresses
+
+
+@pytest.mark.parametrize("opener", [open_database, cached_database, lambda target: connect(target).database])
+def test_the_address_of_a_file_opens_it(path, opener, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    for address in (f"sqlite:///{path.name}", f"sqlite:///{path}"):
+        assert opener(address).execute("SELECT count(*) FROM t").rows == [(3,)]
+    assert opener("sqlite://").execute("SELECT 1").rows == opener("sqlite:///:memory:").execute("SELECT 1").rows
+
+
+@pytest.mark.parametrize(
+    "address", ["sqlite:x.db", "sqlite://x.db", "sqlite:/x.db", "sqlite:///", "sqlite+aiosqlite:///x"]
+)
+@pytest.mark.parametrize("opener", [open_database, connect])
+def test_a_wrong_address_is_refused_in_one_line(address, opener):
+    with pytest.raises(DatabaseError, match=r"Not the address of a SQLite file: .* Write sqlite:///") as caught:
+        opener(address)
+    assert "\n" not in str(caught.value)

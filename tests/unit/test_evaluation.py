@@ -161,6 +161,23 @@ def test_other_settings_do_not_continue_a_run(data):
         run(data, Oracle(name="other"))
 
 
+def test_the_time_limit_of_a_query_is_a_setting_of_the_run(data):
+    endless = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
+    tasks = [Task(task_id="0", db_id="a", question=f"0: {endless}", gold=COUNT, split="dev")]
+    write_split(data, "dev", tasks)
+    summary = run(data, Oracle(), max_turns=1, query_timeout=0.1)
+    assert summary.reasons == {"pred_timeout": 1}
+    (record,) = folder(data).trajectories()
+    assert [e.error for e in record.executions] == ["no result within 0.1 s"]
+    write_split(data, "dev", [tasks[0].model_copy(update={"gold": endless, "question": f"0: {COUNT}"})])
+    with pytest.raises(ModelError, match=r"it may take 0\.1 s \(--query-timeout\)"):
+        run(data, Oracle(), "gold", max_turns=1, query_timeout=0.1)
+    (record,) = folder(data, "gold").trajectories()
+    assert record.reward is None and record.failed
+    with pytest.raises(RunError, match=r"rollout\.query_timeout was 0\.1, is now 5\.0"):
+        run(data, Oracle(), "gold", max_turns=1)
+
+
 def test_a_finished_run_is_refused_unless_overwriting(data):
     run(data, Oracle(), limit=3)
     with pytest.raises(RunError, match="is finished"):

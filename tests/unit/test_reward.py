@@ -190,6 +190,25 @@ def test_gold_is_run_once_until_the_database_changes(database, monkeypatch):
     assert runs.count(gold) == 2
 
 
+def test_a_gold_that_failed_for_a_limit_is_run_again_under_another(database):
+    gold = "SELECT name FROM player ORDER BY name"
+    tight = Limits(result_bytes=1, rows=1)
+    wide = "SELECT a.name, b.name, c.name, d.name, e.name FROM player a, player b, player c, player d, player e"
+    assert score(wide, wide, database, limits=tight).reason == "gold_too_large"
+    assert score(wide, wide, database).match == 1
+    assert score(wide, wide, database, limits=tight).reason == "gold_too_large"
+    assert score(gold, gold, database).match == 1
+
+
+def test_a_gold_that_timed_out_is_run_again(database, monkeypatch):
+    runs = []
+    run = database.execute_as_seen
+    monkeypatch.setattr(database, "execute_as_seen", lambda *a: (runs.append(a[0]), run(*a))[1])
+    limits = Limits(seconds=0.05)
+    assert [score(ENDLESS, "SELECT 1", database, limits=limits).reason for _ in range(3)] == ["gold_timeout"] * 3
+    assert runs.count(ENDLESS) == 3
+
+
 def test_the_gold_cache_is_bounded(database, monkeypatch):
     monkeypatch.setattr(reward, "_CACHED_CELLS", 500)
     for i in range(50):

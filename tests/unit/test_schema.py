@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sqlbench.connection import connect
 from sqlbench.database.engine import open_database
 from sqlbench.database.schema import introspect, mermaid_er, sample_rows, schema_text
 from sqlbench.database.types import ForeignKey
@@ -114,3 +116,100 @@ def test_an_altered_file_is_introspected_anew(tmp_path):
     assert schema_text(introspect(database)) == " a: b"
     connection.execute("ALTER TABLE a ADD COLUMN c INT")
     assert schema_text(introspect(database)) == " a: b, c"
+
+
+# ---- full-text and other virtual tables
+
+VIRTUAL = """
+CREATE VIRTUAL TABLE page USING fts5(title, body);
+INSERT INTO page VALUES ('a', 'the river runs'), ('b', 'rivers, and more of them');
+CREATE VIRTUAL TABLE old_page USING fts4(title, body);
+INSERT INTO old_page VALUES ('a', 'the river runs');
+CREATE VIRTUAL TABLE oldest USING fts3(body);
+INSERT INTO oldest VALUES ('the river runs');
+CREATE VIRTUAL TABLE box USING rtree(id, x0, x1);
+INSERT INTO box VALUES (1, 0, 2), (2, 5, 6);
+CREATE VIRTUAL TABLE word USING fts5vocab(page, 'row');
+CREATE TABLE "order line" (id INTEGER PRIMARY KEY, cents INT, label TEXT AS (printf('%.2f', cents / 100.0)));
+INSERT INTO "order line" (id, cents) VALUES (1, 250);
+CREATE TABLE pair (a TEXT, b INT, PRIMARY KEY (a, b)) WITHOUT ROWID;
+CREATE TABLE typed (n INTEGER) STRICT;
+CREATE VIEW labels AS SELECT format('%s!', label) AS label FROM "order line";
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("virtual") / "library.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(VIRTUAL)
+        connection.execute("PRAGMA writable_schema = on")  # as a program with an extension of SQLite's would leave it
+        statement = "CREATE VIRTUAL TABLE shape USING no_such_module(x)"
+        connection.execute("INSERT INTO sqlite_master VALUES ('table', 'shape', 'shape', 0, ?)", (statement,))
+        connection.commit()
+    return path
+
+
+def test_virtual_tables_are_shown_without_the_tables_that_hold_their_data(library):
+    schema = introspect(open_database(library))
+    assert [t.name for t in schema.tables] == [
+        "page", "old_page", "oldest", "box", "word", "order line", "pair", "typed", "labels"
+    ]  # fmt: skip
+    assert [c.name for c in schema.tables[0].columns] == ["title", "body"]
+    assert schema.unreadable == ("shape",)
+    assert connect(library).notice == ("SQLite cannot read these tables of library here, so they are left out: shape")
+
+
+@pytest.mark.parametrize(
+    ("sql", "rows"),
+    [
+        ("SELECT title FROM page WHERE page MATCH 'river'", [("a",)]),
+        ("SELECT title FROM page WHERE page MATCH 'river*' AND title LIKE '%b%'", [("b",)]),
+        ("SELECT title FROM page('runs')", [("a",)]),
+        ("SELECT title FROM page WHERE page MATCH 'river*' ORDER BY rank, title", [("a",), ("b",)]),
+        ("SELECT bm25(page) < 0, snippet(page, 1, '[', ']', '', 9), highlight(page, 1, '<', '>') FROM page('runs')",
+         [(1, "the river [runs]", "the river <runs>")]),
+        ("SELECT snippet(old_page), offsets(old_page) FROM old_page WHERE old_page MATCH 'river'",
+         [("the <b>river</b> runs", "1 0 4 5")]),
+        ("SELECT count(*) FROM oldest WHERE body MATCH 'riv*'", [(1,)]),
+        ("SELECT id FROM box WHERE x0 <= 1 AND x1 >= 1", [(1,)]),
+        ("SELECT doc FROM word WHERE term = 'river'", [(1,)]),
+        ('SELECT label FROM "order line"', [("2.50",)]),
+        ("SELECT label FROM labels", [("2.50!",)]),
+    ],
+)  # fmt: skip
+def test_virtual_tables_views_and_generated_columns_can_be_asked(library, sql, rows):
+    result = open_database(library).execute(sql)
+    assert result.error is None and result.rows == rows
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "INSERT INTO page VALUES ('c', 'd')",
+        "INSERT INTO page (page) VALUES ('optimize')",
+        "INSERT INTO page (page, rank) VALUES ('rank', 'bm25(10.0)')",
+        "INSERT INTO old_page (old_page) VALUES ('rebuild')",
+        "UPDATE page SET title = 'x'",
+        "DELETE FROM box",
+        "DROP TABLE page",
+        "SELECT optimize(old_page) FROM old_page",
+        "SELECT rtreecheck('box')",
+        "SELECT fts3_tokenizer('simple', x'00')",
+    ],
+)
+def test_virtual_tables_are_not_written(library, sql):
+    before = library.read_bytes()
+    database = open_database(library)
+    assert database.execute(sql).status == "rejected"
+    assert library.read_bytes() == before and [p.name for p in library.parent.iterdir()] == [library.name]
+    assert database.execute("SELECT count(*) FROM page").rows == [(2,)]
+
+
+def test_long_documents_can_be_searched(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "x.sqlite")) as connection:
+        connection.execute("CREATE VIRTUAL TABLE page USING fts5(body)")
+        connection.execute("INSERT INTO page VALUES (?)", (" ".join(f"w{n}" for n in range(60_000)),))
+        connection.commit()
+    sql = "SELECT length(body) > 300000, snippet(page, 0, '[', ']', '', 1) FROM page WHERE page MATCH 'w59999'"
+    assert open_database(tmp_path / "x.sqlite").execute(sql).rows == [(1, "[w59999]")]

@@ -166,3 +166,11 @@ def test_the_pairs_are_not_written_over(data, tmp_path):
     with pytest.raises(DataError, match="choose another file"):
         score_pairs(data, pairs, pairs)
     assert pairs.read_bytes() == before
+
+
+def test_the_time_limit_of_a_query_is_an_option(data, tmp_path):
+    endless = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
+    pairs = write(tmp_path / "pairs.jsonl", [{**ROWS[0], "pred": endless}])
+    out = tmp_path / "out.jsonl"
+    assert score_pairs(data, pairs, out, query_timeout=0.1)["pred_timeout"] == 1
+    assert json.loads(out.read_text())["pred_error"] == "no result within 0.1 s"

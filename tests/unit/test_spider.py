@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import socket
@@ -13,6 +14,7 @@ import pytest
 from sqlbench.data.audit import read_audit
 from sqlbench.data.spider import SUBSET, download_spider, import_spider
 from sqlbench.data.tasks import DataSet
+from sqlbench.database.engine import open_database
 from sqlbench.errors import DataError
 
 SHOP = "CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT); INSERT INTO item VALUES (1, 'nut'), (2, 'bolt');"
@@ -295,3 +297,26 @@ def test_one_constant_query_earns_what_it_should_on_the_real_release(spider):
     assert floor["reference_no_rows"] == pytest.approx(49 / 972)  # 93 of 1,034 before the audit
     assert floor["strict_no_rows"] == 0
     assert 0 < floor["strict"] <= floor["reference"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_in_a_log_beside_a_database_is_imported(tmp_path, packed):
+    release = make_release(tmp_path / "release", dev=[row("shop", "SELECT name FROM item WHERE id = 3")])
+    path = release / "database/shop/shop.sqlite"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = wal")
+        writer.execute("INSERT INTO item VALUES (3, 'washer')")
+        assert path.with_name("shop.sqlite-wal").stat().st_size
+        import_spider(pack(release, tmp_path / "z.zip") if packed else release, tmp_path / "out")
+    data = DataSet(tmp_path / "out")
+    assert [p.name for p in data.database("shop").parent.iterdir()] == ["shop.sqlite"]
+    assert open_database(data.database("shop")).execute(data.load("dev")[0].gold).rows == [("washer",)]
+
+
+def test_a_log_of_what_is_no_database_is_refused_in_one_line(tmp_path):
+    release = make_release(tmp_path / "release")
+    (release / "database/shop/shop.sqlite").write_bytes(b"not a database" * 100)
+    (release / "database/shop/shop.sqlite-wal").write_bytes(b"nor a log")
+    with pytest.raises(DataError, match=r"Cannot merge database/shop/shop\.sqlite and") as caught:
+        import_spider(release, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
