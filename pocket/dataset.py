@@ -1,22 +1,25 @@
-"""The embedded data set: generated questions on 63 small databases of our own, byte for byte the same for a seed.
+"""The built-in data set: generated questions on 63 small databases of our own, byte for byte the same for a seed.
 
-Splits cross schemas (seen or unseen in pretraining) with phrasing families (`pocket.phrasing`): ``train`` has
-the seen schemas, made-up ones, and families A, B and C; ``dev_<seen|unseen>_<pretrain|train|never>`` have family A,
-families B and C, and family D. The headline split is unseen schemas with phrasing outside pretraining. No (database,
-gold) pair of the dev splits occurs in pretraining or in ``train``.
+Splits cross schemas (seen or unseen in pretraining) with phrasing families (`pocket.phrasing`): ``train`` has the seen
+schemas, made-up ones, and families A, B and C; ``dev_<seen|unseen>_<pretrain|train|never>`` have family A, families B
+and C, and family D. The headline split is unseen schemas with phrasing outside pretraining. No (database, gold) pair of
+the dev splits occurs in pretraining or in ``train``. The ``sealed`` split is a data set of its own, written only on
+request: its schemas, its family E and its rows are used nowhere else.
 
-Every gold query runs and returns rows, and its answer is told apart from the most obvious wrong ones: no ties decide an
-ordering, and leaving out a condition, or half of a compound query, changes the result.
+Every gold query runs and returns rows, no ties decide an ordering, and every small change of it (a comparison turned
+round, another column, a condition left out: `sqlbench.data.mutation`) changes its result.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +27,18 @@ from random import Random
 
 from tqdm.auto import tqdm
 
-from pocket.domains import Domain, Inventor, fill, seen_domains, unseen_domains
-from pocket.phrasing import EVERYDAY, FAMILIES, Skip
+from pocket.domains import Domain, Inventor, fill, read_domains
+from pocket.phrasing import EVERYDAY, Skip
 from pocket.pretraining import connect, held_out
 from pocket.questions import WEIGHTS, Draft, draw
+from sqlbench.data.mutation import unchanged_by
 from sqlbench.data.tasks import DataSet, Task, write_split
+from sqlbench.database.engine import open_database
 from sqlbench.errors import DataError
 from sqlbench.sqltree import hardness
 
+VERSION = 2
+"""Counts up with every change of the tasks; results of different versions are not comparable."""
 TRAIN = {"A": 400, "B": 2200, "C": 2200}
 """Tasks of each phrasing family in the training split."""
 TRAIN_EVERYDAY = 0.6
@@ -43,46 +50,50 @@ DEV = 400
 """Tasks of each dev cell."""
 CELLS = {"pretrain": ("A",), "train": ("B", "C"), "never": ("D",)}
 HEADLINE = "headline"
+SEALED = "sealed"
+_TURNS = 8
+"""Databases tried for a construct before another is drawn."""
+SEALED_TASKS = 800
 
 
 class _Bench:
     """A filled domain with its open database, and the drafts it accepts."""
 
     def __init__(self, domain: Domain, path: Path) -> None:
-        self.domain, self.path = domain, path
+        self.domain = domain
         path.parent.mkdir(parents=True)
-        self.connection = connect(domain, str(path))
-        self.connection.execute("VACUUM")
-
-    def rows(self, sql: str) -> list[tuple] | None:
-        try:
-            return self.connection.execute(sql).fetchall()
-        except sqlite3.Error:
-            return None
+        with closing(connect(domain, str(path))) as connection:
+            connection.execute("VACUUM")
+        self.database = open_database(path)
+        self._verdicts: dict[str, bool] = {}
 
     def draw(
         self, rng: Random, family: str, construct: str, everyday: float, fresh: Callable[[Draft], bool]
     ) -> Draft | None:
-        """A draft of a construct that is fresh and accepted; None where 40 attempts bring none."""
-        for _ in range(40):
+        """A draft of a construct that is fresh and accepted; None where 20 attempts bring none."""
+        for _ in range(20):
             try:
-                draft = draw(self.domain, rng, family, construct, everyday=everyday)
+                draft = draw(self.domain, rng, family, construct, everyday=everyday, telling=True)
             except Skip:
                 return None
-            if fresh(draft) and self.accepts(draft):
+            if not fresh(draft):
+                continue
+            if draft.sql not in self._verdicts:
+                self._verdicts[draft.sql] = self.accepts(draft)
+            if self._verdicts[draft.sql]:
                 return draft
         return None
 
     def accepts(self, draft: Draft) -> bool:
-        """Whether the gold returns something worth asking, without ties, that no shortcut of it gives too."""
-        rows = self.rows(draft.sql)
+        """Whether the gold returns something worth asking, without ties, that no mutant of it gives too."""
+        rows = self.database.execute(draft.sql).rows
         if not rows or (len(rows) == 1 and all(cell in (None, 0) for cell in rows[0])):
             return False
         if draft.keys:
-            keys = self.rows(draft.keys) or []
+            keys = self.database.execute(draft.keys).rows
             if len(set(keys)) < len(keys):
                 return False
-        return all(sorted(map(repr, self.rows(s) or [])) != sorted(map(repr, rows)) for s in _shortcuts(draft.sql))
+        return next(unchanged_by(draft.sql, self.database), None) is None
 
 
 def _skeleton(sql: str) -> str:
@@ -93,21 +104,6 @@ def _skeleton(sql: str) -> str:
 _hardness = functools.cache(hardness)
 
 
-def _shortcuts(sql: str) -> list[str]:
-    """Queries that leave out a condition, one side of AND / OR, one arm of a set operation, or HAVING."""
-    arms = re.split(r" (?:INTERSECT|EXCEPT|UNION) ", sql)
-    if len(arms) > 1:
-        return arms
-    found = [re.sub(r" HAVING .*", "", sql)] if " HAVING " in sql else []
-    if " WHERE " in sql:
-        head, where, tail = re.fullmatch(r"(.*?) WHERE (.*?)((?: ORDER BY .*)?)", sql).groups()  # type: ignore[union-attr]
-        found.append(head + tail)
-        if " BETWEEN " not in where and "(" not in where:
-            sides = re.split(r" (?:AND|OR) ", where)
-            found += [f"{head} WHERE {side}{tail}" for side in sides] if len(sides) == 2 else []
-    return found
-
-
 def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Random) -> list[Task]:
     """Tasks of one split, evenly over its databases; every question, in dev every gold query, occurs once."""
     dev = split != "train"
@@ -116,17 +112,19 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
     tasks: list[Task] = []
 
     def fresh(db_id: str, draft: Draft) -> bool:
-        kept_apart = "unseen" in split or held_out(db_id, draft.sql) == dev
+        kept_apart = "unseen" in split or split == SEALED or held_out(db_id, draft.sql) == dev
         return kept_apart and (db_id, draft.sql if dev else draft.question) not in seen
 
     for family, size in families.items():
         start = len(tasks)
         while len(tasks) - start < size:
-            bench = benches[(len(tasks) - start) % len(benches)]
-            db_id = bench.domain.name
-
             construct = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-            draft = bench.draw(rng, family, construct, everyday, partial(fresh, db_id))
+            for turn in range(_TURNS):  # drawing another construct at once would change their shares
+                bench = benches[(len(tasks) - start + turn) % len(benches)]
+                db_id = bench.domain.name
+                draft = bench.draw(rng, family, construct, everyday, partial(fresh, db_id))
+                if draft:
+                    break
             if draft is None:
                 continue
             seen.add((db_id, draft.sql if dev else draft.question))
@@ -177,14 +175,15 @@ def _spider_tables(domain: Domain) -> dict:
     }
 
 
-def write_pocket(root: Path, seed: int = 1, progress: bool = True) -> None:
+def write_pocket(root: Path, seed: int = 1, progress: bool = True, sealed: bool = False) -> None:
     """Write the data set; the folder appears complete or not at all.
 
     Args:
         root: its folder; an earlier pocket data set there is replaced.
-        seed: of rows and questions. The phrasing families were tuned while looking at scores on seed 0, so results are
-            reported on another.
+        seed: of rows and questions. The wording was tuned while looking at scores on seed 0, so results are reported on
+            another.
         progress: show a bar.
+        sealed: write the sealed split and its databases instead, which no model may meet before the end of a study.
 
     Raises:
         DataError: the folder holds something else.
@@ -197,27 +196,35 @@ def write_pocket(root: Path, seed: int = 1, progress: bool = True) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        _write(work, seed, progress)
+        _write(work, seed, progress, sealed)
         shutil.rmtree(root, ignore_errors=True)
         work.rename(root)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(root: Path, seed: int, progress: bool) -> None:
+Plan = list[tuple[str, list[_Bench], dict[str, int]]]
+
+
+def _write(root: Path, seed: int, progress: bool, sealed: bool) -> None:
     def benches(domains: list[Domain]) -> list[_Bench]:
         return [
             _Bench(fill(d, Random(f"rows {seed} {d.name}")), root / "database" / d.name / f"{d.name}.sqlite")
             for d in domains
         ]
 
-    seen, unseen, made = benches(seen_domains()), benches(unseen_domains()), benches(_made_up(seed))
-    plan = [("train", seen + made, TRAIN)]
-    for schema, group in (("seen", seen), ("unseen", unseen)):
-        plan += [
-            (f"dev_{schema}_{cell}", group, {f: DEV // len(families) for f in families})
-            for cell, families in CELLS.items()
-        ]
+    if sealed:
+        groups = {SEALED: benches(read_domains(SEALED))}
+        plan: Plan = [(SEALED, groups[SEALED], {"E": SEALED_TASKS})]
+    else:
+        groups = {name: benches(read_domains(name)) for name in ("seen", "unseen")}
+        groups["made_up"] = benches(_made_up(seed))
+        plan = [("train", groups["seen"] + groups["made_up"], TRAIN)]
+        for schema in ("seen", "unseen"):
+            plan += [
+                (f"dev_{schema}_{cell}", groups[schema], {f: DEV // len(families) for f in families})
+                for cell, families in CELLS.items()
+            ]
     splits: dict[str, list[Task]] = {}
     with tqdm(total=sum(sum(f.values()) for _, _, f in plan), desc="pocket", disable=not progress) as bar:
         for name, group, families in plan:
@@ -225,27 +232,40 @@ def _write(root: Path, seed: int, progress: bool) -> None:
             bar.update(len(splits[name]))
     for name, tasks in splits.items():  # families and cells come mixed, so that the first tasks are a fair sample
         Random(f"order {seed} {name}").shuffle(tasks)
-    dev = [t for name in sorted(splits) if name != "train" for t in splits[name]]
-    Random(f"order {seed}").shuffle(dev)
-    splits["dev"] = dev
-    splits["dev_500"] = Random(f"dev_500 {seed}").sample(dev, 500)
-    splits[HEADLINE] = [t for t in dev if t.split in ("dev_unseen_train", "dev_unseen_never")]
+    if not sealed:
+        dev = [t for name in sorted(splits) if name != "train" for t in splits[name]]
+        Random(f"order {seed}").shuffle(dev)
+        splits["dev"] = dev
+        splits["dev_500"] = Random(f"dev_500 {seed}").sample(dev, 500)
+        splits[HEADLINE] = [t for t in dev if t.split in ("dev_unseen_train", "dev_unseen_never")]
     for name, tasks in splits.items():
         write_split(root, name, tasks)
-    for bench in (*seen, *unseen, *made):
-        bench.connection.close()
-    tables = [_spider_tables(b.domain) for b in (*seen, *unseen, *made)]
+    everything = [bench for group in groups.values() for bench in group]
+    for bench in everything:
+        bench.database.close()
+    tables = [_spider_tables(b.domain) for b in everything]
     (root / "tables.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     note = {
         "name": "pocket",
+        "version": VERSION,
         "source": "generated by sqlbench; schemas, word lists and phrasings are its own",
         "seed": seed,
-        "headline": HEADLINE,
+        "headline": SEALED if sealed else HEADLINE,
         "splits": {name: len(tasks) for name, tasks in sorted(splits.items())},
-        "databases": {
-            group: [b.domain.name for b in found]
-            for group, found in (("seen", seen), ("unseen", unseen), ("made_up", made))
-        },
-        "phrasing_families": list(FAMILIES),
+        "databases": {group: [b.domain.name for b in found] for group, found in groups.items()},
+        "phrasing_families": sorted({f for _, _, families in plan for f in families}),
+        "sha256": digest(root, splits),
     }
     (root / "dataset.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+
+def digest(root: Path, splits: dict[str, list[Task]]) -> str:
+    """SHA-256 over all tasks and all rows, whatever version of Parquet or SQLite wrote them."""
+    found = hashlib.sha256()
+    for name, tasks in sorted(splits.items()):
+        found.update(f"{name}\n".encode())
+        found.update("".join(f"{t.key}\x1f{t.task_id}\n" for t in tasks).encode())
+    for path in sorted((root / "database").rglob("*.sqlite")):
+        with closing(sqlite3.connect(path)) as connection:
+            found.update("\n".join((path.stem, *connection.iterdump())).encode())
+    return found.hexdigest()

@@ -1,213 +1,53 @@
 """How a question is said: the words of each phrasing family for an operation, and a sentence's slots being filled.
 
-Families differ in sentence frames (`pocket.questions`) and in the words for operations:
+The words are data: ``wording.toml`` (operations) and ``frames.toml`` (sentences). Families differ in both:
 
 - ``A``: the only one used in pretraining;
 - ``B``, ``C``: first met in reinforcement learning;
-- ``D``: never trained on. Its frames are its own; its operation words are partly those of B and C (``exceeding``,
-  ``tally``), partly its own, so that learning B and C can carry over to some of D, but not to all of it.
+- ``D``: never trained on; its operation words are partly those of B and C, partly its own, so that learning B and C can
+  carry over to some of D, but not to all of it;
+- ``E``: of the sealed split; none of its own words is another family's.
 
-As people do, B, C and D also use everyday frames and words of A, but no sentence is said by two families:
-each has a frame or a word that no earlier family has.
+As people do, B to E also use everyday frames and words of A, but no sentence is said by two families: each has a frame
+or a word that no earlier family has.
+
+A column's style (in the schema files) says how people speak of it. ``count`` counts things ("with over 9 workers"),
+``level`` is never summed, ``in``, ``from`` and ``the`` say a text ("in Paris", "from the Green party"), an operation
+such as ``age.gt`` in ``wording.toml`` gives a style its own words, and any other style is a verb ("built after 1990").
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
-from pocket.domains import Domain
+from pocket.domains import Domain, Field
 
-FAMILIES = ("A", "B", "C", "D")
+FAMILIES = ("A", "B", "C", "D", "E")
 Filler = Callable[[Random], str]
-EVERYDAY = 0.7
-"""How often B, C and D use a word of A, unless told otherwise."""
-_VALUES = frozenset(("{v}", "'{v}'", "{w}", "{k}", "{cond}", "{cond2}", "{not}"))
+EVERYDAY = 0.8
+"""How often B to E use a word of A, unless told otherwise."""
+STYLED = 0.65
+"""How often a column's own way of speaking is used where it has one."""
+_VALUES = frozenset(("{v}", "{w}", "{op}", "{S}", "{cond}", "{cond2}"))
 _SMALL = frozenset((
     "the", "of", "is", "are", "with", "that", "have", "has", "having", "any", "for", "For", "whose", "there", "its",
     "in",
 ))  # fmt: skip
-COMPARE = {">": "gt", "<": "lt", ">=": "ge", "<=": "le", "=": "eq"}
+OPERATIONS = {">": "gt", "<": "lt", ">=": "ge", "<=": "le", "=": "eq"}
 """The operation that an SQL operator is said by."""
-_OPPOSITE = {"max": "DESC", "min": "ASC"}
 
-# The words of each family for an operation; B, C and D also use those of A, always where they have none of their own.
-LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
-    "ask": {
-        "A": (
-            "What is",
-            "What are",
-            "Show",
-            "Find",
-            "List",
-            "Give me",
-            "Return",
-            "Tell me",
-            "Display",
-            "Give",
-            "Provide",
-        ),
-        "B": ("I would like to see", "Please show", "Present"),
-        "C": ("Report", "We need", "Look up"),
-        "D": ("Let me know", "Fetch", "Please present"),
-    },
-    "for": {
-        "A": ("For", "Among", "Of", "Considering"),
-        "B": ("Regarding", "With respect to"),
-        "C": ("As to", "Going through"),
-        "D": ("Looking at", "Concerning"),
-    },
-    "of": {
-        "A": ("of", "of the", "for", "for the", "from the", "belonging to"),
-        "B": ("recorded for", "across the"),
-        "C": ("tied to the", "held by"),
-        "D": ("listed for", "across"),
-    },
-    "gt": {
-        "A": ("greater than", "above", "more than", "over", "larger than", "higher than", "bigger than", "exceeding"),
-        "B": ("surpassing",),
-        "C": ("beyond",),
-        "D": ("surpassing", "beyond", "upwards of"),
-    },
-    "lt": {
-        "A": ("less than", "below", "under", "smaller than", "lower than"),
-        "B": ("beneath",),
-        "C": ("not reaching",),
-        "D": ("beneath", "not reaching"),
-    },
-    "ge": {
-        "A": ("at least", "no less than", "not less than"),
-        "B": ("a minimum of",),
-        "C": ("not under",),
-        "D": ("a minimum of", "not below"),
-    },
-    "le": {
-        "A": ("at most", "no more than", "not more than"),
-    },
-    "eq": {
-        "A": ("equal to", "of", "exactly"),
-    },
-    "after": {
-        "A": ("after", "later than"),
-    },
-    "before": {
-        "A": ("before", "earlier than"),
-    },
-    "number": {
-        "A": (
-            "with {c} {op} {v}",
-            "with a {c} {op} {v}",
-            "whose {c} is {op} {v}",
-            "having {c} {op} {v}",
-            "where the {c} is {op} {v}",
-            "that have a {c} {op} {v}",
-        ),
-        "B": ("showing {c} {op} {v}",),
-        "C": ("if their {c} is {op} {v}",),
-        "D": ("that show a {c} {op} {v}",),
-    },
-    "is": {
-        "A": (
-            "whose {c} is {v}",
-            "with {c} {v}",
-            "with {c} '{v}'",
-            "that have {c} {v}",
-            "whose {c} equals {v}",
-            "where the {c} is {v}",
-            "having {c} {v}",
-        ),
-        "B": ("showing {c} {v}",),
-        "C": ("if their {c} is {v}",),
-        "D": ("that show a {c} of {v}",),
-    },
-    "is_not": {
-        "A": (
-            "whose {c} is not {v}",
-            "with {c} other than {v}",
-            "where the {c} is not {v}",
-            "with a {c} different from {v}",
-        ),
-    },
-    "avg": {
-        "A": ("average", "mean"),
-        "B": ("typical",),
-        "C": ("averaged",),
-        "D": ("typical",),
-    },
-    "max": {
-        "A": ("maximum", "highest", "largest", "biggest", "greatest"),
-        "B": ("top",),
-        "C": ("peak",),
-        "D": ("top", "peak"),
-    },
-    "min": {
-        "A": ("minimum", "lowest", "smallest", "least"),
-        "B": ("bottom",),
-        "C": ("tiniest",),
-        "D": ("bottom", "tiniest"),
-    },
-    "sum": {
-        "A": ("total", "combined", "summed"),
-    },
-    "all": {
-        "A": ("of all", "of the", "for all", "of all the", "across all"),
-    },
-    "each": {
-        "A": ("for each", "per", "for every", "grouped by"),
-        "B": ("broken down by",),
-        "C": ("split by",),
-        "D": ("broken down by", "split by"),
-    },
-    "distinct": {
-        "A": ("different", "distinct", "unique"),
-        "B": ("individual",),
-        "C": ("non-repeated",),
-        "D": ("individual", "non-repeated", "various"),
-    },
-    "ascending": {
-        "A": (
-            "in ascending order of {n}",
-            "sorted by {n}",
-            "from the lowest to the highest {n}",
-            "ordered by increasing {n}",
-            "in increasing order of {n}",
-        ),
-        "B": ("ranked by growing {n}",),
-        "C": ("arranged by rising {n}",),
-        "D": ("arranged by growing {n}",),
-    },
-    "descending": {
-        "A": (
-            "in descending order of {n}",
-            "sorted by {n} in descending order",
-            "from the highest to the lowest {n}",
-            "ordered by decreasing {n}",
-            "in decreasing order of {n}",
-        ),
-        "B": ("ranked by shrinking {n}",),
-        "C": ("arranged by falling {n}",),
-        "D": ("arranged by shrinking {n}",),
-    },
-    "most": {
-        "A": ("the most", "the largest number of", "the highest number of", "the greatest number of"),
-    },
-    "fewest": {
-        "A": ("the fewest", "the smallest number of", "the lowest number of", "the least number of"),
-    },
-    "lacking": {
-        "A": ("that do not have any", "without any", "that have no", "with no", "lacking any"),
-        "B": ("devoid of any",),
-        "C": ("with zero",),
-        "D": ("devoid of", "with zero"),
-    },
-    "count": {
-        "A": ("the number of", "the total number of", "the count of"),
-        "B": ("the tally of",),
-        "C": ("the quantity of",),
-        "D": ("the tally of", "the full number of"),
-    },
-}
+
+def _read(name: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return {key: {f: tuple(words) for f, words in said.items()} for key, said in tomllib.loads(text).items()}
+
+
+LEXICON = _read("wording.toml")
+FRAMES = _read("frames.toml")
 
 
 class Skip(Exception):
@@ -222,11 +62,21 @@ def say(identifier: str) -> str:
 def plural(identifier: str) -> str:
     """An identifier as words, in the plural."""
     text = say(identifier)
+    if text == "aircraft":
+        return text
+    if " of " in text:
+        head, _, rest = text.partition(" of ")
+        return f"{plural(head)} of {rest}"
+    if text.endswith(("ss", "us", "x", "ch", "sh")):
+        return text + "es"
     if text.endswith("s"):
         return text
-    if text.endswith("y") and text[-2:-1] not in "aeiou":
-        return text[:-1] + "ies"
-    return text + ("es" if text.endswith(("x", "ch", "sh")) else "s")
+    return text[:-1] + "ies" if re.search("[^aeiou]y$", text) else text + "s"
+
+
+def article(noun: str) -> str:
+    """A noun with its indefinite article."""
+    return ("an " if re.match(r"[aeio]|u(?!ni|se|ti)|(hour|mpg)\b", noun) else "a ") + noun
 
 
 def literal(value: object) -> str:
@@ -249,13 +99,18 @@ class Scope:
         everyday: float = EVERYDAY,
         filler: Filler | None = None,
         late: bool = False,
+        telling: bool = False,
     ) -> None:
         self.domain, self.rng, self.family, self.everyday = domain, rng, family, everyday
-        self.filler, self.late = filler, late
+        self.filler, self.late, self.telling = filler, late, telling
+        self.form = ""
         self.slots: dict[str, str] = {}
+        self.n_shown = 1
         self.own: list[str] = []
         """Wordings drawn so far that no earlier family has."""
         self.keys = ""
+
+    # ---- words
 
     def word(self, operation: str) -> str:
         """One of the family's words for an operation."""
@@ -263,11 +118,11 @@ class Scope:
         said = LEXICON[operation]
         words = self.rng.choice(said.get(family, said["A"]))
         earlier = FAMILIES[: FAMILIES.index(self.family)]
-        if operation != "ask" and all(words not in said.get(f, ()) for f in earlier):
+        if operation not in ("ask", "tell") and all(words not in said.get(f, ()) for f in earlier):
             self.own.append(words)
-        if "{" in words:
+        if "{" in words and operation != "ask":
             return self.disturb(words)
-        if self.filler and self.late and self.rng.random() < (0.25 if operation == "ask" else 0.15):
+        if self.filler and self.late and self.rng.random() < (0.25 if operation in ("ask", "tell") else 0.15):
             return self.filler(self.rng)
         return words
 
@@ -282,7 +137,7 @@ class Scope:
             return pattern
         kept: list[str] = []
         for word in pattern.split(" "):
-            beside_a_value = _VALUES.intersection((word, *kept[-1:]))
+            beside_a_value = _VALUES.intersection(w.rstrip("?.,") for w in (word, *kept[-1:]))
             if self.rng.random() < 0.07 and not beside_a_value:
                 kept.append(self.filler(self.rng))
             fate = self.rng.random() if word in _SMALL else 1.0
@@ -293,6 +148,19 @@ class Scope:
     def put(self, **slots: str) -> None:
         """Set slots of the sentence."""
         self.slots.update(slots)
+
+    def about(self, table: str, said: str = "") -> None:
+        """Set whom the question is about: a table, with what is said of its rows; slots ``S`` and ``s``."""
+        self.put(S=f"{plural(table)} {said}".strip(), s=f"{say(table)} {said}".strip())
+
+    # ---- tables and columns
+
+    def noun(self, table: str, column: str, many: bool = False) -> str:
+        """What a column is called in a sentence; the ``maker_name`` of makers is mostly just their name."""
+        if self.domain.field(table, column).style == "count":
+            return f"number of {say(column)}"
+        short = column == f"{table}_name" and self.rng.random() < 0.5
+        return (plural if many else say)("name" if short else column)
 
     def entity(self) -> str:
         """Choose a table that has an id; slots ``T`` and ``t`` name it."""
@@ -309,81 +177,164 @@ class Scope:
         self.put(T=plural(child), t=say(child), P=plural(parent), p=say(parent))
         return child, column, parent, key
 
+    def relation(self, child: str, key: str) -> str:
+        """What joins two tables in a sentence."""
+        relation = self.domain.field(child, key).style
+        return relation if relation and self.rng.random() < STYLED else self.rng.choice(("of", "of", "for"))
+
     def columns(self, table: str, kinds: str, count: int = 1, nulls: bool = True) -> list[str]:
         """Choose columns by first letters of their kinds (n, c, i, r, y, d)."""
-        found = [
+        names = [
             f.name
             for f in self.domain.tables[table]
             if f.kind[0] in kinds and f.kind not in ("id", "key") and (nulls or not f.nullable)
         ]
-        if len(found) < count:
+        if len(names) < count:
             raise Skip
-        return self.rng.sample(found, count)
+        return self.rng.sample(names, count)
 
     def column(self, table: str, kinds: str, nulls: bool = True) -> str:
         """Choose one column."""
         return self.columns(table, kinds, 1, nulls)[0]
 
+    def _show(self, table: str, names: list[str]) -> None:
+        self.n_shown = len(names)
+        self.put(
+            cols=_listing([self.noun(table, n) for n in names]),
+            COLS=_listing([self.noun(table, n, many=True) for n in names]),
+        )
+
     def shown(self, table: str, kinds: str = "nciryd", counts: tuple[int, ...] = (1,)) -> list[str]:
-        """Choose the columns to show; slot ``cols`` lists them."""
+        """Choose the columns to show; slots ``cols`` and ``COLS`` list them."""
         names = self.columns(table, kinds, self.rng.choice(counts))
-        self.put(cols=_listing([say(n) for n in names]))
+        self._show(table, names)
         return names
 
     def label(self, table: str) -> str:
-        """The name column of a table; slot ``cols`` names it."""
+        """The name column of a table; slots ``cols`` and ``COLS`` name it."""
         names = [f.name for f in self.domain.tables[table] if f.kind == "name"]
         if not names:
             raise Skip
-        self.put(cols=say(names[0]))
+        self._show(table, names[:1])
         return names[0]
-
-    def kind(self, table: str, column: str) -> str:
-        """Kind of a column."""
-        return next(f.kind for f in self.domain.tables[table] if f.name == column)
 
     def value(self, table: str, column: str) -> int | float | str:
         """One of the values of a column."""
         return self.rng.choice(self.domain.values(table, column))
 
-    def condition(self, table: str, prefix: str = "", avoid: str = "", row: int | None = None) -> tuple[str, str, str]:
+    # ---- what is said of a column
+
+    def _fill(self, pattern: str, table: str, column: str, **slots: object) -> str:
+        noun = self.noun(table, column)
+        return pattern.format(c=noun, ac=article(noun), C=say(column), **slots)
+
+    def _styled(self, f: Field, operation: str) -> str | None:
+        """The operation in the column's own words, where it has them (always for counts, which have no others)."""
+        own = f"{f.style}.{operation}"
+        return own if own in LEXICON and (f.style == "count" or self.rng.random() < STYLED) else None
+
+    def number(self, table: str, column: str, operator: str, value: object) -> str:
+        """How a comparison with a number, a year or a date is said."""
+        f, name = self.domain.field(table, column), OPERATIONS[operator]
+        own = self._styled(f, name)
+        if own and f.style != "count" and isinstance(value, int | float):
+            return self._fill(self.word(own), table, column, v=value)
+        moment = f.kind in ("year", "date")
+        op = self.word(own if own and f.style == "count" else f"year.{name}" if moment else name)
+        op = op.format(v=value) if "{v}" in op else f"{op} {value}".strip()
+        if f.style == "count":
+            return self._fill(self.word("count"), table, column, op=op)
+        within = "in " if name in ("ge", "le", "eq") else ""
+        if moment and f.style and self.rng.random() < STYLED:
+            return f"{f.style} {within}{op}"
+        pattern = self.word("number")
+        return self._fill(pattern, table, column, op=f"of {op}" if within and "{ac} {op}" in pattern else op)
+
+    def between(self, table: str, column: str, low: object, high: object) -> str:
+        """How a range is said."""
+        f = self.domain.field(table, column)
+        if f.kind in ("year", "date") and f.style and self.rng.random() < STYLED:
+            return self.word("year.between").format(verb=f.style, v=low, w=high)
+        return self._fill(self.word(self._styled(f, "between") or "between"), table, column, v=low, w=high)
+
+    def text(self, table: str, column: str, value: object, operation: str = "is") -> str:
+        """How it is said that a text is (or is not) a value."""
+        f = self.domain.field(table, column)
+        if f.kind == "name" and operation == "is" and re.search("name$|title$|label$", column):
+            operation = "named" if column.endswith("name") else "titled"
+        quoted = f"'{value}'" if f.kind == "name" and self.rng.random() < 0.15 else value
+        return self._fill(self.word(self._styled(f, operation) or operation), table, column, v=quoted)
+
+    def said_of(self, table: str, column: str, operation: str, value: object = "") -> str:
+        """How another operation on a column is said: ``contains``, ``prefix``, ``missing``."""
+        f = self.domain.field(table, column)
+        return self._fill(self.word(self._styled(f, operation) or operation), table, column, v=value)
+
+    def condition(
+        self, table: str, prefix: str = "", avoid: str = "", row: int | None = None, kinds: str = "ccciirryd"
+    ) -> tuple[str, str, str]:
         """A condition on one column, with a value of any row or the one given: its wording, its SQL and the column."""
-        column = self.column(table, self.rng.choice("cciirynd"))
+        column = self.column(table, self.rng.choice(kinds))
         if column == avoid:
             raise Skip
-        kind = self.kind(table, column)
+        f = self.domain.field(table, column)
         value = self.value(table, column) if row is None else self.domain.cell(table, row, column)
-        if value is None:
+        if value is None or (self.telling and f.style == "count" and value == 1):  # "with 1 tickets"
             raise Skip
-        if kind in ("name", "category"):
-            pattern = self.word("is")
-            return pattern.format(c=say(column), v=value), f"{prefix}{column} = {literal(value)}", column
-        operator = self.rng.choice((">", ">", "<", "<", ">=", "<=", "=") if kind in ("integer", "year") else (">", "<"))
-        name = COMPARE[operator]
-        if name in ("gt", "lt") and (kind == "date" or (kind == "year" and self.rng.random() < 0.5)):
-            name = "after" if name == "gt" else "before"
-        wording = self.word(name)
-        pattern = "with {c} of {v}" if wording == "of" else self.word("number")
-        return (
-            pattern.format(c=say(column), op=wording, v=value),
-            f"{prefix}{column} {operator} {literal(value)}",
-            column,
-        )
+        if f.kind in ("name", "category"):
+            return self.text(table, column, value), f"{prefix}{column} = {literal(value)}", column
+        operator = self.rng.choice((">", ">", "<", "<", ">=", "<=", "=") if f.kind in ("integer", "year") else "><")
+        said = self.number(table, column, operator, value)
+        return said, f"{prefix}{column} {operator} {literal(value)}", column
 
-    def aggregate(self) -> str:
-        """Choose an aggregate function; slot ``agg`` says it."""
-        name = self.rng.choice(("avg", "max", "min", "sum"))
-        self.put(agg=self.word(name))
+    def above(self, table: str, column: str, operator: str) -> str:
+        """How it is said that a number is above or below the average."""
+        f, name = self.domain.field(table, column), OPERATIONS[operator]
+        average = self.word("avg")
+        if f.style == "count":
+            op = f"{self.word(f'count.{name}')} the {average} number of"
+            return self._fill(self.word("count"), table, column, op=op)
+        of_what = "" if average == "average" and self.rng.random() < 0.6 else f" {say(column)}"
+        op = f"{self.word(name)} the {average}{of_what}"
+        return self._fill(self.word("number"), table, column, op=op)
+
+    def aggregate(self, table: str, column: str, function: str = "") -> str:
+        """Choose an aggregate function (one that makes sense of the column); slot ``value`` says it."""
+        f = self.domain.field(table, column)
+        summed = not f.style or f.style == "count"
+        name = function or self.rng.choice(("avg", "max", "min", "sum") if summed else ("avg", "max", "min"))
+        self.put(value=f"{self.word(name)} {self.noun(table, column)}")
         return name
 
-    def extreme(self) -> str:
-        """Choose ``DESC`` or ``ASC`` for a superlative; slot ``best`` says it."""
-        name = self.rng.choice(("max", "min"))
-        self.put(best=self.word(name))
-        return _OPPOSITE[name]
+    def best(self, table: str, column: str, many: str = "") -> str:
+        """Choose ``DESC`` or ``ASC`` for a superlative; slots ``S`` and ``s`` name the rows (`many`: how many)."""
+        f, name = self.domain.field(table, column), self.rng.choice(("max", "min"))
+        rows = f"{many} {plural(table)}" if many else say(table)
+        own = self._styled(f, name) if f.style != "count" else None
+        if own:
+            said = f"{many} {self.word(own)} {plural(table) if many else say(table)}".strip()
+        elif f.style == "count" and self.rng.random() < 0.8:
+            said = f"{rows} with {self.word('most' if name == 'max' else 'fewest')} {say(column)}"
+        else:
+            word = self.word(f"year.{name}" if f.kind == "year" else name)
+            said = f"{rows} with the {word} {self.noun(table, column)}"
+        self.put(S=said, s=said)
+        return "DESC" if name == "max" else "ASC"
+
+    def ordering(self, table: str, column: str) -> str:
+        """Choose ``ASC`` or ``DESC``; slot ``order`` says it."""
+        way = self.rng.choice(("ASC", "DESC"))
+        name = "ascending" if way == "ASC" else "descending"
+        if not table:  # by the count of rows
+            self.put(order=self.word(name).format(c="number"))
+            return way
+        f = self.domain.field(table, column)
+        general = f"year.{name}" if f.kind == "year" else f"name.{name}" if f.kind == "name" else name
+        self.put(order=self._fill(self.word(self._styled(f, name) or general), table, column))
+        return way
 
     def quantity_of(self, share: float = 0.7) -> str:
-        """Choose ``DESC`` or ``ASC`` for a count; slot ``most`` says it."""
+        """Choose ``DESC`` or ``ASC`` for a count; slots ``most`` and ``rarity`` say it."""
         most = self.rng.random() < share
-        self.put(most=self.word("most" if most else "fewest"))
+        self.put(most=self.word("most" if most else "fewest"), rarity="most" if most else "least")
         return "DESC" if most else "ASC"

@@ -12,7 +12,7 @@ import sqlite3
 from dataclasses import dataclass
 from random import Random
 
-from pocket.domains import Domain, Inventor, fill, seen_domains
+from pocket.domains import Domain, Inventor, fill, read_domains
 from pocket.questions import Draft, draw
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
 from sqlbench.agent.trajectory import Execution, Message
@@ -127,7 +127,7 @@ class Examples:
         self.inventor = Inventor(starts, middles)
         self.made_up, self.rewrite, self.check, self.disturbed = made_up, rewrite, check, disturbed
         self.prompts = prompts_for("nano")
-        self.seen = [fill(d, self.rng) for d in seen_domains()]
+        self.seen = [fill(d, self.rng) for d in read_domains("seen")]
 
     def draw(self, level: int) -> Example:
         """One example; level 2 also mixes in easier ones, level 3 is level 2 with questions disturbed more."""

@@ -60,7 +60,7 @@ Request = Annotated[
     str | None,
     typer.Option(help="Request fields for an endpoint, a JSON object; null leaves one out. Also SQLBENCH_REQUEST."),
 ]
-POCKET = Path("data/pocket")
+POCKET, SEALED = Path("data/pocket"), Path("data/sealed")
 RESULTS = Path("results")
 UsageError = cast(type[Exception], typer.BadParameter.__base__)
 """A command line that makes no sense; typer has no public name for it."""
@@ -70,14 +70,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 @data_app.command("pocket")
 def data_pocket(
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = POCKET,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; by default data/pocket or data/sealed.")] = None,
     seed: Seed = 1,
+    sealed: Annotated[bool, typer.Option("--sealed", help="Write the sealed split instead; open it once.")] = False,
 ) -> None:
     """Write the embedded data set: generated databases, questions, splits, gold audit."""
     from pocket.dataset import write_pocket
     from sqlbench.data.audit import audit_dataset
 
-    write_pocket(out, seed=seed)
+    out = out or (SEALED if sealed else POCKET)
+    write_pocket(out, seed=seed, sealed=sealed)
     typer.echo(audit_dataset(out).summary())
     typer.echo(f"wrote {out}")
 

@@ -63,6 +63,7 @@ def audit_table(data: Path | str) -> pd.DataFrame:
             "scorable": split.scorable,
             "excluded": ", ".join(f"{count} {reason}" for reason, count in split.excluded.items()) or "none",
             "gold without rows": split.zero_rows,
+            "same result after a mutation": split.unchanged,
             "needs order": split.needs_order,
             **{level: split.hardness.get(level, 0) for level in HARDNESS},
             "constant query (%)": round(100 * max(split.constant_floor.values(), default=0.0), 1),

@@ -9,8 +9,9 @@ A task is excluded (kept in its split, counted, never scored) when
 - ``self_check``: its gold query, scored as a prediction, is not accepted in both reward modes (for example because it
   gives another answer at every call).
 
-Two weaker findings are recorded without excluding: a gold query that returns no rows, and one that reads a table
-without rows. Written are ``audit.parquet`` (one row a task and split) and ``audit.json`` (counts a split and reason,
+Three weaker findings are recorded without excluding: a gold query that returns no rows, one that reads a table without
+rows, and one that some small change leaves with the same result (`sqlbench.data.mutation`), so that a wrong prediction
+scores. Written are ``audit.parquet`` (one row a task and split) and ``audit.json`` (counts a split and reason,
 the excluded tasks, empty tables, and what a policy earns that answers every question with one constant query).
 """
 
@@ -27,6 +28,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
+from sqlbench.data.mutation import unchanged_by
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.database.engine import Database, cached_database
 from sqlbench.database.schema import SQLITE_TABLES, quote
@@ -56,6 +58,8 @@ class Finding(BaseModel):
     hardness: str = ""
     empty_tables: str = ""
     """Comma-separated tables without rows that the gold query reads."""
+    unchanged_by: str = ""
+    """Comma-separated mutations of the gold query that leave its result as it is (see `sqlbench.data.mutation`)."""
     excluded: str = ""
     detail: str = ""
     """The database's message, or what the self-check answered."""
@@ -78,6 +82,10 @@ class SplitAudit(BaseModel):
     needs_order: int
     hardness: dict[str, int]
     """Scorable tasks by hardness."""
+    unchanged: int
+    """Scorable tasks that some mutation of the gold query leaves with the same result."""
+    unchanged_by: dict[str, int]
+    """The same by mutation; a task counts once for each."""
     constant_floor: dict[str, float]
     """Share of scorable tasks that one constant query earns: the best one found (modes ``reference`` and ``strict``),
     and one without rows (``reference_no_rows``, ``strict_no_rows``)."""
@@ -104,7 +112,8 @@ class Audit(BaseModel):
         for name, s in self.splits.items():
             reasons = ", ".join(f"{n} {reason}" for reason, n in s.excluded.items()) or "none"
             lines.append(
-                f"{name}: {s.tasks} tasks, {s.scorable} scorable; excluded: {reasons}; without rows: {s.zero_rows}"
+                f"{name}: {s.tasks} tasks, {s.scorable} scorable; excluded: {reasons}; without rows: {s.zero_rows}; "
+                f"result unchanged by some mutation of the gold query: {s.unchanged}"
             )
         for db_id, names in self.unreadable_tables.items():
             lines.append(f"{db_id}: left out, since SQLite cannot read them here: {', '.join(names)}")
@@ -175,6 +184,8 @@ class Auditor:
             reads_empty_table=sum(bool(f.empty_tables) for f in found),
             needs_order=sum(f.needs_order for f in found),
             hardness=_tally(f.hardness for f in scorable),
+            unchanged=sum(bool(f.unchanged_by) for f in scorable),
+            unchanged_by=_tally(name for f in scorable if f.unchanged_by for name in f.unchanged_by.split(",")),
             constant_floor=self._floor([t for t in tasks if t.scorable]),
         )
 
@@ -224,7 +235,7 @@ class Auditor:
             verdict = score(gold, gold, database, strict=strict)
             if verdict.match != 1:
                 return found | {"excluded": "self_check", "detail": f"{mode} mode: {verdict.reason}"}
-        return found
+        return found | {"unchanged_by": ",".join(sorted(set(unchanged_by(gold, database))))}
 
     def _database(self, db_id: str) -> Database:
         database = cached_database(self._path(db_id), self.limits)

@@ -78,6 +78,18 @@ def test_the_counts_add_up_and_name_every_excluded_task(root):
     assert audit.tables_without_rows == {"shop": ["sold"]}
 
 
+def test_a_gold_that_a_mutation_leaves_unchanged_is_named_and_stays_scorable(root):
+    golds = ["SELECT count(*) FROM item WHERE id = 1", "SELECT name FROM item WHERE id = 1"]
+    tasks = [Task(task_id=str(i), db_id="shop", question="?", gold=g, split="luck") for i, g in enumerate(golds)]
+    write_split(root, "luck", tasks)
+    audit = audit_dataset(root)
+    assert (audit.splits["luck"].unchanged, audit.splits["luck"].unchanged_by) == (1, {"comparison": 1})
+    assert "luck: 2 tasks, 2 scorable" in audit.summary()
+    found = pd.read_parquet(root / "audit.parquet").set_index(["split", "task_id"])["unchanged_by"]
+    assert list(found["luck"]) == ["comparison", ""]  # one row on each side of the flipped condition
+    assert all(t.scorable for t in DataSet(root).load("luck"))
+
+
 def test_the_audit_is_read_back_and_repeats_to_the_byte(root):
     first = audit_dataset(root)
     before = {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pocket import NANO_PATH
-from pocket.domains import fill, seen_domains
+from pocket.domains import fill, read_domains
 from pocket.nano import END, Recipe, prompt_text, train_nano
 from pocket.pretraining import Example, Examples, connect, schema_of
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for
@@ -91,7 +91,7 @@ def test_the_checkpoint_says_how_it_was_made() -> None:
 
 
 def test_pretraining_prompts_are_those_of_the_agent(tmp_path: Path) -> None:
-    domain = fill(seen_domains()[0], Examples(0).rng)
+    domain = fill(read_domains("seen")[0], Examples(0).rng)
     connect(domain, str(tmp_path / "concert.sqlite")).close()
     database = open_database(tmp_path / "concert.sqlite")
     ours, theirs = schema_of(domain), introspect(database)
