@@ -36,6 +36,7 @@ def harden() -> None:
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):  # None where closed: now the null device
             buffer = io.BufferedWriter(_Stream(number, "w", closefd=False))
-            encoding, line_buffering = (stream.encoding, stream.line_buffering) if stream else ("utf-8", False)
-            new = io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=line_buffering)
+            encoding = stream.encoding if stream else "utf-8"
+            at_once = number == 2 or bool(stream and (stream.line_buffering or stream.write_through))
+            new = io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=at_once)
             setattr(sys, name, new)

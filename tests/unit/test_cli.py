@@ -285,6 +285,14 @@ def test_a_text_can_be_printed_in_any_encoding():
     assert subprocess.check_output([sys.executable, "-c", code], env=environment) == rb"M\xf6bel" + b"\n"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_error_is_told_before_the_process_is_left(unbuffered):
+    code = "import os, sys; from sqlbench.streams import harden; harden(); print('why', file=sys.stderr); os._exit(3)"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (3, "why\n")
+
+
 def test_a_standard_stream_closed_from_the_start_is_not_taken_for_a_file_of_the_run():
     code = "import os; from sqlbench.streams import harden; harden(); os.write(2, str(os.open('.', 0)).encode())"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=lambda: os.closerange(0, 2))
