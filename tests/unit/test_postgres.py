@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from sqlbench.agent.graph import record_execution
 from sqlbench.agent.prompts import render_execution
 from sqlbench.database.engine import open_database
 from sqlbench.database.postgres import _CALLS, _SUSPECT
@@ -16,6 +15,7 @@ from sqlbench.database.schema import introspect, quote, sample_rows, schema_text
 from sqlbench.database.types import ForeignKey, Limits
 from sqlbench.errors import DatabaseError
 from sqlbench.reward import score
+from sqlbench.rollout import record_execution
 from sqlbench.sqltree import error_class
 
 psycopg = pytest.importorskip("psycopg")
