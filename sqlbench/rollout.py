@@ -238,6 +238,7 @@ async def run_agent(
                 if not isinstance(sql, str):
                     kind = type(agent).__name__
                     raise TypeError(f"{kind}.run returned {type(sql).__name__}; it must return the final query")
+                sql = clean(sql)
                 if sql not in {execution.sql for execution in context.executions}:
                     await context.execute(sql)
                 context.sql = sql

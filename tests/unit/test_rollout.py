@@ -186,3 +186,36 @@ def test_an_answer_that_breaks_says_why(database, tmp_path):
     path.write_text("this is no database, " * 99)
     assert ask(gone, OneAnswer("SELECT 1")).error.startswith("schema: DatabaseError: ")
     gone.close()
+
+
+def test_an_error_names_nothing_that_the_prompt_hides(tmp_path):
+    with sqlite3.connect(tmp_path / "concert.sqlite") as connection:
+        connection.execute("CREATE TABLE singer (singer_id INTEGER PRIMARY KEY, name TEXT)")
+        connection.execute("CREATE TABLE stadium (stadium_id INTEGER PRIMARY KEY, venue TEXT)")
+    task = Task(task_id="7", db_id="concert", question="Where?", gold="SELECT 1", split="dev")
+
+    def shown(cut: int) -> str:
+        database, config = open_database(tmp_path / "concert.sqlite"), RolloutConfig(table_info_truncate=cut)
+        done = asyncio.run(rollout(task, database, OneAnswer("SELECT venue"), prompts_for("nano"), config))
+        assert "no such column: venue" in done.executions[0].error
+        return done.transitions[-1].messages[1].content
+
+    assert "venue is in stadium" in shown(2048) and "stadium" not in shown(30)
+
+
+def test_half_a_character_in_an_answer_is_recorded_by_a_stand_in(run):
+    done = run("SELECT '\ud83d', '\0'")
+    assert (done.reward, done.pred) == (0.0, "SELECT '\ufffd', '\ufffd'")
+    assert Trajectory.model_validate_json(done.model_dump_json()) == done
+
+
+def test_an_agent_of_ones_own_may_run_half_a_character(database):
+    class Own:
+        async def run(self, context) -> str:
+            await context.execute("SELECT '\ud83d'")
+            return "SELECT '\ud83d'"
+
+    task = Task(task_id="7", db_id="concert", question="Who?", gold=GOLD, split="dev")
+    done = asyncio.run(rollout(task, database, OneAnswer(""), prompts_for("nano"), RolloutConfig(), agent=Own()))
+    assert done.executions[0].sql == "SELECT '\ufffd'" and done.error is None
+    assert Trajectory.model_validate_json(done.model_dump_json()) == done
