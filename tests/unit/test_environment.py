@@ -323,8 +323,7 @@ def test_half_a_character_in_a_request_that_is_refused_is_shown_by_a_stand_in(se
 
 
 def test_half_a_character_or_nul_in_a_query_is_one_wrong_attempt(server):
-    start = server.reset(episode_id=f"half {HALF}", task_id=server.tasks[8].task_id)
-    assert start["episode_id"] == "half \ufffd"
+    start = server.reset(task_id=server.tasks[8].task_id)
     for strategy, odd in (("generate", HALF), ("rewrite_full", "\0")):
         answer = server.step(start["episode_id"], strategy, f"SELECT '{odd}'")
         assert (answer["observation"]["sql"], answer["observation"]["success"]) == ("SELECT '\ufffd'", False)
