@@ -59,6 +59,8 @@ def state(folder):
 # name -> (statement, statuses that are fine); {home} is the folder of the databases
 REFUSED = {"rejected"}
 STOPPED = {"timeout", "too_large"}
+QUICK = {"ok", *STOPPED}
+"""For what would be slow with SQLite's own functions."""
 HOSTILE = {
     "insert": ("INSERT INTO item (name) VALUES ('x')", REFUSED),
     "update": ("UPDATE item SET name = 'x'", REFUSED),
@@ -150,10 +152,10 @@ HOSTILE = {
     "quoted printf": ("SELECT \"printf\"('%.*c', 1e9, 'x')", {"error", "too_large"}),
     "doubling text": (f"{GROW} SELECT length(x) FROM r", {"too_large"}),
     "replace that grows": ("SELECT length(" + "replace(" * 9 + "'a'" + ", 'a', 'aaaaaaaaaa')" * 9 + ")", {"too_large"}),
-    "slow instr": (f"SELECT sum(instr(s, substr(s, 1, length(s) / 2) || 'b')) FROM ({LONG}), item, item", STOPPED),
-    "slow instr on a literal": (f"SELECT instr('{LITERAL}', '{LITERAL[:22_000]}b') FROM item, item AS b", STOPPED),
-    "slow replace": (f"SELECT sum(length(replace(s, substr(s, 1, length(s) / 2) || 'b', ''))) FROM ({LONG}), item", STOPPED),  # noqa: E501
-    "slow trim": (f"SELECT sum(length(trim(s, 'b' || s))) FROM ({LONG}), item a, item b", STOPPED),
+    "slow instr": (f"SELECT sum(instr(s, substr(s, 1, length(s) / 2) || 'b')) FROM ({LONG}), item, item", QUICK),
+    "slow instr on a literal": (f"SELECT instr('{LITERAL}', '{LITERAL[:22_000]}b') FROM item, item AS b", QUICK),
+    "slow replace": (f"SELECT sum(length(replace(s, substr(s, 1, length(s) / 2) || 'b', ''))) FROM ({LONG}), item", QUICK),  # noqa: E501
+    "slow trim": (f"SELECT sum(length(trim(s, 'b' || s))) FROM ({LONG}), item a, item b", QUICK),
     "slow like": (f"SELECT sum(s LIKE '{'%a' * 400}b') FROM ({LONG}), item a, item b", {"timeout", "too_large", "error"}),  # noqa: E501
     "slow like on a literal": (f"SELECT sum('{LITERAL}' LIKE '{'%a' * 400}b') FROM item a, item b", {"too_large", "timeout"}),  # noqa: E501
     "slow glob": (f"SELECT sum(s GLOB '{'*a' * 400}b') FROM ({LONG}), item a, item b", STOPPED),
