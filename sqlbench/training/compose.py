@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from sqlbench.database.types import LONGEST_QUERY
 from sqlbench.errors import TrainingError
 from sqlbench.models.checkpoint import checkpoint_family
-from sqlbench.profiles import Profile, merged
+from sqlbench.profiles import Profile
 from sqlbench.runs import flat
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+CONFIG = Path(__file__).with_name("config")
 TRACKERS = ("wandb", "mlflow", "tensorboard")
 """Backends of verl that can be chosen beside its console and file; each needs the package of its name."""
 COUNTS = {
@@ -59,35 +59,17 @@ def compose(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    arguments = {
-        "data": {
-            "train_files": str(folder / "data/train.parquet"),
-            "val_files": str(folder / "data/validation.parquet"),
-        },
-        "actor_rollout_ref": {
-            "model": {"path": model},
-            "rollout": {"agent": {"agent_loop_config_path": str(folder / "data/agent_loop.yaml")}}
-            | ({"router_config_path": str(folder / "data/router.yaml")} if profile.device == "cpu" else {}),
-        },
-        "trainer": {
-            "project_name": "sqlbench",
-            "experiment_name": run,
-            "default_local_dir": str(folder / "checkpoints"),
-        },
-        "sqlbench": {
-            "run_folder": str(folder),
-            "data": str(data),
-            "model": model,
-            "family": checkpoint_family(model),
-            "random_reward": random_reward,
-        },
-    }
-    spec = importlib.util.find_spec("verl")
-    if spec is None or not spec.submodule_search_locations:
+    if importlib.util.find_spec("verl") is None:
         raise TrainingError("verl is not installed; install sqlbench with the extra 'train'")
-    defaults = Path(spec.submodule_search_locations[0]) / "trainer/config"
-    given = flat(merged(profile.config, arguments))
-    base = [f"++{key}={_literal(value)}" for key, value in given.items()]
+    arguments = {
+        "trainer.experiment_name": run,
+        "sqlbench.run_folder": str(folder),
+        "sqlbench.data": str(data),
+        "sqlbench.model": model,
+        "sqlbench.family": checkpoint_family(model),
+    }
+    base = [f"{key}={_quoted(value)}" for key, value in arguments.items()]
+    base.append(f"sqlbench.random_reward={random_reward}")
     GlobalHydra.instance().clear()
     for text in overrides:
         try:
@@ -96,19 +78,27 @@ def compose(
             raise TrainingError(
                 f"cannot read the override {text!r}; give key=value, and brackets in quotes: key='[a]'"
             ) from error
-    try:
-        with initialize_config_dir(str(defaults), version_base=None):
-            config = hydra_compose("ppo_trainer", overrides=[*base, *overrides])
-        OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException) as error:
-        message = str(error).strip().splitlines()[0]
-        if unknown := re.fullmatch(r"Could not override '([\w.]+)'\.", message):
-            with initialize_config_dir(str(defaults), version_base=None):
-                keys = flat(OmegaConf.to_container(hydra_compose("ppo_trainer", overrides=base)))
-            message = f"no key '{unknown[1]}'; did you mean {' or '.join(_nearest(unknown[1], keys))}?"
-        raise TrainingError(f"cannot compose the training configuration: {message}") from error
-    _check_values(config, given)
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        try:
+            config = hydra_compose(profile.name, overrides=[*base, *overrides])
+            OmegaConf.resolve(config)
+        except (HydraException, OmegaConfBaseException) as error:
+            message = str(error).strip().splitlines()[0]
+            if unknown := re.fullmatch(r"Could not override '([\w.]+)'\.", message):
+                keys = flat(OmegaConf.to_container(hydra_compose(profile.name, overrides=base)))
+                message = f"no key '{unknown[1]}'; did you mean {' or '.join(_nearest(unknown[1], keys))}?"
+            raise TrainingError(f"cannot compose the training configuration: {message}") from error
+    _check_values(config, flat(changes(profile.name)))
     return config
+
+
+def changes(profile: str) -> dict[str, Any]:
+    """Read what a profile changes in verl's defaults, with interpolations as they are written."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.merge(*(OmegaConf.load(CONFIG / f"{name}.yaml") for name in ("common", profile)))
+    found = OmegaConf.to_container(tree)
+    return {key: value for key, value in found.items() if key not in ("defaults", "hydra")}
 
 
 def _nearest(key: str, keys: Collection[str]) -> list[str]:
@@ -150,10 +140,6 @@ def tracking(backend: str) -> list[str]:
     return [f"trainer.logger=[console,file,{backend}]"]
 
 
-def _literal(value: Any) -> str:
-    """A value in Hydra's override grammar."""
-    if isinstance(value, list):
-        return "[" + ",".join(map(_literal, value)) + "]"
-    if isinstance(value, str) and not value.startswith("${"):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return str(value) if isinstance(value, str) else json.dumps(value)
+def _quoted(text: str) -> str:
+    """Quote a text for Hydra's override grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
