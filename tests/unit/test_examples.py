@@ -65,7 +65,8 @@ def test_react_acts_until_its_turns_are_used(some, tmp_path):
 def test_soft_f1_gives_part_of_the_credit(some, tmp_path, monkeypatch):
     some[-1] = "40"
     records = sqlbench_eval(tmp_path, *some, "--reward", "examples.soft_f1:soft_f1")
-    assert all(t.reward == 1 for t in records if t.match == 1)
+    # Execution match leaves DISTINCT out of account, as Spider's evaluator does; the cells do not.
+    assert all(t.reward == 1 for t in records if t.match == 1 and "DISTINCT" not in t.gold)
     assert any(0 < t.reward < 1 for t in records)
     summary = RunFolder(tmp_path / "laptop/example").summary()
     assert (
