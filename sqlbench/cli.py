@@ -303,7 +303,7 @@ def env(
     query_timeout: QueryTimeout = 5.0,
 ) -> None:
     """Serve the task as an OpenEnv environment."""
-    from sqlbench.environment import serve
+    from sql_env.server.app import serve
 
     _send(request)
     serve(data, port, host, split, model, reward, query_timeout)

@@ -26,13 +26,13 @@ from statistics import fmean, quantiles
 import psutil
 import pytest
 
+from sql_env import SqlAction, SqlEnvClient
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.repair import LinUCBRepair
 from sqlbench.connection import connect
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.database.engine import cached_database, open_database
 from sqlbench.database.types import Limits
-from sqlbench.environment import SqlAction, SqlEnvClient
 from sqlbench.evolve import FeedbackStore
 from sqlbench.models import open_model
 from sqlbench.reward import score

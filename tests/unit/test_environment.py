@@ -25,19 +25,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sql_env import SqlAction, SqlEnvClient, SqlObservation, SqlState
+from sql_env.server.episodes import Episodes, RequestError
+from sql_env.server.sql_environment import SqlEnvironment
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.cli import main
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import open_database
-from sqlbench.environment import (
-    Episodes,
-    RequestError,
-    SqlAction,
-    SqlEnvClient,
-    SqlEnvironment,
-    SqlObservation,
-    SqlState,
-)
 
 SQLBENCH = [sys.executable, "-c", "from sqlbench.cli import main; main()"]
 SPLIT = "dev_seen_pretrain"
@@ -371,7 +365,7 @@ def test_a_websocket_session_keeps_its_episode_and_survives_mistakes(server):
 def test_a_client_that_is_gone_leaves_no_traceback(server):
     code = """if True:
         import os, sys
-        from sqlbench.environment import SqlEnvClient
+        from sql_env import SqlEnvClient
         client = SqlEnvClient(base_url=sys.argv[1]).sync()
         client.connect()
         print(client.reset().observation.episode_id, flush=True)

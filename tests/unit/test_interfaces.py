@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sql_env.models import MAX_ATTEMPTS, SqlAction
+from sql_env.server.episodes import Episodes
+from sql_env.server.sql_environment import SqlEnvironment
 from sqlbench.agent.prompts import prompts_for
 from sqlbench.agent.repair import ATTEMPT_COST
 from sqlbench.agent.trajectory import Completion, Message, Trajectory
@@ -19,7 +22,6 @@ from sqlbench.connection import connect
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import cached_database, open_database
 from sqlbench.display import story
-from sqlbench.environment import MAX_ATTEMPTS, Episodes, SqlAction, SqlEnvironment
 from sqlbench.errors import PluginError
 from sqlbench.evaluation import evaluate, summarise
 from sqlbench.interfaces import is_plugin, load_plugin

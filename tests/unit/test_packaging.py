@@ -89,7 +89,7 @@ def imported(folder: Path) -> set[str]:
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module.split(".")[0])
-    return modules - sys.stdlib_module_names - {"sqlbench", "pocket", "verl_cpu"}
+    return modules - sys.stdlib_module_names - {"sqlbench", "pocket", "sql_env", "verl_cpu"}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,7 @@ def imported(folder: Path) -> set[str]:
         ("sqlbench", {"core", "local", "train", "gpu", "agent", "environment", "notebooks"}),
         ("pocket", {"core", "local"}),
         ("verl_cpu", {"core", "local", "train", "gpu"}),
+        ("sql_env", {"core", "environment"}),
         ("tests", {"core", "local", "train", "gpu", "agent", "environment", "notebooks", "test"}),
     ],
 )

@@ -1,0 +1,67 @@
+"""What client and server say to each other: actions, observations, state."""
+
+from __future__ import annotations
+
+from openenv.core.env_server.types import Action, Observation, State
+from pydantic import Field
+
+from sqlbench.agent.prompts import STRATEGIES
+from sqlbench.agent.repair import GENERATE
+from sqlbench.agent.trajectory import Record
+from sqlbench.text import Text
+
+MAX_ATTEMPTS = 5
+
+
+class SqlAction(Action):
+    """One attempt."""
+
+    strategy: Text = Field(json_schema_extra={"enum": [GENERATE, *STRATEGIES]})
+    """``generate`` first, then one of the repair strategies."""
+    sql: Text | None = None
+    """A query of the caller's own; without one the server's model writes it."""
+
+
+class SqlObservation(Observation):
+    """What is known after reset or a step; `reward` and `done` are those of the step."""
+
+    episode_id: str
+    """Names the episode in HTTP requests."""
+    task_id: str
+    db_id: str
+    dialect: str
+    question: str
+    schema_text: str
+    attempt: int = 0
+    attempts_left: int = MAX_ATTEMPTS
+    sql: str = ""
+    """The last query."""
+    result: str = ""
+    """What the database answered, as the prompts show it."""
+    error_class: str = ""
+    """How it failed (`sqlbench.agent.repair.POTENTIAL`); ``none`` where it ran and gave rows."""
+    success: bool | None = None
+    """Whether its answer is right."""
+
+
+class Attempt(Record):
+    """One attempt as the state shows it."""
+
+    strategy: str
+    sql: Text
+    result: Text
+    error_class: str
+    reward: float
+
+
+class SqlState(State):
+    """Where an episode stands; without an episode all is empty."""
+
+    task_id: str = ""
+    db_id: str = ""
+    question: str = ""
+    max_attempts: int = MAX_ATTEMPTS
+    attempts: list[Attempt] = Field(default_factory=list)
+    done: bool = False
+    success: bool = False
+    total_reward: float = 0.0

@@ -1,0 +1,122 @@
+"""The server. Nobody logs in: whoever reaches the port can spend the model's time.
+
+That is why the default address is this machine alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response, WebSocketDisconnect
+from fastapi.exceptions import RequestValidationError
+from openenv.core.env_server import create_app
+from pydantic import ValidationError
+
+import sqlbench
+from sql_env.models import MAX_ATTEMPTS, SqlAction, SqlObservation, SqlState
+from sql_env.server.episodes import Episodes, RequestError
+from sql_env.server.sql_environment import DESCRIPTION, SqlEnvironment
+from sqlbench.agent.prompts import STRATEGIES
+from sqlbench.agent.repair import GENERATE
+from sqlbench.serve import listen
+
+MAX_SESSIONS = 100
+"""WebSocket sessions at a time."""
+
+
+def create(episodes: Episodes) -> FastAPI:
+    """The server's application: OpenEnv's routes, and ``/env/tasks`` and ``/env/info``."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page of ENABLE_WEB_INTERFACE=true reports home
+    made = create_app(
+        lambda: SqlEnvironment(episodes),  # a function: the page takes a `partial` for an environment
+        SqlAction,
+        SqlObservation,
+        env_name="sqlbench",
+        max_concurrent_envs=MAX_SESSIONS,
+    )
+    # OpenEnv's own /state asks a new environment, which has no episode.
+    made.router.routes[:] = [route for route in made.router.routes if getattr(route, "path", "") != "/state"]
+
+    @made.get("/state", tags=["State Management"])
+    async def state(episode_id: str | None = None) -> SqlState:
+        return SqlState() if episode_id is None else episodes.find(episode_id).state()
+
+    @made.get("/env/tasks", tags=["Environment Info"])
+    async def tasks() -> list[dict[str, str]]:
+        shown = ("task_id", "db_id", "question", "hardness")
+        return [{name: getattr(task, name) for name in shown} for task in episodes.tasks.values()]
+
+    @made.get("/env/info", tags=["Environment Info"])
+    async def info() -> dict[str, Any]:
+        return {
+            "name": "sqlbench",
+            "version": sqlbench.__version__,
+            "description": DESCRIPTION,
+            "split": episodes.split,
+            "tasks": len(episodes.tasks),
+            "model": episodes.model.name,
+            "max_attempts": MAX_ATTEMPTS,
+            "actions": [GENERATE, *STRATEGIES],
+            "action": SqlAction.model_json_schema(),
+            "observation": SqlObservation.model_json_schema(),
+            "state": SqlState.model_json_schema(),
+        }
+
+    async def refuse(request: Request, error: Any) -> Response:
+        """Say what is wrong, without repeating what came: FastAPI's own answer breaks on text that is not Unicode."""
+        if isinstance(error, RequestError):
+            status, detail = error.status, str(error)
+        elif isinstance(error, HTTPException):
+            status, detail = error.status_code, error.detail
+        else:
+            status, detail = 422, error.errors()
+        if isinstance(detail, list):
+            detail = [{name: one[name] for name in ("type", "loc", "msg")} for one in detail]
+        return Response(json.dumps({"detail": detail}), status, media_type="application/json")
+
+    for kind in (RequestError, HTTPException, RequestValidationError, ValidationError):
+        made.add_exception_handler(kind, refuse)
+    return made
+
+
+def __getattr__(name: str) -> FastAPI:
+    """``sql_env.server.app:app``, for ``openenv.yaml``, with settings from the environment."""
+    if name != "app":
+        raise AttributeError(name)
+    get = os.environ.get
+    data = get("SQLBENCH_DATA", "data/pocket")
+    reward = get("SQLBENCH_REWARD", "execution-match")
+    return create(Episodes(data, get("SQLBENCH_SPLIT", "train"), get("SQLBENCH_MODEL", "nano"), reward=reward))
+
+
+def serve(
+    data: str | Path,
+    port: int,
+    host: str = "127.0.0.1",
+    split: str = "train",
+    model: str = "nano",
+    reward: str = "execution-match",
+    query_timeout: float = 5.0,
+) -> None:
+    """Serve until interrupted; port 0 takes a free one. Standard output carries the episodes' lines and nothing else.
+
+    Raises:
+        ServerError: the address is in use or no address of this machine.
+        DataError: there is no such data set or split.
+        ModelError: there is no such model.
+    """
+    with listen(host, port) as listener:
+        made = create(Episodes(data, split, model, reward=reward, query_timeout=query_timeout))
+        print(f"serving {data} on http://{host}:{listener.getsockname()[1]}; Ctrl-C stops", file=sys.stderr, flush=True)
+        config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+        # OpenEnv closes sockets once more that the client closed; that is no error.
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda r: not (r.exc_info and r.exc_info[0] is WebSocketDisconnect)
+        )
+        uvicorn.Server(config).run(sockets=[listener])
