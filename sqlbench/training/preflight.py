@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 AGENTS = ("write", "rewrite", "check")
+SAMPLINGS = ("uniform", "dynamic", "success-rate")
+"""See `sqlbench.training.sampling`."""
 _MODE = "sqlbench has a trainer of its own, which is synchronous; leave the key out"
 _REWARD = "verl's own rewards are never asked; give a reward of your own as sqlbench.reward=module:attribute"
 _LORA = "verl saves adapters apart from the policy, which an evaluation needs whole; train all weights, as by default"
@@ -113,6 +115,10 @@ def check(profile: Profile, config: DictConfig) -> None:
             f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
             f"the sub-agents are {', '.join(AGENTS)}"
         )
+    if settings.sampling not in SAMPLINGS:
+        raise TrainingError(f"sqlbench.sampling={settings.sampling} is unknown. Choose {', '.join(SAMPLINGS)}.")
+    if settings.most_sampled < 1:
+        raise TrainingError(f"sqlbench.most_sampled={settings.most_sampled} is less than a batch. Give 1 or more.")
     if settings.credit not in ("rollout", "transition"):
         raise TrainingError(f"sqlbench.credit={settings.credit} is neither 'rollout' nor 'transition'")
     if settings.credit == "transition" and settings.reward != "execution-match":

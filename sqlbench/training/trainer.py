@@ -10,6 +10,7 @@ Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync
   momentum of earlier steps still act.
 - Every step logs the loss's mean of the advantages, ``sqlbench/advantage_bias``. Unless it is 0, tokens are pushed up
   or down whatever they answer.
+- Which tasks a step trains on is a setting (`sqlbench.training.sampling`).
 - Failed rollouts are counted, and above a stated share the run stops, before it trains on the rest.
 - A training ends where one of its processes is gone: verl waits for ever for a rollout worker that the system killed.
 - Every step logs what ``trajectories.jsonl`` says about its rollouts.
@@ -34,10 +35,13 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
+from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
+from sqlbench.runs import TRAJECTORIES, read_trajectories
 from sqlbench.training.agent_loop import trained_transitions
 from sqlbench.training.loss import Row, row_weights
 from sqlbench.training.metrics import StepRecord, TrajectoryReader
+from sqlbench.training.sampling import SuccessRates, TaskSampler, dividing_groups, group_of, scores
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 3
@@ -61,9 +65,14 @@ class SqlTrainer(PPOTrainerSync):
     def __init__(self, config: Any) -> None:
         config.trainer.v1.trainer_mode = "sync"  # verl asks for this name where it decides about buffering
         super().__init__(config)
-        self.replay_buffer.poll_interval = POLL_SECONDS
         self.settings = config.sqlbench
-        self.reader = TrajectoryReader(Path(self.settings.run_folder) / "trajectories.jsonl")
+        buffer: Any = self.replay_buffer
+        buffer.poll_interval = POLL_SECONDS
+        most = self.settings.most_sampled if self.settings.sampling == "dynamic" else 1
+        self.replay_buffer: Any = TaskSampler(buffer, self._add_prompts_to_generate, most)
+        folder = Path(self.settings.run_folder)
+        self.reader = TrajectoryReader(folder / TRAJECTORIES)
+        self.rates = SuccessRates(read_trajectories(folder), self.settings.seed)
 
     def fit(self, agent_loop_manager: Any) -> None:  # noqa: D102
         ended = threading.Event()
@@ -73,6 +82,26 @@ class SqlTrainer(PPOTrainerSync):
         finally:
             ended.set()
 
+    # -- tasks
+
+    def prepare_step(self) -> dict:  # noqa: D102
+        self.replay_buffer.tasks = []
+        return super().prepare_step()
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        self.replay_buffer.tasks += list(batch["uid"])
+        return super()._submit_batch_to_rollout(batch)
+
+    def _fetch_one_gen_batch(self) -> TensorDict:
+        batch = super()._fetch_one_gen_batch()
+        if self.settings.sampling == "success-rate":
+            for _ in range(len(self.train_dataset)):
+                task = Task.model_validate_json(batch["extra_info"][0]["task"])
+                if self.rates.wanted(task.key, self.global_steps):
+                    break
+                batch = super()._fetch_one_gen_batch()
+        return batch
+
     # -- counting and stopping
 
     def _record(self, validation: bool) -> StepRecord:
@@ -81,7 +110,7 @@ class SqlTrainer(PPOTrainerSync):
         if validation:
             expected = len(self.val_dataset) * rollout.val_kwargs.n
         else:
-            expected = self.config.data.train_batch_size * rollout.n
+            expected = len(self.replay_buffer.tasks) * rollout.n
         record = StepRecord(self.reader.step(self.global_steps, validation))
         failed = record.failed + max(0, expected - record.rollouts)
         if failed > self.settings.max_failed_share * expected:
@@ -115,7 +144,9 @@ class SqlTrainer(PPOTrainerSync):
 
     def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
-        record = StepRecord(self.reader.step(global_steps, False))
+        rollouts = self.reader.step(global_steps, False)
+        self.rates.learn(rollouts)
+        record = StepRecord(rollouts)
         metrics.update(record.metrics("sqlbench/"))
         trained = [len(trained_transitions(t, self.settings.trained_agents)) for t in record.scored]
         metrics["sqlbench/rows"] = sum(trained)
@@ -133,22 +164,20 @@ class SqlTrainer(PPOTrainerSync):
     def _balance_batch(self, batch: Any, metrics: dict, **options: Any) -> Any:
         record = self._record(validation=False)
         self._batch_rows = _rows(batch)
-        rewards: dict[str, set[float]] = defaultdict(set)
+        rewards = scores(batch)
         rollouts: dict[str, set[str]] = defaultdict(set)
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
-        scores = dict(zip(batch.keys, data["rm_scores"].unbind(), strict=True))
-        for key, score in scores.items():
-            rewards[_group(key)].add(float(score.sum()))
-            rollouts[_group(key)].add(key.rsplit("_", 1)[0])
-        useful = [group for group in rewards if len(rewards[group]) > 1]  # so none with one rollout left
-        count = max(1, len(record.groups), len(rewards))  # tasks, or with credit=transition their sub-agents
+        for key in rewards:
+            rollouts[group_of(key)].add(key.rsplit("_", 1)[0])
+        useful = dividing_groups(rewards)  # so none with one rollout left
+        # Tasks, also those of which no rollout is left; or with credit=transition their sub-agents.
+        count = max(1, min(len(record.groups), self.config.data.train_batch_size), len(rollouts))
         metrics["sqlbench/groups"] = count
         metrics["sqlbench/zero_variance_groups"] = 1 - len(useful) / count
         if self.settings.drop_useless_groups:
             # verl needs rows: where no group divides, the largest stays, whose advantage is 0.
             wanted = useful or [max(rollouts, key=lambda group: len(rollouts[group]))]
-            keep = [i for i, key in enumerate(batch.keys) if _group(key) in wanted]
-            if dropped := [key for key in batch.keys if _group(key) not in wanted]:
+            keep = [i for i, key in enumerate(batch.keys) if group_of(key) in wanted]
+            if dropped := [key for key in batch.keys if group_of(key) not in wanted]:
                 tq.kv_clear(keys=dropped, partition_id=batch.partition_id)
             batch = KVBatchMeta(
                 partition_id=batch.partition_id,
@@ -157,8 +186,9 @@ class SqlTrainer(PPOTrainerSync):
                 extra_info=batch.extra_info,
             )
         # A rollout alone in its group would have its reward as advantage.
-        if alone := [key for key in batch.keys if len(rollouts[_group(key)]) == 1]:
-            nothing = torch.nested.as_nested_tensor([torch.zeros_like(scores[k]) for k in alone], layout=torch.jagged)
+        lengths = {key: tag["response_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+        if alone := [key for key in batch.keys if len(rollouts[group_of(key)]) == 1]:
+            nothing = torch.nested.as_nested_tensor([torch.zeros(lengths[k]) for k in alone], layout=torch.jagged)
             tq.kv_batch_put(
                 keys=alone, partition_id=batch.partition_id, fields=TensorDict({"rm_scores": nothing}, len(alone))
             )
@@ -227,10 +257,6 @@ class SqlTrainer(PPOTrainerSync):
             partition_id=batch.partition_id,
             fields=TensorDict({"rollout_is_weights": field}, batch_size=len(weights)),
         )
-
-
-def _group(key: str) -> str:
-    return key.rsplit("_", 2)[0]
 
 
 def _rows(batch: Any) -> list[Row]:

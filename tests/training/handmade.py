@@ -236,6 +236,7 @@ def prepare(folder: Path, base: Any) -> None:
         config = settings(folder, *overrides)
         trainer = SqlTrainer(config)
         trainer.tokenizer, trainer.global_steps = SimpleNamespace(eos_token_id=2), STEP
+        trainer.replay_buffer.tasks = [*"abcd"]
         trainer.actor_rollout_wg = workers = Workers(ranks)
         records = [record(model, made) for made in rollouts]
         with (folder / "run/trajectories.jsonl").open("a") as file:
