@@ -143,11 +143,12 @@ def policy(name: str, options: argparse.Namespace, minutes: float) -> Path:
             recipe = Recipe() if small else GROWN
             train_nano(folder, min(options.pretrain, minutes / 2), threads=1, recipe=recipe, device=options.device)
         else:
-            random_checkpoint(folder, TINY_SHAPE if small else SHAPE, options.tokenizer or options.model)
+            shape = TINY_SHAPE if small else SHAPE
+            random_checkpoint(folder, shape, options.tokenizer or options.model, options.device)
     return folder
 
 
-def random_checkpoint(out: Path, shape: dict[str, Any], tokenizer: Path | None = None) -> None:
+def random_checkpoint(out: Path, shape: dict[str, Any], tokenizer: Path | None = None, device: str = "cpu") -> None:
     """Write a checkpoint with random weights, and the tokenizer of another folder or nano's, filled up."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -170,7 +171,12 @@ def random_checkpoint(out: Path, shape: dict[str, Any], tokenizer: Path | None =
         pad_token_id=known.pad_token_id,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
+    with torch.device(device):  # drawing 1.5 billion numbers takes a CPU a minute
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(out)
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()  # vLLM counts what is free
     note = {"family": "chat", "weights": "random", "tokenizer": str(tokenizer or "nano's, filled up")}
     (out / "sqlbench.json").write_text(json.dumps(note, indent=1) + "\n")
 
@@ -217,8 +223,13 @@ def settings(name: str, options: argparse.Namespace) -> tuple[str, list[str]]:
     return "laptop", [*chosen, *SMALLEST, *(VLLM_ON_CPU if one.profile == "gpu" else ()), *options.overrides]
 
 
+def log_of(name: str, options: argparse.Namespace) -> Path:
+    """Where the output of a measurement's training goes."""
+    return options.out / "logs" / f"{name}.log"
+
+
 def follow(command: list[str], run: Path, deadline: float, log: Path) -> float | None:
-    """Run a training until it ends or the time is over; return the seconds to its first step, None where it made none.
+    """Run a training until it ends or the time is over; return the seconds to its first metrics, None without any.
 
     Raises:
         TrainingError: it ended by itself and badly.
@@ -248,7 +259,8 @@ def follow(command: list[str], run: Path, deadline: float, log: Path) -> float |
                     process.kill()
                     process.wait()
     if process.returncode and not stopped:
-        raise TrainingError(log.read_text(errors="replace").strip().splitlines()[-1])
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        raise TrainingError(last[0].removeprefix("error: "))
     return first
 
 
@@ -262,17 +274,18 @@ def measure(name: str, options: argparse.Namespace, deadline: float) -> dict[str
 
     model = policy(name, options, (deadline - time.monotonic()) / 60)
     (profile, overrides), memory, runs = settings(name, options), Memory(), options.out / "runs"
-    command = [sys.executable, "-m", "sqlbench.cli", "train", "--profile", profile, "--run", name, "--overwrite"]
+    command = [sys.executable, "-m", "sqlbench", "train", "--profile", profile, "--run", name, "--overwrite"]
     command += ["--data", str(options.data), "--model", str(model), "--results", str(runs), *overrides]
-    run = run_path(runs, profile, name)
+    run, log = run_path(runs, profile, name), log_of(name, options)
+    log.parent.mkdir(exist_ok=True)
     if options.device == "cuda":
         memory.start()
     try:
-        first = follow(command, run, deadline, options.out / f"{name}.log")
+        first = follow(command, run, deadline, log)
     finally:
         memory.ended.set()
     if first is None or not measured(run):
-        raise TrainingError(f"the time was over before the second step of {name}; give it more --minutes")
+        raise TrainingError(f"the training ended before a step could be measured; give it more --minutes (see {log})")
     packages = [p for p in ("torch", "transformers", "verl", "vllm") if importlib.util.find_spec(p)]
     record = {
         "measurement": name,
@@ -285,7 +298,8 @@ def measure(name: str, options: argparse.Namespace, deadline: float) -> dict[str
         "gpu_peak_gb": memory.peak / 1e9 if options.device == "cuda" else None,
         "published": published(name),
     }
-    record["startup_seconds"] = first - read_rows(run / METRICS).get(1, {}).get("timing_s/step", 0.0)
+    rows = read_rows(run / METRICS)
+    record["startup_seconds"] = first - rows[min(rows)].get("timing_s/step", 0.0)
     if name == "grown":
         record["pretraining"] = json.loads((model / "sqlbench.json").read_text())["measured"]
     return record
@@ -422,6 +436,7 @@ def main() -> None:
             print(f"{name}: no time is left; give the same command again", file=sys.stderr, flush=True)
             failed = True
             continue
+        print(f"{name}: training; its output is in {log_of(name, options)}", flush=True)
         try:
             record = measure(name, options, deadline)
         except SqlbenchError as error:

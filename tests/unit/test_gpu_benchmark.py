@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def scripts(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(repo / "benchmarks"))
 
 
-@pytest.mark.parametrize("name", ["local", "vllm-nano", "vllm-random", "grown"])
+@pytest.mark.parametrize("name", ["local", "vllm-nano", "vllm-random", "vllm-model", "grown"])
 def test_every_measurement_is_a_valid_training_on_cuda(name: str, tmp_path: Path) -> None:
     import gpu
     from verl.utils.config import omega_conf_to_dataclass, validate_config
@@ -41,13 +43,14 @@ def test_every_measurement_is_a_valid_training_on_cuda(name: str, tmp_path: Path
     section = config.actor_rollout_ref
     omega_conf_to_dataclass(section.actor), omega_conf_to_dataclass(section.rollout)
     assert config.trainer.device == "cuda" and config.trainer.project_name == "mine"
-    assert config.data.max_prompt_length + config.data.max_response_length == section.rollout.max_model_len
+    longest = section.rollout.max_model_len  # None: what the model allows
+    assert longest is None or config.data.max_prompt_length + config.data.max_response_length <= longest
     assert section.model.override_config.attn_implementation == "sdpa"  # the GPU set has no flash-attn
     if profile == "laptop":
         assert section.rollout.engine_kwargs.local.device == "cuda"
     else:
         assert (config.data.train_batch_size, section.rollout.n) == (32, 4)
-    assert set(gpu.MEASUREMENTS) == {"local", "vllm-nano", "vllm-random", "grown"}
+    assert set(gpu.MEASUREMENTS) == {"local", "vllm-nano", "vllm-random", "vllm-model", "grown"}
 
 
 def test_a_random_checkpoint_has_its_shape_and_text_for_every_token(tmp_path: Path) -> None:
@@ -88,10 +91,70 @@ def test_a_recorded_run_is_summed_up(repo: Path, tmp_path: Path, monkeypatch: py
     assert (found["validation"][0], found["validation"][-1]) == (ended["val_ex_first"], ended["val_ex_last"])
     # The rollout's rate, from what is known of a step: 128 rollouts with some 3.5 answers of some 25 tokens.
     assert found["sampled_tokens_per_second"] * found["parts"]["rollout"] == pytest.approx(128 * 3.5 * 25, rel=0.25)
-    text = gpu.table([found | {"what": "nano", "gpu": "none", "config": "config.json", "gpu_peak_gb": None}])
+    rest = {"what": "nano", "gpu": "none", "config": "config.json", "gpu_peak_gb": None, "startup_seconds": 12.0}
+    text = gpu.table([found | rest | {"published": gpu.published("vllm-random")}])
     lines = text.splitlines()
+    times = f"{120.5 / found['seconds']:.1f} times as long"
+    assert f"published: 120.5 s a step on one GPU of unknown kind with prompts of 850 tokens, {times}" in text
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     assert f"| {found['seconds']:.2f} |" in lines[2]
+
+
+def test_a_tiny_random_checkpoint_takes_the_tokenizer_of_a_large_model(tmp_path: Path) -> None:
+    import gpu
+
+    gpu.random_checkpoint(tmp_path / "large", gpu.TINY_SHAPE | {"vocab_size": 6000})
+    gpu.random_checkpoint(tmp_path / "tiny", gpu.TINY_SHAPE, tmp_path / "large")
+    assert Shape.of(str(tmp_path / "tiny")).vocab_size == 6000
+
+
+TRAINING = """
+import json, sys, time
+run, steps = sys.argv[1:]
+for step in range(1, int(steps) + 1):
+    with open(run + "/metrics.jsonl", "a") as file:
+        print(json.dumps({"step": step, "data": {"timing_s/step": 1.0}}), file=file)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    open(run + "/stopped", "w").close()
+"""
+
+
+def test_when_the_time_is_over_a_training_is_interrupted_and_its_steps_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu
+
+    monkeypatch.setattr(gpu, "STOP_SECONDS", 5)
+    command = [sys.executable, "-c", TRAINING, str(tmp_path), "4"]
+    assert gpu.follow(command, tmp_path, time.monotonic() + 15, tmp_path / "log") is not None
+    assert (tmp_path / "stopped").is_file()
+    assert len(gpu.measured(tmp_path)) == 3  # all but the first
+    (tmp_path / "summary.json").write_text("{}")
+    assert len(gpu.measured(tmp_path)) == 2  # it ended by itself, so its last step saved
+
+
+def test_a_training_that_fails_is_told_from_one_that_is_interrupted(tmp_path: Path) -> None:
+    import gpu
+
+    command = [sys.executable, "-c", "print('error: no vLLM here'); raise SystemExit(1)"]
+    with pytest.raises(TrainingError, match=r"^no vLLM here$"):
+        gpu.follow(command, tmp_path, time.monotonic() + 600, tmp_path / "log")
+
+
+def test_what_was_measured_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+
+    (tmp_path / "local.json").write_text("{}")
+    arguments = ["gpu.py", "--out", str(tmp_path), "--part", "a", "c", "--device", "cpu", "--minutes", "0.1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="True"):
+        gpu.main()
+    shown = capsys.readouterr()
+    assert "local: measured before" in shown.out and "grown: no time is left" in shown.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
