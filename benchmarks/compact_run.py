@@ -4,7 +4,8 @@
 
 It leaves in OUT:
 
-- ``config.json`` and ``metrics.jsonl`` as they are, without the places of data and, with ``--model``, of the model;
+- ``config.json``, ``metrics.jsonl`` and ``summary.json`` as they are, with ``data/NAME`` for the place of the data, and
+  ``--model`` for that of the model;
 - ``validation.jsonl.gz``: a line for each validation rollout, with each query, whether it ran and was right, and each
   model call with its tokens and, of a check, its verdict. Prompts, questions and results are left out;
 - ``training.jsonl``: a line for each step, with counts over its training rollouts;
@@ -170,7 +171,9 @@ def compact(run: Path, out: Path, data: Path | None = None, model: str | None = 
     for folder, name in ((settings["data"], f"data/{Path(settings['data']).name}"), (settings["model"], model)):
         config = config.replace(json.dumps(folder)[1:-1], name) if name else config
     (out / "config.json").write_text(config, encoding="utf-8")
-    (out / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    for name in ("metrics.jsonl", "summary.json"):  # the second is there when the training ended by itself
+        if (run / name).is_file():
+            (out / name).write_bytes((run / name).read_bytes())
     validated = sum(validation for _, validation, *_ in index)
     return {"validation": validated, "training": len(index) - validated}
 

@@ -59,6 +59,15 @@ class Run:
         return Path(self.config["sqlbench"]["model"]).name
 
     @property
+    def settings(self) -> str:
+        """How it was trained, where runs differ: what is not usual is named."""
+        ours = self.config["sqlbench"]
+        usual = {"sampling": "uniform", "credit": "rollout", "max_turns": 3, "random_reward": False}
+        words = [ours["trained_agents"], f"lr {self.config['actor_rollout_ref']['actor']['optim']['lr']:g}"]
+        words += [f"{key} {ours[key]}" for key, value in usual.items() if ours.get(key, value) != value]
+        return ", ".join(words)
+
+    @property
     def batch(self) -> str:
         """Tasks and rollouts of each."""
         return f"{self.config['data']['train_batch_size']} x {self.config['actor_rollout_ref']['rollout']['n']}"
@@ -173,13 +182,12 @@ def accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
             continue
         first_step, last_step = min(run.validations), max(run.validations)
         before, after = side(run.validations[first_step]), side(run.validations[last_step])
-        found, ours = difference(before, after), run.config["sqlbench"]
+        found = difference(before, after)
         rows.append(
             {
                 "run": f"`{run.name}`",
                 "model": run.model,
-                "trained": f"`{ours['trained_agents']}`",
-                "lr": f"{run.config['actor_rollout_ref']['actor']['optim']['lr']:g}",
+                "trained": run.settings,
                 "tasks": after.n,
                 "EX before": f"{before.accuracy:.1f}% ({before.interval_text})",
                 "EX after": f"{after.accuracy:.1f}% ({after.interval_text})",
@@ -243,7 +251,8 @@ def seconds(run: Run) -> Seconds | None:
     every = [row["timing_s/step"] for row in rows]
     parts = {part: mean(key) for part, key in PARTS.items()}
     parts["rest"] = mean("timing_s/step") - sum(parts.values())
-    names = ("rows", "rows_updated", "zero_variance_groups", "truncated_share", "prompt_tokens", "response_tokens")
+    names = ("rollouts", "rows", "rows_updated", "zero_variance_groups", "truncated_share")
+    names += ("prompt_tokens", "response_tokens")
     work = {name: mean(f"sqlbench/{name}") for name in names}
     work["gigabytes"] = max(row.get("actor/perf/max_memory_allocated_gb", 0.0) for row in rows)
     return Seconds(len(rows), statistics.median(every), statistics.fmean(every), parts, work)
@@ -260,6 +269,7 @@ def time_table(runs: Sequence[Run]) -> pd.DataFrame:
         row: dict[str, Any] = {"run": f"`{run.name}`", "batch": run.batch, "steps": found.steps}
         row |= {"a step, s (median)": f"{found.median:.1f}", "mean": f"{found.mean:.1f}"}
         row |= {part: f"{value:.1f}" for part, value in found.parts.items()}
+        row["rollouts"] = f"{work['rollouts']:.0f}"
         row["rows updated"] = f"{work['rows_updated']:.0f} of {work['rows']:.0f}"
         row["groups without variance"] = f"{100 * work['zero_variance_groups']:.0f}%"
         row["answers cut"] = f"{100 * work['truncated_share']:.1f}%"
@@ -316,6 +326,8 @@ def figure(runs: Sequence[Run]) -> Figure:
         repeats.set_title("Rewrites that repeat, checks that say incorrect (%)", loc="left")
         time.set_title("Where a step's time goes", loc="left")
         for axis, place in ((ex, "lower right"), (hardness, "upper right"), (repeats, "lower left"), (time, "best")):
+            if not axis.has_data():
+                continue
             axis.legend(fontsize=7, loc=place, ncols=len(HARDNESS) if axis is hardness else 1)
         plt.close(drawn)
     return drawn
