@@ -362,13 +362,19 @@ def summary(run: Path) -> dict[str, Any]:
 # ---- output
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def records(out: Path) -> list[dict[str, Any]]:
+    """All that has been measured, in the order of the measurements."""
+    files = [out / f"{name}.json" for name in MEASUREMENTS]
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
+
+
+def table(made: list[dict[str, Any]]) -> str:
     """All that was measured, as Markdown."""
     head = ["trained", "parameters", "batch", "a step, s", "median", *(f"{part}, %" for part in (*PARTS, "other"))]
     head += ["rows updated", "no variance", "answers cut", "prompt", "response", "transitions"]
     head += ["sampled tokens/s", "updated tokens/s", "GPU, GB", "trainer, GB", "start, s"]
     lines, notes = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
-    for r in records:
+    for r in made:
         cells = [
             r["what"],
             f"{r['parameters'] or 0:,}",
@@ -432,8 +438,10 @@ def main() -> None:
         if result.is_file():
             print(f"{name}: measured before, in {result}", flush=True)
             continue
-        if deadline - time.monotonic() < 3 * STOP_SECONDS:
-            print(f"{name}: no time is left; give the same command again", file=sys.stderr, flush=True)
+        known = records(options.out)
+        start = max((record["startup_seconds"] for record in known), default=STOP_SECONDS)
+        if deadline - time.monotonic() < start + 2 * STOP_SECONDS:
+            print(f"{name}: too little time is left; give the same command again", file=sys.stderr, flush=True)
             failed = True
             continue
         print(f"{name}: training; its output is in {log_of(name, options)}", flush=True)
@@ -444,8 +452,7 @@ def main() -> None:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             continue
         result.write_text(json.dumps(record, indent=1) + "\n")
-        files = [file for name in MEASUREMENTS if (file := options.out / f"{name}.json").is_file()]
-        text = table([json.loads(file.read_text()) for file in files])
+        text = table(records(options.out))
         (options.out / "gpu.md").write_text(text + "\n")
         print(text, flush=True)
     sys.exit(failed)

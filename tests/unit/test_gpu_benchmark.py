@@ -148,13 +148,13 @@ def test_what_was_measured_is_not_measured_again(
 ) -> None:
     import gpu
 
-    (tmp_path / "local.json").write_text("{}")
-    arguments = ["gpu.py", "--out", str(tmp_path), "--part", "a", "c", "--device", "cpu", "--minutes", "0.1"]
+    (tmp_path / "local.json").write_text('{"startup_seconds": 300}')
+    arguments = ["gpu.py", "--out", str(tmp_path), "--part", "a", "c", "--device", "cpu", "--minutes", "5"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match="True"):
         gpu.main()
     shown = capsys.readouterr()
-    assert "local: measured before" in shown.out and "grown: no time is left" in shown.err
+    assert "local: measured before" in shown.out and "grown: too little time is left" in shown.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
