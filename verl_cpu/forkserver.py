@@ -32,9 +32,9 @@ PRELOAD = (
     "verl.workers.engine_workers",
     "verl_cpu.replica",
 )
-BORN_AS = {"RAY_JOB_ID": "01000000"}
-"""Ray's library reads its worker settings when it is loaded, which is before they exist: every cluster's first job has
-this number, and a worker lives as long as this process, which therefore stands for its raylet."""
+BORN_AS = {"RAY_JOB_ID": os.getpid().to_bytes(4, "little").hex()}
+"""Ray's library reads its worker settings when it is loaded, which is before they exist: the job has the number of this
+process (`_number_job`), and a worker lives as long as this process, which therefore stands for its raylet."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -55,6 +55,8 @@ def main(config_file: str, parent: int, folder: str, modules: list[str]) -> None
     if options.get("address") == "local":
         options["_temp_dir"] = folder
     if config.trainer.device != "cpu" or options.get("address") != "local":  # a cluster starts its own workers
+        if options.get("address") == "local":
+            _number_job()
         _drive(config, modules)
         return
     # The ranks meet at a file: verl would pick a free port, which another program may take before they listen on it.
@@ -65,6 +67,7 @@ def main(config_file: str, parent: int, folder: str, modules: list[str]) -> None
         importlib.import_module(name)
     for name in (*BORN_AS, "RAY_RAYLET_PID"):
         del os.environ[name]
+    _number_job()
     server = socket.socket(socket.AF_UNIX)
     server.bind(f"{folder}/fork")
     server.listen(64)
@@ -97,6 +100,18 @@ def _drive(config: Any, modules: list[str]) -> None:
         run_ppo(config, task_runner_class=_InThisProcess(TaskRunnerV1.__ray_metadata__.modified_class))
     finally:
         ray.shutdown()
+
+
+def _number_job() -> None:
+    """Give the job of a new cluster the number of this process instead of 1.
+
+    verl sends the weights to vLLM through ``/tmp/rl-colocate-zmq-<job>-...``. Two trainings on one machine, both of them
+    job 1, would share that socket, and one could sample from the weights of the other.
+    """
+    import ray
+
+    number = ray.JobID.from_hex(BORN_AS["RAY_JOB_ID"])
+    ray._private.state.next_job_id = lambda: number
 
 
 class _InThisProcess:
