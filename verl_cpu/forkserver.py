@@ -1,19 +1,26 @@
 """The process that runs verl: ``python -m verl_cpu.forkserver CONFIG PARENT FOLDER [MODULE...]``.
 
-Everything that runs below it dies with it, and it dies with its parent. verl and Ray use about ten Python processes,
-each of which would import torch, transformers, Ray and verl for 7 s of processor time; on a laptop those imports were
-most of a short training. So, on a CPU, this process imports them once and forks: the driver, and through Ray's
-``py_executable`` setting (`forkserver_stub`) the Ray workers. It starts no thread before it forks and holds no state
-but modules. verl's task runner runs in the driver instead of in an actor of its own, for the same reason.
+Everything that runs below it dies with it, and it dies with its parent. verl, Ray and vLLM use about ten Python
+processes, each of which would import torch, transformers, Ray and verl for 7 s of processor time, and some of them vLLM
+for as much again; those imports were most of a short training. So this process imports them once and forks: the driver,
+through Ray's ``py_executable`` setting (`forkserver_stub`) the Ray workers, and through that of `multiprocessing` the
+processes of vLLM's engine. It starts no thread before it forks and holds no state but modules. verl's task runner runs
+in the driver instead of in an actor of its own, for the same reason.
+
+On a GPU it must not start CUDA either, or no fork could use it: a fork tries that first. If it cannot, or if an import
+fails, or where the environment variable VERL_PLAIN_START is set, every process starts by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import runpy
 import selectors
@@ -21,7 +28,9 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,9 +41,19 @@ PRELOAD = (
     "verl.workers.engine_workers",
     "verl_cpu.replica",
 )
-BORN_AS = {"RAY_JOB_ID": "01000000"}
-"""Ray's library reads its worker settings when it is loaded, which is before they exist: every cluster's first job has
-this number, and a worker lives as long as this process, which therefore stands for its raylet."""
+PRELOAD_VLLM = (  # but not verl's modules for it: they start CUDA when they are imported
+    "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+)
+PLAIN = "VERL_PLAIN_START"
+"""Environment variable: start verl the plain way."""
+PROBE_SECONDS = 120
+STARTED = time.monotonic()
+BORN_AS = {"RAY_JOB_ID": os.getpid().to_bytes(4, "little").hex()}
+"""Ray's library reads its worker settings when it is loaded, which is before they exist: the job has the number of this
+process (`_number_job`), and a worker lives as long as this process, which therefore stands for its raylet."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -54,32 +73,109 @@ def main(config_file: str, parent: int, folder: str, modules: list[str]) -> None
     options = config.ray_kwargs.ray_init
     if options.get("address") == "local":
         options["_temp_dir"] = folder
-    if config.trainer.device != "cpu" or options.get("address") != "local":  # a cluster starts its own workers
-        _drive(config, modules)
-        return
-    # The ranks meet at a file: verl would pick a free port, which another program may take before they listen on it.
-    os.environ["DIST_INIT_METHOD"] = f"file://{folder}/ranks"
-    os.environ.update(BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
-    kind = json.loads(Path(config.actor_rollout_ref.model.path, "config.json").read_text())["model_type"]
-    for name in (*PRELOAD, *modules, f"transformers.models.{kind}.modeling_{kind}"):
-        importlib.import_module(name)
-    for name in (*BORN_AS, "RAY_RAYLET_PID"):
-        del os.environ[name]
+    local = options.get("address") == "local"
+    if local and PLAIN not in os.environ:  # a cluster starts its own workers
+        before = dict(os.environ)
+        os.environ.update(BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
+        ready = _preload(config, modules) if config.trainer.device == "cpu" else _preload_without_cuda(config, modules)
+        for name in (*BORN_AS, "RAY_RAYLET_PID"):
+            del os.environ[name]
+        if ready:
+            _fork_from_here(config, parent, folder, modules, before)
+        _say("starting the plain way")
+        os.environ[PLAIN] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    if local:
+        _number_job()
+    _drive(config, modules)
+
+
+def _fork_from_here(config: Any, parent: int, folder: str, modules: list[str], before: dict[str, str]) -> NoReturn:
+    """Run the driver in a fork, and serve it until it ends.
+
+    Args:
+        before: the environment before the imports.
+    """
+    _number_job()
+    if config.trainer.device == "cpu":
+        # The ranks meet at a file: verl would pick a free port, which another program may take before they listen.
+        os.environ["DIST_INIT_METHOD"] = f"file://{folder}/ranks"
+    imported = {name: value for name, value in os.environ.items() if before.get(name) != value}
     server = socket.socket(socket.AF_UNIX)
     server.bind(f"{folder}/fork")
     server.listen(64)
     client = Path(__file__).with_name("forkserver_stub.py")
-    options.runtime_env = {"py_executable": f"{sys.executable} -S -E {client} {folder}/fork"}
+    config.ray_kwargs.ray_init.runtime_env = {"py_executable": f"{sys.executable} -S -E {client} {folder}/fork"}
+    python = ""
+    if config.actor_rollout_ref.rollout.name == "vllm":
+        python = f"{folder}/python"  # a script, for multiprocessing takes no arguments
+        Path(python).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{client}" "{folder}/fork" "$@"\n')
+        os.chmod(python, 0o700)
     gc.freeze()
     driver = _fork()
     if driver == 0:
         server.close()
         _die_with(os.getppid(), signal.SIGTERM)
         _leave(lambda: _drive(config, modules))
-    status = _serve(server, driver)
+    status = _serve(server, driver, imported, python)
     if os.getppid() != parent:  # nobody is left to do it
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(status)
+
+
+def _preload(config: Any, modules: list[str]) -> bool:
+    """Import what the driver and the workers will need; true."""
+    settings = Path(config.actor_rollout_ref.model.path, "config.json")  # not there yet where it comes from the hub
+    kind = json.loads(settings.read_text())["model_type"] if settings.is_file() else None
+    for name in (*PRELOAD, *modules, *([f"transformers.models.{kind}.modeling_{kind}"] if kind else [])):
+        importlib.import_module(name)
+    _say("imported torch, Ray, transformers and verl")
+    if config.actor_rollout_ref.rollout.name == "vllm":
+        worker = "vllm.v1.worker.cpu_worker" if config.trainer.device == "cpu" else "vllm.v1.worker.gpu_worker"
+        for name in (*PRELOAD_VLLM, worker):
+            importlib.import_module(name)
+        if kind and importlib.util.find_spec(f"vllm.model_executor.models.{kind}"):
+            importlib.import_module(f"vllm.model_executor.models.{kind}")
+            # Imported already, so vLLM need not look at the model's class in a process of its own.
+            registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+            registry._run_in_subprocess = lambda function: function()
+        _say("imported vLLM")
+    return True
+
+
+def _preload_without_cuda(config: Any, modules: list[str]) -> bool:
+    """Import the same on a machine with a GPU; whether a fork of this process can compute on it afterwards."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray has it for its workers
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or a look for GPUs would start CUDA
+    try:
+        import torch
+
+        usual = torch.cuda.get_device_capability
+        torch.cuda.get_device_capability = lambda *arguments: tuple(_in_a_fork(lambda: bytes(usual(*arguments))))
+        _preload(config, modules)
+        torch.cuda.get_device_capability = usual
+        return _in_a_fork(lambda: bytes(torch.ones(8, device="cuda").int().tolist())) == bytes([1] * 8)
+    except Exception:
+        traceback.print_exc()
+        return False
+
+
+def _in_a_fork(function: Callable[[], bytes]) -> bytes:
+    """What a function returns in a fork of this process; nothing where it fails there."""
+    reader, writer = os.pipe()
+    pid = _fork()
+    if pid == 0:
+        signal.alarm(PROBE_SECONDS)
+        _leave(lambda: os.write(writer, function()))
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        result = pipe.read()
+    os.waitpid(pid, 0)
+    return result
+
+
+def _say(text: str) -> None:
+    print(f"[start-up {time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
 
 
 def _drive(config: Any, modules: list[str]) -> None:
@@ -99,6 +195,18 @@ def _drive(config: Any, modules: list[str]) -> None:
         ray.shutdown()
 
 
+def _number_job() -> None:
+    """Give the job of a new cluster the number of this process instead of 1.
+
+    verl sends the weights to vLLM through ``/tmp/rl-colocate-zmq-<job>-...``. Two trainings on one machine, both job 1,
+    would share that socket, and one could sample from the weights of the other.
+    """
+    import ray
+
+    number = ray.JobID.from_hex(BORN_AS["RAY_JOB_ID"])
+    ray._private.state.next_job_id = lambda: number
+
+
 class _InThisProcess:
     """Has the shape of a Ray actor class with a method ``run``, but makes and calls the object right here."""
 
@@ -115,8 +223,13 @@ class _InThisProcess:
         return ray.put(self._cls().run(*arguments)) if arguments else self
 
 
-def _serve(server: socket.socket, driver: int) -> int:
-    """Fork a Ray worker at every request until the driver ends; its exit status."""
+def _serve(server: socket.socket, driver: int, imported: dict[str, str] | None = None, python: str = "") -> int:
+    """Fork at every request until the driver ends; its exit status.
+
+    Args:
+        imported: environment variables that the imports have set.
+        python: stands for the Python interpreter where `multiprocessing` starts one.
+    """
     wakeup, signalled = os.pipe()
     os.set_blocking(signalled, False)
     signal.set_wakeup_fd(signalled)
@@ -140,32 +253,48 @@ def _serve(server: socket.socket, driver: int) -> int:
             for key, _ in selector.select():
                 if key.fileobj is server:
                     connection, _ = server.accept()
-                    if pid := _start_worker(connection):
+                    if pid := _start_worker(connection, imported or {}, python):
                         clients[pid] = connection
                 else:
                     os.read(wakeup, 4096)
 
 
-def _start_worker(connection: socket.socket) -> int:
+def _start_worker(connection: socket.socket, imported: dict[str, str], python: str) -> int:
     """Fork what the client asks for; 0 where it was killed before it had asked."""
-    message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 2)
+    message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 64)
     while not message.endswith(b"\0"):
         if not (more := connection.recv(1 << 20)):
             return 0
         message += more
+    request = json.loads(message[:-1])
     pid = _fork()
     if pid == 0:
-        request = json.loads(message[:-1])
-        for target, descriptor in enumerate(descriptors, 1):
+        # Out of the way first: a descriptor may lie where another one belongs.
+        apart = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 1000) for descriptor in descriptors]
+        for target, descriptor in zip(request["descriptors"], apart, strict=True):
             os.dup2(descriptor, target)
+            os.close(descriptor)
         os.environ.clear()
-        os.environ.update(request["environment"])
+        os.environ.update(imported | request["environment"])
         os.chdir(request["folder"])
-        sys.argv = request["arguments"]
-        _leave(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
+        if python:
+            multiprocessing.set_executable(python)
+        _leave(lambda: _run(request["arguments"]))
     for descriptor in descriptors:
         os.close(descriptor)
+    script, *rest = request["arguments"]
+    _say(f"forked {pid}: {rest[0][:40] if script == '-c' else Path(script).name}")
     return pid
+
+
+def _run(arguments: list[str]) -> None:
+    """Do what the Python interpreter does with these arguments: a script, or ``-c CODE``."""
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _fork() -> int:

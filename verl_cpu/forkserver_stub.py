@@ -1,7 +1,8 @@
-"""Stands for one Ray worker that `verl_cpu.forkserver` has forked: passes its output through, ends when it ends.
+"""Stands for one Python process that `verl_cpu.forkserver` has forked: passes its files through, ends when it ends.
 
-Ray runs this in place of Python, as ``forkserver_stub.py SOCKET default_worker.py ARGUMENTS``. It imports next to
-nothing.
+Ray and multiprocessing run this in place of Python, as ``forkserver_stub.py SOCKET ARGUMENTS``, with what they would
+give Python: a script and its arguments, or ``-c CODE``. It imports next to nothing. Where the server cannot be reached,
+and for multiprocessing's resource tracker, which imports nothing either, it becomes Python.
 """
 
 import json
@@ -9,8 +10,23 @@ import os
 import socket
 import sys
 
+arguments, passed = sys.argv[2:], [1, 2]
+if "-c" in arguments:  # from multiprocessing, with pipes; before it are switches, which the server has too
+    arguments = arguments[arguments.index("-c") :]
+    passed += [n for n in range(3, 1024) if os.path.exists(f"/proc/self/fd/{n}")]
 connection = socket.socket(socket.AF_UNIX)
-connection.connect(sys.argv[1])
-request = {"arguments": sys.argv[2:], "environment": dict(os.environ), "folder": os.getcwd()}
-socket.send_fds(connection, [json.dumps(request).encode() + b"\0"], [1, 2])
+try:
+    if "resource_tracker import" in " ".join(arguments):
+        raise OSError("not for the server")
+    connection.connect(sys.argv[1])
+except OSError:
+    connection.close()
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+request = {
+    "arguments": arguments,
+    "descriptors": passed,
+    "environment": dict(os.environ),
+    "folder": os.getcwd(),
+}
+socket.send_fds(connection, [json.dumps(request).encode() + b"\0"], passed)
 sys.exit(int(connection.recv(16) or 1))

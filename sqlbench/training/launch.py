@@ -156,6 +156,7 @@ class _Verl:
         self.log = folder / "logs/train.log"
         self.attempt = folder / "logs/attempt.jsonl"  # where verl writes its metrics, afresh at each attempt
         self.config_file = folder / VERL_CONFIG
+        self.began = 0.0  # when the first rollout was on record
 
     def train(self) -> dict[str, Any]:
         """Train what is left of the run and return its summary."""
@@ -175,6 +176,7 @@ class _Verl:
         return {
             "steps": self.total,
             "seconds": round(time.time() - started, 1),
+            "startup_seconds": round(self.began - started, 1) if self.began else None,
             "resumed_at": done,
             "val_ex_first": validated[0] if validated else None,
             "val_ex_last": validated[-1] if validated else None,
@@ -234,29 +236,52 @@ class _Verl:
         OmegaConf.save(config, self.config_file)
 
     def _follow(self, done: int) -> None:
-        """Run verl, showing its progress; returns when it ended well."""
+        """Run verl, showing its progress; returns when it ended well.
+
+        On a GPU, a start that fails before anything is on record is made once more, each process by itself: the fault
+        may lie in the fork of one that had imported everything.
+        """
         self.log.parent.mkdir(exist_ok=True)
-        own = self.config.ray_kwargs.ray_init.get("address") == "local"
-        verl = processes.training(self.profile, self.folder, self.config_file, self.attempt, self.log, own_cluster=own)
-        bar = tqdm(
-            total=self.total, initial=done, desc="starting verl", unit="step", mininterval=1, miniters=0, smoothing=0
-        )
-        with bar, verl as process:
-            position = 0
-            while True:
-                ended = process.poll() is not None
-                position = self._take(position, bar)
-                if ended:
-                    break
-                bar.update(0)
-                time.sleep(0.2)
-        if process.returncode != 0:
-            reason = processes.reason(self.log, process.returncode)
+        status = self._attempt(done, plain=False)
+        if status > 0 and self.profile.device == "cuda" and not self.began:
+            with self.log.open("a") as log:
+                print("sqlbench: verl ended before its first rollout; starting it once more, the plain way", file=log)
+            self.attempt.unlink(missing_ok=True)
+            status = self._attempt(done, plain=True)
+        if status != 0:
+            reason = processes.reason(self.log, status)
             if shutil.disk_usage(self.folder).free < FULL:  # whatever broke then broke of it, and the log may end early
                 reason = (
                     f"No space left on device for {self.folder}; make room and give the same command again ({reason})"
                 )
             raise TrainingError(f"training stopped: {reason} (see {self.log})")
+
+    def _attempt(self, done: int, *, plain: bool) -> int:
+        """Run verl to its end; its exit status."""
+        own = self.config.ray_kwargs.ray_init.get("address") == "local"
+        verl = processes.training(
+            self.profile, self.folder, self.config_file, self.attempt, self.log, own_cluster=own, plain=plain
+        )
+        bar = tqdm(
+            total=self.total, initial=done, desc="starting verl", unit="step", mininterval=1, miniters=0, smoothing=0
+        )
+        before = self._recorded()
+        with bar, verl as process:
+            position = 0
+            while True:
+                ended = process.poll() is not None
+                position = self._take(position, bar)
+                if not self.began and self._recorded() > before:
+                    self.began = time.time()
+                if ended:
+                    return process.returncode
+                bar.update(0)
+                time.sleep(0.2)
+
+    def _recorded(self) -> int:
+        """Bytes of rollouts on record."""
+        file = self.folder / TRAJECTORIES
+        return file.stat().st_size if file.is_file() else 0
 
     def _take(self, position: int, bar: Any) -> int:
         """Put new metric lines into the run folder's metrics and onto the screen."""

@@ -29,7 +29,14 @@ STOP_SECONDS = 3
 
 @contextlib.contextmanager
 def training(
-    profile: Profile, run: Path, config_file: Path, metrics_file: Path, log: Path, *, own_cluster: bool
+    profile: Profile,
+    run: Path,
+    config_file: Path,
+    metrics_file: Path,
+    log: Path,
+    *,
+    own_cluster: bool,
+    plain: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """verl's process, writing its output to `log`; when this ends, however it ends, nothing of it is left running.
 
@@ -37,6 +44,7 @@ def training(
         config_file: verl's resolved configuration.
         metrics_file: where verl writes its metrics.
         own_cluster: the training starts a Ray of its own.
+        plain: every process starts by itself (`verl_cpu.forkserver`).
     """
     _clear_abandoned()
     ray_folder = Path(tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-", dir=_temporary()))
@@ -45,6 +53,8 @@ def training(
     if own_cluster:
         # Ray's own default for a new cluster, but with a token of this run instead of one in the home directory.
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if plain:
+        environment["VERL_PLAIN_START"] = "1"
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", WORKER, str(config_file), str(os.getpid()), str(ray_folder), *MODULES],

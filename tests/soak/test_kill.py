@@ -27,7 +27,8 @@ from sqlbench.runs import RunFolder
 if TYPE_CHECKING:
     from conftest import Figures, Stage
 
-TIMES = {"seconds", "rollout_seconds", "resumed_at", "hours", "step_seconds", "rollout_percent", "update_percent"}
+TIMES = {"seconds", "startup_seconds", "rollout_seconds", "resumed_at", "hours", "step_seconds"}
+TIMES |= {"rollout_percent", "update_percent"}
 """What may differ between two equal runs."""
 
 
