@@ -21,6 +21,7 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
+from sqlbench.config import MOST_ROWS
 from sqlbench.database.types import LONGEST_QUERY
 from sqlbench.errors import DataError, SqlbenchError
 from sqlbench.streams import harden
@@ -50,7 +51,7 @@ Track = Annotated[str | None, typer.Option(help="Send metrics to wandb, mlflow o
 Model = Annotated[
     str, typer.Option(help="nano, a checkpoint or run folder, openai:NAME, or module:attribute of your own.")
 ]
-Agent = Annotated[str, typer.Option(help="self-correcting, or module:attribute of your own.")]
+Agent = Annotated[str, typer.Option(help="self-correcting, published, or module:attribute of your own.")]
 Reward = Annotated[str, typer.Option(help="execution-match, or module:attribute of your own.")]
 QueryTimeout = Annotated[
     float, typer.Option(min=0.01, max=LONGEST_QUERY, help="Seconds a query may take, gold or not.")
@@ -137,6 +138,7 @@ def eval_(
     results: Results = RESULTS,
     max_turns: Annotated[int, typer.Option(min=1, help="Queries the agent may write.")] = 3,
     table_info_truncate: Annotated[int, typer.Option(min=1, help="Characters of schema in a prompt.")] = 2048,
+    sample_rows: Annotated[int, typer.Option(min=0, max=MOST_ROWS, help="Rows of each table in the schema.")] = 0,
     execution_truncate: Annotated[int, typer.Option(min=1, help="Characters of a result in a prompt.")] = 2048,
     strict: Annotated[bool, typer.Option(help="Close the reference evaluator's holes.")] = True,
     query_timeout: QueryTimeout = 5.0,
@@ -166,6 +168,7 @@ def eval_(
         profile=profile,
         max_turns=max_turns,
         table_info_truncate=table_info_truncate,
+        sample_rows=sample_rows,
         execution_truncate=execution_truncate,
         strict=strict,
         query_timeout=query_timeout,
@@ -189,6 +192,9 @@ def train(
         Path | None, typer.Option(help="Data set folder, or module:attribute; the profile's own by default.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Policy to start from: nano, or a checkpoint folder.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Named settings between profile and key=value: seed, as the published run.")
+    ] = None,
     results: Results = RESULTS,
     seed: Annotated[int | None, typer.Option(help="Short for sqlbench.seed=N.")] = None,
     query_timeout: Annotated[float | None, typer.Option(help="Short for sqlbench.query_timeout=SECONDS.")] = None,
@@ -209,6 +215,7 @@ def train(
         model,
         given,
         results=results,
+        recipe=recipe,
         random_reward=random_reward,
         overwrite=overwrite,
         dry_run=dry_run,

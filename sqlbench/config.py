@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sqlbench.database.types import LONGEST_QUERY, Limits
 
+MOST_ROWS = 20
+"""Sample rows of a table that a prompt can show."""
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown names refused."""
@@ -22,6 +25,8 @@ class RolloutConfig(Settings):
     """Write-or-rewrite calls at most."""
     table_info_truncate: int = Field(2048, ge=1)
     """Characters of schema text in a prompt."""
+    sample_rows: int = Field(0, ge=0, le=MOST_ROWS)
+    """Rows of each table that the schema text shows; they count as its characters."""
     execution_truncate: int = Field(2048, ge=1)
     """Characters of an execution result in a prompt."""
     strict: bool = True

@@ -133,6 +133,7 @@ def evaluate(
     profile: str = "laptop",
     max_turns: int = 3,
     table_info_truncate: int = 2048,
+    sample_rows: int = 0,
     execution_truncate: int = 2048,
     strict: bool = True,
     query_timeout: float = 5.0,
@@ -161,6 +162,7 @@ def evaluate(
         profile: ``laptop`` or ``gpu``.
         max_turns: queries the agent may write.
         table_info_truncate: characters of schema text in a prompt.
+        sample_rows: rows of each table that the schema text shows.
         execution_truncate: characters of an execution result in a prompt.
         strict: close the reference evaluator's holes.
         query_timeout: seconds that a query may take, the agent's and the gold one alike.
@@ -201,6 +203,7 @@ def evaluate(
         rollout=RolloutConfig(
             max_turns=max_turns,
             table_info_truncate=table_info_truncate,
+            sample_rows=sample_rows,
             execution_truncate=execution_truncate,
             strict=strict,
             query_timeout=query_timeout,

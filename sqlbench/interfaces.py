@@ -90,7 +90,7 @@ class Dataset(Protocol):
 
 
 class Agent(Protocol):
-    """Answers a question about a database: ``self-correcting``, or your own."""
+    """Answers a question about a database: ``self-correcting``, ``published``, or your own."""
 
     async def run(self, context: RolloutContext) -> str:
         """Return the final query.
@@ -132,7 +132,10 @@ class Trainer(Protocol):
 
 
 BUILT_IN = {
-    "agent": {"self-correcting": "sqlbench.agent.graph:SelfCorrectingAgent"},
+    "agent": {
+        "self-correcting": "sqlbench.agent.graph:SelfCorrectingAgent",
+        "published": "sqlbench.agent.published:PublishedAgent",
+    },
     "reward": {"execution-match": "sqlbench.reward:execution_match"},
     "trainer": {"verl": "sqlbench.training.launch:VerlTrainer"},
 }

@@ -25,7 +25,7 @@ from sqlbench.agent.trajectory import OVERLONG, Execution, Message, Trajectory, 
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import in_thread
-from sqlbench.database.schema import schema_text
+from sqlbench.database.schema import schema_text, with_rows
 from sqlbench.database.types import QueryResult, Schema
 from sqlbench.errors import DatabaseError, ModelError, PromptTooLongError
 from sqlbench.interfaces import Agent, Database, Model, Reward
@@ -230,6 +230,8 @@ async def run_agent(
     try:
         with context.boundary("schema"):
             context.schema = database.schema()
+            if config.sample_rows:
+                context.schema = await in_thread(with_rows, context.schema, database, config.sample_rows)
             style = schema_style(prompts.family)
             context.schema_text = schema_text(context.schema, style, config.table_info_truncate)
         with context.boundary("agent"):

@@ -260,7 +260,7 @@ SEED_FIGURES = Path(__file__).parent / "assets" / "seed_experiment.csv"
 """Both tables that the seed experiment published (Agent Lightning, "Training AI Agents to Write and Self-correct SQL
 with Reinforcement Learning"; verl 0.5.0, vLLM 0.10.0), by the names of the rows of grid ``seed``. They are as
 published, although ``llama-3b`` contradicts itself: 436 steps of 181.3 s are 22 h, not 10.3 h."""
-SEED_TASKS = 500
+SEED_TASKS = "500 of test"
 
 
 def seed_comparison(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -280,7 +280,9 @@ def seed_comparison(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
             ours = table(same).iloc[0] if same else {}
             labels = {"Row": name, **published.loc[name, keys]}
             lines.append({**labels, "Source": "published", **published.loc[name, columns], "Tasks": SEED_TASKS})
-            lines.append({**labels, "Source": "sqlbench", **{key: ours.get(key, "") for key in (*columns, "Tasks")}})
+            found = {key: ours.get(key, "") for key in columns}
+            tasks = f"{ours['Tasks']} of {GRIDS['seed'].split}" if same else ""
+            lines.append({**labels, "Source": "sqlbench", **found, "Tasks": tasks})
         tables.append(pd.DataFrame(lines, dtype=object))
     return tables[0], tables[1].drop(columns="Tasks")
 

@@ -7,10 +7,17 @@ import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 from sqlbench.database.engine import Database
 from sqlbench.database.types import Column, ForeignKey, Schema, Table
 from sqlbench.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from sqlbench.interfaces import Database as AnyDatabase
+
+CELL = 100
+"""Characters of a value in a sample row."""
 
 
 def introspect(database: Database) -> Schema:
@@ -82,6 +89,7 @@ def schema_text(schema: Schema, style: str = "compact", max_chars: int = 2048) -
     """The schema as a prompt shows it, of at most `max_chars` characters.
 
     ``compact`` is one line a table, `` name: column, column > referenced table``; ``ddl`` is CREATE TABLE statements.
+    Sample rows (`with_rows`) follow the columns, as comments in ``ddl``.
     What does not fit is left out by whole lines, and ``ddl`` says how many tables are missing or cut.
     """
     if (style, max_chars) not in schema.texts:
@@ -127,7 +135,8 @@ def _compact_line(table: Table) -> str:
     columns = [
         f"{c.name} > {references[c.name.lower()]}" if c.name.lower() in references else c.name for c in table.columns
     ]
-    return f" {table.label}: {', '.join(columns)}".replace("\n", " ")
+    rows = "".join(f" ({', '.join(row)})" for row in table.rows)
+    return f" {table.label}: {', '.join(columns)}{rows and ' e.g.' + rows}".replace("\n", " ")
 
 
 def _fit(lines: list[str], max_chars: int, whole: bool = False) -> str:
@@ -153,7 +162,12 @@ def _create_table(table: Table, dialect: str) -> str:
     for key in table.foreign_keys:
         target = f" ({name(key.ref_column)})" if key.ref_column else ""
         parts.append(f"  FOREIGN KEY ({name(key.column)}) REFERENCES {name(key.ref_table, key.ref_schema)}{target}")
-    return f"CREATE TABLE {name(table.name, table.schema)} (\n" + ",\n".join(parts) + "\n);"
+    text = f"CREATE TABLE {name(table.name, table.schema)} (\n" + ",\n".join(parts) + "\n);"
+    if not table.rows:
+        return text
+    names = [" ".join(c.name.split()) for c in table.columns]
+    lines = [f"-- first {len(table.rows)} rows, {' | '.join(names)}:", *(f"-- {' | '.join(r)}" for r in table.rows)]
+    return "\n".join([text, *lines])
 
 
 def identifier(name: str, dialect: str, schema: str = "") -> str:
@@ -197,6 +211,26 @@ def _plain(name: str) -> str:
     """A name that mermaid reads as one word."""
     word = re.sub(r"\W+", "_", name).strip("_")
     return word if word[:1].isalpha() else f"_{word}"
+
+
+def with_rows(schema: Schema, database: AnyDatabase, n: int) -> Schema:
+    """The schema with the first `n` rows of each table; without those of a table that cannot be read in time."""
+    if n not in schema.with_rows:
+        tables = []
+        for table in schema.tables:
+            found = database.execute(f"SELECT * FROM {quote(table.name, table.schema)} LIMIT {int(n)}")
+            cells = [tuple(_short(value) for value in row) for row in found.rows[:n]] if found.ok else []
+            tables.append(replace(table, rows=tuple(cells)))
+        schema.with_rows[n] = replace(schema, tables=tuple(tables))
+    return schema.with_rows[n]
+
+
+def _short(value: object) -> str:
+    """A value of a sample row: one line of at most `CELL` characters."""
+    if value is None:
+        return "NULL"
+    text = bytes(value[:CELL]).hex() if isinstance(value, (bytes, memoryview)) else str(value)[: 2 * CELL]
+    return " ".join(text.split())[:CELL]
 
 
 def sample_rows(database: Database, table: str, n: int = 3) -> list[tuple]:

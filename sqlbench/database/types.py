@@ -77,6 +77,8 @@ class Table:
     foreign_keys: tuple[ForeignKey, ...] = ()
     schema: str = ""
     """The PostgreSQL schema that must stand before its name; empty where the search path finds it without."""
+    rows: tuple[tuple[str, ...], ...] = ()
+    """Sample rows that its text shows, their cells as short texts of one line."""
 
     @property
     def label(self) -> str:
@@ -102,4 +104,9 @@ class Schema:
     @cached_property
     def texts(self) -> dict[tuple[str, int], str]:
         """What `sqlbench.database.schema.schema_text` made of it so far."""
+        return {}
+
+    @cached_property
+    def with_rows(self) -> dict[int, Schema]:
+        """What `sqlbench.database.schema.with_rows` made of it so far, by number of rows."""
         return {}

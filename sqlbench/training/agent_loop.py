@@ -40,6 +40,9 @@ from sqlbench.training.credit import group_and_key, transition_rewards
 from verl_cpu.client import LocalClient
 from verl_cpu.engine import EngineError
 
+PATTERN = {"min_pattern_size": 2, "max_pattern_size": 64}
+"""Tokens of a pattern whose repetition ends an answer; a number may have the same digit many times."""
+
 
 def stable_number(*parts: object) -> int:
     """A number in [0, 2**63) that depends only on the parts."""
@@ -64,11 +67,16 @@ class SqlAgentLoop(AgentLoopBase):
         task = Task.model_validate_json(info["task"])
         validation = bool(info["validation"])
         seed = stable_number(settings.seed, int(row["global_steps"]), validation, task.key, int(row["session_id"]))
-        model = _ServerModel(self, dict(sampling_params), settings.family, seed if settings.seed_sampling else None)
+        sampling = dict(sampling_params)
+        if settings.stop_repetition and self.rollout_config.name == "vllm":
+            sampling["repetition_detection"] = {**PATTERN, "min_count": settings.stop_repetition}
+        model = _ServerModel(self, sampling, settings.family, seed if settings.seed_sampling else None)
         limits = RolloutConfig(
             max_turns=settings.max_turns,
             table_info_truncate=settings.table_info_truncate,
+            sample_rows=settings.sample_rows,
             execution_truncate=settings.execution_truncate,
+            strict=settings.strict,
             query_timeout=settings.query_timeout,
         )
         try:
@@ -88,7 +96,7 @@ class SqlAgentLoop(AgentLoopBase):
         if settings.random_reward and not validation:
             rewards = [float(stable_number(seed, "reward") % 2)] * len(record.transitions)
         elif settings.credit == "transition" and not validation:
-            rewards = await transition_rewards(record, database)
+            rewards = await transition_rewards(record, database, settings.strict)
         return self._outputs(record, rewards, model.extra, settings.trained_agents)
 
     def _outputs(
@@ -156,6 +164,7 @@ class _ServerModel:
             raise ModelError(str(error)) from error
         length = min(limits.response_length, (limits.max_model_len or room + limits.response_length) - len(ids))
         tokens = answer.token_ids[:length]
+        cut = answer.stop_reason == "repetition" or (len(tokens) >= length and tokens[-1] != tokenizer.eos_token_id)
         if not tokens or answer.log_probs is None:
             raise ModelError(f"the rollout server gave no tokens or no log-probabilities (stop: {answer.stop_reason})")
         self.extra = dict(answer.extra_fields)
@@ -166,7 +175,7 @@ class _ServerModel:
             logprobs=[float(p) for p in answer.log_probs[:length]],
             prompt_tokens=len(ids),
             response_tokens=len(tokens),
-            finish_reason="length" if len(tokens) >= length and tokens[-1] != tokenizer.eos_token_id else "stop",
+            finish_reason="length" if cut else "stop",
             seconds=time.perf_counter() - start,
         )
 

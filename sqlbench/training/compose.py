@@ -1,4 +1,7 @@
-"""The configuration of a training: verl's own defaults, a profile, the arguments and the overrides, in that order."""
+"""The configuration of a training: verl's defaults, profile, arguments, recipe, overrides, in that order.
+
+What is ``auto`` after that is decided here, so that the configuration on record says what ran.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqlbench.config import MOST_ROWS
 from sqlbench.database.types import LONGEST_QUERY
 from sqlbench.errors import TrainingError
+from sqlbench.estimate import GPU_BYTES, SAVINGS, estimate, gpu_bytes
 from sqlbench.models.checkpoint import checkpoint_family
 from sqlbench.profiles import Profile
 from sqlbench.runs import flat
@@ -22,7 +27,12 @@ CONFIG = Path(__file__).with_name("config")
 TRACKERS = ("wandb", "mlflow", "tensorboard")
 """Backends of verl that can be chosen beside its console and file; each needs the package of its name."""
 COUNTS = {
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.actor.ppo_mini_batch_size",
     "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "data.max_prompt_length",
+    "data.max_response_length",
     "data.train_batch_size",
     "sqlbench.execution_truncate",
     "sqlbench.max_turns",
@@ -34,6 +44,8 @@ COUNTS = {
     "trainer.total_training_steps",
 }
 """Numbers below 1 here would break verl only after it has started."""
+SWITCHES = {*SAVINGS, "algorithm.rollout_correction.bypass_mode"}
+"""True, false, or ``auto`` where a profile says so."""
 
 
 def compose(
@@ -44,12 +56,14 @@ def compose(
     data: Path | str,
     model: str,
     overrides: list[str] | tuple[str, ...] = (),
+    recipe: str | None = None,
     random_reward: bool = False,
 ) -> DictConfig:
-    """The resolved configuration of a run: verl's defaults, the profile, the arguments, the overrides.
+    """The resolved configuration of a run: verl's defaults, the profile, the arguments, the recipe, the overrides.
 
     Raises:
-        TrainingError: an override is no ``key=value``, names a key that does not exist, or gives no usable value.
+        TrainingError: there is no such recipe; an override is no ``key=value``, names a key that does not exist, or
+            gives no usable value.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -70,6 +84,10 @@ def compose(
     }
     base = [f"{key}={_quoted(value)}" for key, value in arguments.items()]
     base.append(f"sqlbench.random_reward={random_reward}")
+    if recipe is not None:
+        if recipe not in (known := recipes()):
+            raise TrainingError(f"no recipe '{recipe}'. Give one of: {', '.join(known)}.")
+        base.append(f"+recipe={recipe}")
     GlobalHydra.instance().clear()
     for text in overrides:
         try:
@@ -81,6 +99,8 @@ def compose(
     with initialize_config_dir(str(CONFIG), version_base=None):
         try:
             config = hydra_compose(profile.name, overrides=[*base, *overrides])
+            _check_values(config, flat(changes(profile.name, recipe)))
+            decide(config)
             OmegaConf.resolve(config)
         except (HydraException, OmegaConfBaseException) as error:
             message = str(error).strip().splitlines()[0]
@@ -88,15 +108,42 @@ def compose(
                 keys = flat(OmegaConf.to_container(hydra_compose(profile.name, overrides=base)))
                 message = f"no key '{unknown[1]}'; did you mean {' or '.join(_nearest(unknown[1], keys))}?"
             raise TrainingError(f"cannot compose the training configuration: {message}") from error
-    _check_values(config, flat(changes(profile.name)))
     return config
 
 
-def changes(profile: str) -> dict[str, Any]:
-    """Read what a profile changes in verl's defaults, with interpolations as they are written."""
+def recipes() -> list[str]:
+    """Names of the recipes: named sets of settings between a profile and the overrides."""
+    return sorted(file.stem for file in (CONFIG / "recipe").glob("*.yaml"))
+
+
+def decide(config: DictConfig) -> None:
+    """Replace every ``auto`` by what fits the batch, the model and the card.
+
+    Where the shape of the model is not known, everything is offloaded and recomputed: slow, and the least memory.
+    """
     from omegaconf import OmegaConf
 
-    tree = OmegaConf.merge(*(OmegaConf.load(CONFIG / f"{name}.yaml") for name in ("common", profile)))
+    def settle(key: str, value: object) -> None:
+        if OmegaConf.select(config, key) == "auto":
+            OmegaConf.update(config, key, value)
+
+    data, actor = config.data, config.actor_rollout_ref.actor
+    settle("actor_rollout_ref.rollout.max_model_len", data.max_prompt_length + data.max_response_length)
+    settle("algorithm.rollout_correction.bypass_mode", data.train_batch_size < 2 * actor.ppo_mini_batch_size)
+    undecided = [key for key in SAVINGS if OmegaConf.select(config, key) == "auto"]
+    for key in undecided:
+        settle(key, False)
+    for key in undecided:  # each only if it is still too much without
+        plan = estimate(config, 1, gpu_bytes() or GPU_BYTES)
+        OmegaConf.update(config, key, plan is None or plan.needed(key))
+
+
+def changes(profile: str, recipe: str | None = None) -> dict[str, Any]:
+    """Read what a profile and a recipe change in verl's defaults, with interpolations as they are written."""
+    from omegaconf import OmegaConf
+
+    names = ["common", profile, *([f"recipe/{recipe}"] if recipe else [])]
+    tree = OmegaConf.merge(*(OmegaConf.load(CONFIG / f"{name}.yaml") for name in names))
     found = OmegaConf.to_container(tree)
     return {key: value for key, value in found.items() if key not in ("defaults", "hydra")}
 
@@ -122,8 +169,18 @@ def _check_values(config: DictConfig, given: dict[str, Any]) -> None:
             raise TrainingError(f"{key}={value} is no number")
     if not 0 < (seconds := config.sqlbench.query_timeout) <= LONGEST_QUERY:
         raise TrainingError(f"sqlbench.query_timeout={seconds}: give seconds between 0 and {LONGEST_QUERY:g}")
+    if not isinstance(rows := config.sqlbench.sample_rows, int) or not 0 <= rows <= MOST_ROWS:
+        raise TrainingError(f"sqlbench.sample_rows={rows}: give a whole number from 0 to {MOST_ROWS}")
+    copies = config.sqlbench.stop_repetition
+    if copies is not None and (type(copies) is not int or copies < 2):
+        raise TrainingError(f"sqlbench.stop_repetition={copies}: give a whole number of at least 2, or null")
     for key, default in given.items():
-        if isinstance(default, bool) and not isinstance(value := OmegaConf.select(config, key), bool):
+        value = OmegaConf.select(config, key)
+        if value == default == "auto":
+            continue
+        if key.endswith("max_model_len") and not (value is None or (type(value) is int and value > 0)):
+            raise TrainingError(f"{key}={value}: give a whole number of at least 1, auto or null")
+        if (isinstance(default, bool) or key in SWITCHES) and not isinstance(value, bool):
             raise TrainingError(f"{key}={value} is neither true nor false")
 
 

@@ -29,7 +29,7 @@ from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, lock, r
 from sqlbench.training import checkpoints, processes
 from sqlbench.training.compose import compose, tracking
 from sqlbench.training.metrics import StepRecord, read_rows, write_rows
-from sqlbench.training.preflight import ask_verl, check, needs, planned_steps, preflight
+from sqlbench.training.preflight import ask_verl, check, needs, planned_steps, preflight, too_small
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,6 +48,7 @@ def train(
     overrides: list[str] | tuple[str, ...] = (),
     *,
     results: str | Path = "results",
+    recipe: str | None = None,
     random_reward: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -62,6 +63,7 @@ def train(
         model: policy to start from: ``nano``, a checkpoint folder, or a hub name on the GPU.
         overrides: ``key=value`` for verl's configuration, unchanged; ``sqlbench.key=value`` for ours.
         results: where run folders are.
+        recipe: a named set of settings between the profile and `overrides`: a file of ``training/config/recipe``.
         random_reward: control: rewards are coin flips, so nothing can be learned.
         overwrite: start again where the run exists.
         dry_run: let verl check the resolved configuration, print it and what it needs; run nothing.
@@ -86,11 +88,14 @@ def train(
         data=str(data) if is_plugin(data or "") else Path(data or chosen.data).absolute(),
         model=_policy(model or chosen.model, chosen),
         overrides=overrides,
+        recipe=recipe,
         random_reward=random_reward,
     )
     chosen = chosen.on(config.trainer.device)
     if dry_run:
         check(chosen, config)
+        if warning := too_small(config):
+            print(f"# warning: {warning}")
         ask_verl(config)
         print(OmegaConf.to_yaml(config, resolve=True))
         print("\n".join(f"# needs {line}" for line in needs(chosen, config)))
@@ -100,6 +105,7 @@ def train(
     record = {
         "kind": "training",
         "profile": chosen.name,
+        "recipe": recipe,
         "overrides": list(overrides),
         "tasks": _digest(t.key for t in tasks),
         "validation_tasks": _digest(t.key for t in validation),

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from sqlbench.data.tasks import Task, headline_split, open_dataset
 from sqlbench.errors import SqlbenchError, TrainingError
-from sqlbench.estimate import GPU_BYTES, estimate
-from sqlbench.interfaces import load_plugin
+from sqlbench.estimate import GPU_BYTES, estimate, gpu_bytes
+from sqlbench.interfaces import BUILT_IN, load_plugin
 from sqlbench.profiles import Profile
+from sqlbench.training.credit import CREDITS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -49,7 +50,7 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
         count = f"{config.trainer.nnodes * config.trainer.n_gpus_per_node} GPU(s) with CUDA"
         vllm = config.actor_rollout_ref.rollout.name == "vllm"
         if cluster == "local":
-            lines.append(f"{count}: {'found' if _gpu_bytes() else 'NOT found on this machine'}")
+            lines.append(f"{count}: {'found' if gpu_bytes() else 'NOT found on this machine'}")
             if vllm:
                 installed = importlib.util.find_spec("vllm")
                 lines.append(f"vllm: {'installed' if installed else 'NOT installed (environment.yml)'}")
@@ -69,9 +70,17 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
     epoch, steps = planned_steps(config, tasks)
     lines.append(f"{steps} {work}: {steps / max(epoch, 1):.4g} epochs of {epoch} steps ({tasks:,} tasks {source})")
     if profile.device == "cuda" and config.actor_rollout_ref.rollout.name == "vllm":
-        plan = estimate(config, steps, _gpu_bytes() or GPU_BYTES)
+        plan = estimate(config, steps, gpu_bytes() or GPU_BYTES)
         lines += plan.lines() if plan else [f"memory and disk: unknown for {model}; give the folder of the model"]
     return lines
+
+
+def too_small(config: DictConfig) -> str | None:
+    """Say in one line that the card is too small for a large model's training; None where it is not, or unknown."""
+    if config.trainer.device != "cuda" or config.actor_rollout_ref.rollout.name != "vllm":
+        return None
+    plan = estimate(config, 1, gpu_bytes() or GPU_BYTES)
+    return plan.warning() if plan else None
 
 
 def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Task]]:
@@ -110,7 +119,8 @@ def check(profile: Profile, config: DictConfig) -> None:
         raise TrainingError(
             f"sqlbench.trained_agents={settings.trained_agents} is no regular expression: {error}"
         ) from error
-    if settings.agent == "self-correcting" and (not matched or ("write" not in matched and settings.max_turns == 1)):
+    last_unchecked = settings.agent == "self-correcting" and settings.max_turns == 1 and "write" not in matched
+    if settings.agent in BUILT_IN["agent"] and (not matched or last_unchecked):
         raise TrainingError(
             f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
             f"the sub-agents are {', '.join(AGENTS)}"
@@ -119,8 +129,23 @@ def check(profile: Profile, config: DictConfig) -> None:
         raise TrainingError(f"sqlbench.sampling={settings.sampling} is unknown. Choose {', '.join(SAMPLINGS)}.")
     if settings.most_sampled < 1:
         raise TrainingError(f"sqlbench.most_sampled={settings.most_sampled} is less than a batch. Give 1 or more.")
-    if settings.credit not in ("rollout", "transition"):
-        raise TrainingError(f"sqlbench.credit={settings.credit} is neither 'rollout' nor 'transition'")
+    if settings.credit not in CREDITS:
+        raise TrainingError(f"Unknown sqlbench.credit: {settings.credit}. Give {', '.join(CREDITS)}.")
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    row = config.data.max_prompt_length + config.data.max_response_length
+    for name, dynamic, limit in (
+        ("actor.ppo_max_token_len_per_gpu", actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu),
+        (
+            "rollout.log_prob_max_token_len_per_gpu",
+            rollout.log_prob_use_dynamic_bsz,
+            rollout.log_prob_max_token_len_per_gpu,
+        ),
+    ):
+        if dynamic and limit < row:
+            raise TrainingError(
+                f"actor_rollout_ref.{name}={limit} is less than one row of {row} tokens. Raise it, or lower "
+                "data.max_prompt_length or data.max_response_length."
+            )
     if settings.credit == "transition" and settings.reward != "execution-match":
         raise TrainingError(
             f"sqlbench.credit=transition rewards each query for its execution match, not by {settings.reward}. "
@@ -190,13 +215,6 @@ def planned_steps(config: DictConfig, tasks: int) -> tuple[int, int]:
     limit = config.data.train_max_samples or 0
     epoch = (min(tasks, limit) if limit > 0 else tasks) // config.data.train_batch_size
     return epoch, config.trainer.total_training_steps or epoch * config.trainer.total_epochs
-
-
-def _gpu_bytes() -> int:
-    """Memory of this machine's first GPU; 0 where there is none."""
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 
 
 def _reach(address: str) -> None:

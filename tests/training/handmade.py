@@ -118,17 +118,24 @@ UPDATES: dict[str, tuple[str, int, dict[str, Any]]] = {
 """Prepared batch, data-parallel ranks and how it is cut, by name. Each starts afresh, but for the last one."""
 
 FP32 = "+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
-GPU: dict[str, tuple[str, ...]] = {
-    "gpu, bf16": (),
-    "gpu, fp32": (FP32,),
-    "gpu, tokens": (
-        FP32,
-        "actor_rollout_ref.actor.use_dynamic_bsz=True",
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=256",
+_CHECKPOINTING = "actor_rollout_ref.model.enable_gradient_checkpointing"
+GPU: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "seed, fp32": ("seed", (FP32,)),
+    "gpu, not fused": (None, (FP32, "actor_rollout_ref.model.use_fused_kernels=false")),
+    "gpu, fp32": (None, (FP32,)),
+    "gpu, tokens": (None, (FP32, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=256")),
+    "gpu, checkpointing": (
+        None,
+        (
+            FP32,
+            f"{_CHECKPOINTING}=true",
+            "actor_rollout_ref.actor.fsdp_config.param_offload=true",
+            "actor_rollout_ref.actor.fsdp_config.optimizer_offload=true",
+        ),
     ),
-    "gpu, fused": (FP32, "actor_rollout_ref.model.use_fused_kernels=True"),
+    "gpu, bf16": (None, ()),
 }
-"""Overrides of the GPU profile, by name; verl's fused kernels change the model's class, so they come last."""
+"""Recipe and overrides of the GPU profile, by name. verl's fused kernels change the model's class: they come last."""
 ON_CPU = (
     "trainer.device=cpu",
     "actor_rollout_ref.actor.strategy=fsdp2",  # torch's FSDP 1 refuses to spread parameters from a CPU
@@ -137,7 +144,7 @@ ON_CPU = (
 )
 
 
-def settings(folder: Path, *overrides: str, profile: str = "laptop") -> Any:
+def settings(folder: Path, *overrides: str, profile: str = "laptop", recipe: str | None = None) -> Any:
     """A profile for four tasks of four rollouts."""
     from sqlbench.training.compose import compose
 
@@ -159,6 +166,7 @@ def settings(folder: Path, *overrides: str, profile: str = "laptop") -> Any:
         data=folder / "data",
         model=str(NANO_PATH),
         overrides=[*own, *overrides],
+        recipe=recipe,
     )
 
 
@@ -329,9 +337,9 @@ def update(folder: Path, rank: int, ranks: int, port: int) -> None:
 
 def update_as_on_a_gpu(folder: Path, port: int) -> None:
     """Train on a prepared batch with the GPU profile's actor, in verl's own engine; one file for each of `GPU`."""
-    for name, overrides in GPU.items():
+    for name, (recipe, overrides) in GPU.items():
         loss = "actor_rollout_ref.actor.policy_loss.loss_mode=token_mean"
-        config = settings(folder, *ON_CPU, loss, *overrides, profile="gpu")
+        config = settings(folder, *ON_CPU, loss, *overrides, profile="gpu", recipe=recipe)
         worker = start_worker(config, port=port)
         module = worker.actor.engine.module
         rows, layers = [], []
@@ -344,6 +352,7 @@ def update_as_on_a_gpu(folder: Path, port: int) -> None:
         facts = {
             "engine": type(engine).__name__,
             "attention": module.config._attn_implementation,
+            "fused": config.actor_rollout_ref.model.use_fused_kernels,
             "offload": (engine.is_param_offload_enabled, engine.is_optimizer_offload_enabled),
             "rows": rows,
             "layer_calls": len(layers),

@@ -34,7 +34,7 @@ from sqlbench.profiles import PROFILES
 from sqlbench.runs import RunFolder
 from sqlbench.training import processes
 from sqlbench.training.checkpoints import latest_checkpoint
-from sqlbench.training.compose import changes, compose
+from sqlbench.training.compose import changes, compose, recipes
 from sqlbench.training.launch import describe, train
 from sqlbench.training.metrics import StepRecord, TrajectoryReader, read_rows, write_rows
 
@@ -44,7 +44,7 @@ SEED_EXPERIMENT = [
     "trainer.n_gpus_per_node=1",
     "data.train_batch_size=32",
     "actor_rollout_ref.rollout.n=4",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=32",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=16",  # published 32 meant rows; see the recipe
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
     "actor_rollout_ref.rollout.multi_turn.format=hermes",
@@ -76,17 +76,23 @@ SEED_EXPERIMENT = [
 ]
 
 
-def composed(profile: str, tmp_path: Path, *overrides: str) -> Any:
+def composed(profile: str, tmp_path: Path, *overrides: str, recipe: str | None = None) -> Any:
     model = str(NANO_PATH) if profile == "laptop" else PROFILES[profile].model
     return compose(
-        PROFILES[profile], run="r", folder=tmp_path / "r", data=tmp_path / "data", model=model, overrides=overrides
+        PROFILES[profile],
+        run="r",
+        folder=tmp_path / "r",
+        data=tmp_path / "data",
+        model=model,
+        overrides=overrides,
+        recipe=recipe,
     )
 
 
-def test_gpu_profile_has_every_parameter_of_the_seed_experiment(tmp_path: Path) -> None:
+def test_the_recipe_seed_has_every_parameter_of_the_seed_experiment(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    config = composed("gpu", tmp_path)
+    config = composed("gpu", tmp_path, recipe="seed")
     for line in SEED_EXPERIMENT:
         key, value = line.split("=")
         assert str(OmegaConf.select(config, key)) == value, key
@@ -94,20 +100,20 @@ def test_gpu_profile_has_every_parameter_of_the_seed_experiment(tmp_path: Path) 
     assert config.actor_rollout_ref.rollout.val_kwargs.temperature == 0
 
 
-@pytest.mark.parametrize("profile", ["gpu", "laptop"])
-def test_profiles_pass_verls_own_validation(profile: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("profile", "recipe"), [("gpu", None), ("gpu", "seed"), ("laptop", None)])
+def test_profiles_pass_verls_own_validation(profile: str, recipe: str | None, tmp_path: Path) -> None:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-    config = composed(profile, tmp_path)
+    config = composed(profile, tmp_path, recipe=recipe)
     assert not need_critic(config) and not need_reference_policy(config)
     validate_config(config, use_reference_policy=False, use_critic=False)
     for section in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm):
         omega_conf_to_dataclass(section)
 
 
-@pytest.mark.parametrize("profile", ["gpu", "laptop"])
-def test_profiles_only_name_keys_that_verl_has(profile: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("profile", "recipe"), [("gpu", None), *(("gpu", r) for r in recipes()), ("laptop", None)])
+def test_profiles_only_name_keys_that_verl_has(profile: str, recipe: str | None, tmp_path: Path) -> None:
     import verl
     from hydra import compose as plain
     from hydra import initialize_config_dir
@@ -132,7 +138,7 @@ def test_profiles_only_name_keys_that_verl_has(profile: str, tmp_path: Path) -> 
         "actor_rollout_ref.actor.fsdp_config.mixed_precision",
         "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
     }
-    assert unknown(changes(profile), defaults) <= ours | ray | silent
+    assert unknown(changes(profile, recipe), defaults) <= ours | ray | silent
 
 
 def test_overrides_win_over_the_profile_and_seed_the_data_order(tmp_path: Path) -> None:
@@ -161,8 +167,41 @@ def test_dry_run_prints_the_config_and_the_needs_and_writes_nothing(
 ) -> None:
     train("gpu", "r", tmp_path, results=tmp_path / "results", dry_run=True)
     out = capsys.readouterr().out
-    assert "gpu_memory_utilization: 0.8" in out and "# needs 1 GPU(s)" in out and "# needs vllm" in out
+    assert (
+        "gpu_memory_utilization: 0.5" in out
+        and "warning" not in out
+        and "# needs 1 GPU(s)" in out
+        and "# needs vllm" in out
+    )
     assert "downloaded from the Hugging Face hub" in out and not (tmp_path / "results").exists()
+
+
+def test_dry_run_warns_first_and_in_one_line_of_a_card_that_is_too_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqlbench.training.preflight.gpu_bytes", lambda: 24_000_000_000)
+    train("gpu", "r", tmp_path, overrides=["sqlbench.max_turns=1"], recipe="seed", dry_run=True)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("# warning: This may not fit GPUs of 24.0 GB: it takes about ") and second[0] != "#"
+
+
+def test_the_recipe_is_on_record_and_overrides_win_over_it(
+    tmp_path: Path, pocket: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN_TRAINER)
+    overrides = ["sqlbench.trainer=mine:Trainer", "trainer.total_training_steps=1", "sqlbench.sample_rows=1"]
+    folder = train("laptop", "r", pocket.root, overrides=overrides, results=tmp_path / "results", recipe="seed")
+    record = RunFolder(folder).config()
+    assert record["recipe"] == "seed"
+    ours = record["config"]["sqlbench"]
+    assert (ours["credit"], ours["agent"], ours["strict"], ours["sample_rows"]) == ("published", "published", False, 1)
+
+
+def test_a_batch_of_the_recipe_seed_is_two_optimizer_steps_with_old_log_probabilities(tmp_path: Path) -> None:
+    config = composed("gpu", tmp_path, recipe="seed")
+    assert config.data.train_batch_size / config.actor_rollout_ref.actor.ppo_mini_batch_size == 2
+    assert config.algorithm.rollout_correction.bypass_mode is False
 
 
 def test_dry_run_refuses_what_verl_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +274,55 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
             "no module 'nowhere'",
         ),
         "own trainer": ({"data": data, "overrides": ["sqlbench.trainer=json:loads"]}, PluginError, "without fit"),
+        "recipe": ({"data": data, "recipe": "speed"}, TrainingError, "no recipe 'speed'. Give one of: .*seed"),
+        "rows": ({"data": data, "overrides": ["sqlbench.sample_rows=-1"]}, TrainingError, "number from 0 to 20"),
+        "repetition": (
+            {"data": data, "overrides": ["sqlbench.stop_repetition=1"]},
+            TrainingError,
+            "at least 2, or null",
+        ),
+        "no credit": ({"data": data, "overrides": ["sqlbench.credit=mine"]}, TrainingError, "Give rollout, transition"),
+        "tokens": (
+            {
+                "data": data,
+                "overrides": [
+                    "actor_rollout_ref.actor.use_dynamic_bsz=true",
+                    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=767",
+                ],
+            },
+            TrainingError,
+            "ppo_max_token_len_per_gpu=767 is less than one row of 768 tokens",
+        ),
+        "log-prob tokens": (
+            {
+                "data": data,
+                "overrides": [
+                    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
+                    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=767",
+                ],
+            },
+            TrainingError,
+            "log_prob_max_token_len_per_gpu=767 is less than one row of 768 tokens",
+        ),
+        "switch": (
+            {
+                "profile": "gpu",
+                "data": data,
+                "overrides": ["actor_rollout_ref.model.enable_gradient_checkpointing=maybe"],
+            },
+            TrainingError,
+            "maybe is neither true nor false",
+        ),
+        "length": (
+            {"profile": "gpu", "data": data, "overrides": ["data.max_response_length=long"]},
+            TrainingError,
+            "data.max_response_length=long",
+        ),
+        "model length": (
+            {"profile": "gpu", "data": data, "overrides": ["actor_rollout_ref.rollout.max_model_len=long"]},
+            TrainingError,
+            "max_model_len=long: give a whole number",
+        ),
         "credit": (
             {"data": data, "overrides": ["sqlbench.reward=math:sqrt", "sqlbench.credit=transition"]},
             TrainingError,
@@ -246,7 +334,8 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
 STATE = ["data", "finished"]  # of this machine: a dry run says it, or leaves it
 ALWAYS = ["profile", "model", "half model", "agents", "turns", "regex", "bracket", "number", "batch", "samples"]
 ALWAYS += ["epochs", "own agent", "own trainer", "credit"]
-ALWAYS += ["no policy", "no saving", "async", "reward", "new reward", "lora"]
+ALWAYS += ["recipe", "rows", "repetition", "no credit", "tokens", "log-prob tokens", "switch", "length"]
+ALWAYS += ["model length", "no policy", "no saving", "async", "reward", "new reward", "lora"]
 
 
 @pytest.mark.parametrize(
@@ -367,17 +456,18 @@ def rollout_limits(prompt: int, response: int, both: int | None) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "response", "more", "expected"),
+    ("tokens", "response", "more", "stopped", "expected"),
     [
-        ([5, 6, 7], 3, 99, "length"),
-        ([5, 6, 2], 3, 99, "stop"),
-        ([5, 6, 7], 4, 99, "stop"),
-        ([5, 6, 7], 9, 3, "length"),
-        ([5, 6, 7], 3, None, "length"),
+        ([5, 6, 7], 3, 99, "", "length"),
+        ([5, 6, 2], 3, 99, "", "stop"),
+        ([5, 6, 7], 4, 99, "", "stop"),
+        ([5, 6, 7], 4, 99, "repetition", "length"),
+        ([5, 6, 7], 9, 3, "", "length"),
+        ([5, 6, 7], 3, None, "", "length"),
     ],
 )
 def test_an_answer_that_no_token_ended_is_cut(
-    tokens: list[int], response: int, more: int | None, expected: str
+    tokens: list[int], response: int, more: int | None, stopped: str, expected: str
 ) -> None:
     """2 is nano's end of sequence; there is room for `response` tokens, and for `more` after the prompt."""
     from transformers import AutoTokenizer
@@ -387,7 +477,7 @@ def test_an_answer_that_no_token_ended_is_cut(
 
     class Server:
         async def generate(self, **_: Any) -> Any:
-            return SimpleNamespace(token_ids=tokens, log_probs=[-1.0] * 3, extra_fields={}, stop_reason="")
+            return SimpleNamespace(token_ids=tokens, log_probs=[-1.0] * 3, extra_fields={}, stop_reason=stopped)
 
     tokenizer, message = AutoTokenizer.from_pretrained(NANO_PATH), Message(role="user", content="How many?")
     size = len(encode_chat(tokenizer, [message.model_dump()]))

@@ -15,6 +15,7 @@ from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import open_database
+from sqlbench.interfaces import load_plugin
 from sqlbench.rollout import run_agent
 
 GOOD, BAD, BROKEN = "SELECT name FROM singer", "SELECT age FROM singer", "SELECT nam FROM singer"
@@ -271,3 +272,16 @@ def test_nothing_is_traced_even_where_the_environment_asks_for_it(answer, monkey
     monkeypatch.setattr(Scripted, "complete", watched)
     answer(GOOD, YES)
     assert seen == [False, False]
+
+
+def test_the_published_agent_checks_every_query_the_failed_and_the_last_one_too(database):
+    def agents(*answers: str, turns: int) -> list[str]:
+        model, task = Scripted(*answers), Task(task_id="", db_id="concert", question="Which?", gold="", split="")
+        config = RolloutConfig(max_turns=turns)
+        agent = load_plugin("agent", "published")
+        done = asyncio.run(run_agent(task, database, model, prompts_for("chat"), config, agent=agent))
+        assert done.error is None and not model.answers and done.sql == [a for a in answers if "SEL" in a][-1]
+        return [t.agent for t in done.transitions]
+
+    assert agents(GOOD, YES, turns=1) == agents(GOOD, NO, turns=1) == agents(GOOD, YES, turns=3) == ["write", "check"]
+    assert agents(BROKEN, NO, BAD, NO, GOOD, NO, turns=3) == ["write", "check", *["rewrite", "check"] * 2]

@@ -203,6 +203,16 @@ def test_an_error_names_nothing_that_the_prompt_hides(tmp_path):
     assert "venue is in stadium" in shown(2048) and "stadium" not in shown(30)
 
 
+def test_prompts_show_sample_rows_where_asked_to(database):
+    task = Task(task_id="7", db_id="concert", question="Who?", gold=GOLD, split="dev")
+    for count, expected in ((0, []), (2, ["-- 1 | Ann | 20", "-- 2 | Bob | 30"])):
+        model, config = OneAnswer(f"```sql\n{GOLD}\n```"), RolloutConfig(max_turns=1, sample_rows=count)
+        done = asyncio.run(rollout(task, database, model, prompts_for("chat"), config))
+        text = done.transitions[0].messages[-1].content
+        assert [line for line in text.splitlines() if line.startswith("-- ") and line[3].isdigit()] == expected
+        assert done.reward == 1
+
+
 def test_half_a_character_in_an_answer_is_recorded_by_a_stand_in(run):
     done = run("SELECT '\ud83d', '\0'")
     assert (done.reward, done.pred) == (0.0, "SELECT '\ufffd', '\ufffd'")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sqlbench.connection import connect
 from sqlbench.database.engine import open_database
-from sqlbench.database.schema import introspect, mermaid_er, sample_rows, schema_text
+from sqlbench.database.schema import introspect, mermaid_er, sample_rows, schema_text, shown, with_rows
 from sqlbench.database.types import ForeignKey
 from sqlbench.errors import DatabaseError
 
@@ -73,9 +73,9 @@ def test_ddl_text_makes_the_same_schema_again(database, tmp_path):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 600), st.sampled_from(["compact", "ddl"]))
-def test_text_never_exceeds_its_limit(database, limit, style):
-    schema = introspect(database)
+@given(st.integers(0, 900), st.sampled_from(["compact", "ddl"]), st.sampled_from([0, 2]))
+def test_text_never_exceeds_its_limit(database, limit, style, rows):
+    schema = with_rows(introspect(database), database, rows)
     full, text = schema_text(schema, style, 10_000), schema_text(schema, style, limit)
     assert len(text) <= limit
     assert (text == full) == (len(full) <= limit)
@@ -99,6 +99,36 @@ def test_diagram_names_tables_and_references(database):
     assert text.startswith("erDiagram\n    stadium {\n        INTEGER stadium_id PK\n        TEXT name\n")
     assert "    singer }o--|| stadium : stadium_id\n" in text
     assert "    odd_one {\n        INT a PK\n        REAL b_c PK\n" in text
+
+
+def test_sample_rows_follow_the_columns_and_are_hidden_with_them(database):
+    schema = with_rows(introspect(database), database, 2)
+    assert (
+        schema_text(schema).split("\n")[0] == " stadium: stadium_id, name, capacity e.g. (1, Arena, 10) (2, Dome, 20)"
+    )
+    text = schema_text(schema, "ddl")
+    assert ");\n-- first 2 rows, stadium_id | name | capacity:\n-- 1 | Arena | 10\n-- 2 | Dome | 20\nCREATE" in text
+    assert "-- first" not in text[text.index("CREATE TABLE singer") : text.index("CREATE TABLE big")], "no rows"
+    for style in ("compact", "ddl"):
+        whole = schema_text(schema, style, 10_000)
+        assert shown(schema, whole, style) == schema
+        first, *others = shown(schema, schema_text(schema, style, {"compact": 130, "ddl": 200}[style]), style).tables
+        assert first.name == "stadium" and len(first.columns) == 3 and len(others) < 3
+
+
+def test_a_sample_row_is_one_short_line_whatever_it_holds(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "x.sqlite")) as connection, connection:
+        connection.execute("CREATE TABLE t (a, b, c, d)")
+        hostile = "x\n*/ DROP TABLE t;\u2028-- " + "y" * 10_000
+        connection.execute("INSERT INTO t VALUES (?, ?, NULL, 1.5)", (hostile, b"\x00\xff" * 10_000))
+    database = open_database(tmp_path / "x.sqlite")
+    schema = with_rows(introspect(database), database, 3)
+    a, b, *rest = schema.tables[0].rows[0]
+    assert a.startswith("x */ DROP TABLE t; -- yyy") and len(a) <= 100 and b == ("00ff" * 50)[:100]
+    assert rest == ["NULL", "1.5"]
+    lines = schema_text(schema, "ddl").splitlines()
+    assert lines[-2:] == ["-- first 1 rows, a | b | c | d:", f"-- {a} | {b} | NULL | 1.5"]
+    sqlite3.connect(":memory:").executescript("\n".join(lines))
 
 
 def test_sample_rows(database):

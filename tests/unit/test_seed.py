@@ -159,7 +159,7 @@ def test_what_was_run_stands_below_what_was_published(tmp_path: Path) -> None:
     finish(bench, result(ROWS["llama-3b"]).model_copy(update={"steps": 10}))  # cut short by an override
     accuracy, efficiency = write_seed_tables(bench.folder)
     ours = accuracy[accuracy["Source"] == "sqlbench"].set_index("Row")
-    assert ours.loc["qwen-3b", ["Acc (Initial)", "Acc (Final)", "Tasks"]].tolist() == [60.0, 60.0, 500]
+    assert ours.loc["qwen-3b", ["Acc (Initial)", "Acc (Final)", "Tasks"]].tolist() == [60.0, 60.0, "500 of dev_500"]
     assert ours.loc["qwen-3b", "Transitions"] == "1.50 → 1.50"
     assert (ours.loc[[name for name in ROWS if name != "qwen-3b"], "Acc (Final)"] == "").all(), (
         "another split or length"
