@@ -227,6 +227,11 @@ def test_a_failed_rollout_teaches_nothing_and_a_wrong_one_does(benchmark):
     assert lesson.strategy == "fix_column" and lesson.situation == situations(wrong)[0]
     assert lesson.reward == pytest.approx(-POTENTIAL["no_such_column"] - ATTEMPT_COST)
     assert lesson.reward == benchmark.shaped_rewards(wrong)[1]
+    # A rewrite that only repeats is not executed: an attempt that changed nothing, and the end.
+    calls = [*wrong.transitions, wrong.transitions[-1].model_copy(update={"turn": 3, "strategy": "rewrite_cte"})]
+    _, repetition = lessons(calls, wrong.executions, 0.0)
+    assert (repetition.strategy, repetition.situation.attempt) == ("rewrite_cte", 2)
+    assert repetition.reward == pytest.approx(-POTENTIAL["none"] - ATTEMPT_COST)
     plain = run_of(*outcomes, reward=0.0)
     assert lessons(plain.transitions, plain.executions, 0.0) == []
 
