@@ -15,6 +15,7 @@ import hashlib
 import re
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class SqlAgentLoop(AgentLoopBase):
         append_line(Path(settings.run_folder) / TRAJECTORIES, record)
         if record.failed or record.reward is None:
             return []
-        earned = [record.reward] * len(record.transitions)
+        earned: list[float | None] = [record.reward] * len(record.transitions)
         if settings.random_reward and not validation:
             earned = [float(stable_number(seed, "reward") % 2)] * len(record.transitions)
         elif credit != "rollout":
@@ -99,7 +100,7 @@ class SqlAgentLoop(AgentLoopBase):
     def _outputs(
         self,
         record: Trajectory,
-        earned: list[float],
+        earned: Sequence[float | None],
         extra: dict[str, Any],
         trained: str,
         began: list[str] | None = None,
@@ -124,7 +125,7 @@ class SqlAgentLoop(AgentLoopBase):
                 },
             )
             for t, reward, situation in zip(record.transitions, earned, began, strict=True)
-            if _is_trained(t, trained)
+            if _is_trained(t, trained) and reward is not None
         ]
 
 
@@ -132,12 +133,17 @@ _dataset, _part = cache(open_dataset), cache(load_plugin)
 """One object a process."""
 
 
-def trained_transitions(record: Trajectory, trained: str) -> list[Transition]:
+def trained_transitions(record: Trajectory, trained: str, credit: str = "rollout") -> list[Transition]:
     """Transitions whose sub-agent's name the regular expression `trained` finds (``write`` finds ``rewrite`` too).
 
-    Those sampled at another temperature than the training's are left out.
+    Left out are those sampled at another temperature than the training's, and those that have no reward of their own.
     """
-    return [t for t in record.transitions if _is_trained(t, trained)]
+    earned = rewards(record, credit) if credit == "change" else [0.0] * len(record.transitions)
+    return [
+        t
+        for t, reward in zip(record.transitions, earned, strict=True)
+        if _is_trained(t, trained) and reward is not None
+    ]
 
 
 def _is_trained(transition: Transition, trained: str) -> bool:

@@ -11,11 +11,14 @@ compared with the transitions of the same sub-agent in the rollouts of the same 
 ``sqlbench.credit=change``: each transition is rewarded for what it changed.
 
 - A first query: its execution match, compared within its task.
-- A rewrite: right minus right before, plus `RAN` times ran minus ran before. A repetition changes nothing and earns 0.
-  It is compared with all rewrites of the step that began in the same situation (the query before failed, ran wrong, or
-  ran right). Few rollouts of one task rewrite in the same situation, and a rewrite alone in its group teaches nothing;
-  a mean over the step is as unbiased a baseline. Repetitions that were sampled again are trained on like the others, or
-  the policy would never learn that they earn nothing.
+- A rewrite: right minus right before, plus `RAN` times ran minus ran before. It is compared with all rewrites of the
+  step that began in the same situation (the query before failed, ran wrong, or ran right). Few rollouts of one task
+  rewrite in the same situation, and a rewrite alone in its group teaches nothing; a mean over the step is as unbiased a
+  baseline.
+- A rewrite that repeats an earlier query: 0 where the query before failed, which is the least that can be earned there.
+  Elsewhere it has no reward and is not trained on: a change of a right query mostly loses something, beside which doing
+  nothing would pay, and a policy does not see whether the query was right. As repetitions are sampled again, what
+  remains is the gradient of the policy that does not repeat.
 - A check: whether its verdict is right, less the mean of all checks of the step on queries of the same kind (right or
   wrong ones), with both kinds weighing the same in sum (`balanced`). What it answers whatever the query is earns 0.
 
@@ -83,14 +86,21 @@ async def judged(record: Trajectory, database: Database) -> Trajectory:
     return record.model_copy(update={"executions": executions})
 
 
-def rewards(record: Trajectory, credit: str) -> list[float]:
-    """What each transition of a judged rollout earned; a check gets 1 for a right verdict and 0 for a wrong one.
+def rewards(record: Trajectory, credit: str) -> list[float | None]:
+    """What each transition of a judged rollout earned; None where it is not trained on.
 
-    What made the next prompt too long did nothing right.
+    A check gets 1 for a right verdict and 0 for a wrong one. What made the next prompt too long did nothing right.
     """
-    again = repeated(record.transitions, record.executions)
-    earned = [0.0 if same else _reward(t, record, credit) for t, same in zip(record.transitions, again, strict=True)]
-    return [*earned[:-1], min(0.0, earned[-1])] if record.reason == OVERLONG else earned
+    found: list[float | None] = []
+    for transition, again in zip(record.transitions, repeated(record.transitions, record.executions), strict=True):
+        if again:
+            failed = not _ran(_query(record, transition.turn - 1))
+            found.append(0.0 if failed or credit != "change" else None)
+        else:
+            found.append(_reward(transition, record, credit))
+    if record.reason == OVERLONG and found[-1] is not None:
+        found[-1] = min(0.0, found[-1])
+    return found
 
 
 def _reward(transition: Transition, record: Trajectory, credit: str) -> float:

@@ -149,7 +149,8 @@ class SqlTrainer(PPOTrainerSync):
         self.rates.learn(rollouts)
         record = StepRecord(rollouts)
         metrics.update(record.metrics("sqlbench/"))
-        trained = [len(trained_transitions(t, self.settings.trained_agents)) for t in record.scored]
+        which = self.settings.trained_agents, self.settings.credit
+        trained = [len(trained_transitions(t, *which)) for t in record.scored]
         metrics["sqlbench/rows"] = sum(trained)
         metrics["sqlbench/transitions"] = sum(trained) / max(1, len(trained))
         metrics["sqlbench/rows_padding"] = sum(bool(tag.get("is_padding")) for tag in batch.tags)
