@@ -247,7 +247,7 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
         ),
         "credit name": ({"data": data, "overrides": ["sqlbench.credit=changes"]}, TrainingError, "rollout, transition"),
         "resampling": (
-            {"data": data, "overrides": ["sqlbench.agent=resampling", "sqlbench.trained_agents=^rewrite"]},
+            {"data": data, "overrides": ["sqlbench.agent=resampling", "sqlbench.trained_agents=rewrite"]},
             TrainingError,
             "trains nothing",
         ),
