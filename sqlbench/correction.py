@@ -46,8 +46,11 @@ class Correction(Settings):
     """Of the checked queries that were wrong, how many were called so."""
     recall_ran: float
     """The same among queries that ran: those whose result the check had to judge."""
-    balanced_accuracy: float
-    """Mean of the share of wrong queries called wrong and of right ones called right: 0.5 for any constant answer."""
+    balanced_accuracy: float | None
+    """Mean of the share of wrong queries called wrong and of right ones called right: 0.5 for any constant answer.
+
+    None where not both kinds were checked.
+    """
     mended: int
     """Rewrites from a wrong query to a right one."""
     spoilt: int
@@ -114,7 +117,7 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
         precision=_mean([not right for right in flagged]),
         recall=_mean(wrong),
         recall_ran=_mean(wrong_ran),
-        balanced_accuracy=(_mean(wrong) + _mean(passed)) / 2,
+        balanced_accuracy=(_mean(wrong) + _mean(passed)) / 2 if wrong and passed else None,
         mended=sum(not a and b for a, b in steps),
         spoilt=sum(a and not b for a, b in steps),
         repeated=sum(again),
@@ -146,7 +149,7 @@ def row(found: Correction) -> dict[str, object]:
         "Check: precision (%)": round(100 * found.precision, 1) if found.flagged else "",
         "Check: recall (%)": round(100 * found.recall, 1),
         "Check: recall, ran (%)": round(100 * found.recall_ran, 1),
-        "Check: balanced (%)": round(100 * found.balanced_accuracy, 1),
+        "Check: balanced (%)": "" if found.balanced_accuracy is None else round(100 * found.balanced_accuracy, 1),
         "Mended / spoilt": f"{found.mended} / {found.spoilt}",
         "Repeated": f"{found.repeated} of {found.rewrites}",
         "Calls a rollout": round(found.transitions, 2),

@@ -63,4 +63,6 @@ def test_repetitions_that_were_sampled_again_count(pocket: DataSet) -> None:
 
 
 def test_nothing_to_judge(pocket: DataSet) -> None:
-    assert correction([], pocket.root).tasks == 0
+    found = correction([], pocket.root)
+    assert (found.tasks, found.balanced_accuracy, found.by_turn) == (0, None, [])
+    assert row(found)["Check: balanced (%)"] == ""
