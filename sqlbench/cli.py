@@ -51,7 +51,7 @@ Track = Annotated[str | None, typer.Option(help="Send metrics to wandb, mlflow o
 Model = Annotated[
     str, typer.Option(help="nano, a checkpoint or run folder, openai:NAME, or module:attribute of your own.")
 ]
-Agent = Annotated[str, typer.Option(help="self-correcting, published, or module:attribute of your own.")]
+Agent = Annotated[str, typer.Option(help="self-correcting, resampling, published, or module:attribute of your own.")]
 Reward = Annotated[str, typer.Option(help="execution-match, or module:attribute of your own.")]
 QueryTimeout = Annotated[
     float, typer.Option(min=0.01, max=LONGEST_QUERY, help="Seconds a query may take, gold or not.")

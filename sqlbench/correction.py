@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from sqlbench.agent.prompts import parse_verdict
+from sqlbench.agent.repair import repeated
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.config import Settings
 from sqlbench.data.tasks import open_dataset
@@ -45,13 +46,20 @@ class Correction(Settings):
     """Of the checked queries that were wrong, how many were called so."""
     recall_ran: float
     """The same among queries that ran: those whose result the check had to judge."""
+    balanced_accuracy: float | None
+    """Mean of the share of wrong queries called wrong and of right ones called right: 0.5 for any constant answer.
+
+    None where not both kinds were checked.
+    """
     mended: int
     """Rewrites from a wrong query to a right one."""
     spoilt: int
     """Rewrites from a right query to a wrong one."""
     repeated: int
-    """Rewrites that gave the same query again."""
+    """Rewrites that gave an earlier query again, those included that were then sampled again."""
     rewrites: int
+    by_turn: list[float]
+    """Execution match of the query that stands after each turn: 1, 2 and so on."""
     transitions: float
     """Model calls a rollout."""
 
@@ -66,7 +74,9 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
     first: list[int] = []
     last: list[int] = []
     checks: list[tuple[bool, bool, bool]] = []
-    steps: list[tuple[bool, bool, bool]] = []
+    steps: list[tuple[bool, bool]] = []
+    stands: list[list[bool]] = []
+    again: list[bool] = []
     calls = 0
     for record in trajectories:
         if record.reward is None or not record.executions:
@@ -85,11 +95,16 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
             for t in record.transitions
             if t.agent == "check"
         ]
-        steps += [(right[a.turn], right[b.turn], a.sql == b.sql) for a, b in pairwise(record.executions)]
+        steps += [(right[a.turn], right[b.turn]) for a, b in pairwise(record.executions)]
+        stands.append([*([right[e.turn] for e in record.executions][:-1]), right[final.turn]])
+        same = repeated(record.transitions, record.executions)
+        again += [x for t, x in zip(record.transitions, same, strict=True) if t.agent == "rewrite"]
         calls += len(record.transitions)
     low, high = paired_bootstrap(first, last) if first else (0.0, 0.0)
     flagged = [right for flag, right, _ in checks if flag]
     wrong = [flag for flag, right, _ in checks if not right]
+    passed = [not flag for flag, right, _ in checks if right]
+    turns = max(map(len, stands), default=0)
     wrong_ran = [flag for flag, right, ran in checks if not right and ran]
     return Correction(
         tasks=len(first),
@@ -102,10 +117,12 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
         precision=_mean([not right for right in flagged]),
         recall=_mean(wrong),
         recall_ran=_mean(wrong_ran),
-        mended=sum(not a and b for a, b, _ in steps),
-        spoilt=sum(a and not b for a, b, _ in steps),
-        repeated=sum(same for *_, same in steps),
-        rewrites=len(steps),
+        balanced_accuracy=(_mean(wrong) + _mean(passed)) / 2 if wrong and passed else None,
+        mended=sum(not a and b for a, b in steps),
+        spoilt=sum(a and not b for a, b in steps),
+        repeated=sum(again),
+        rewrites=len(again),
+        by_turn=[_mean([one[min(turn, len(one) - 1)] for one in stands]) for turn in range(turns)],
         transitions=calls / max(1, len(first)),
     )
 
@@ -127,10 +144,12 @@ def row(found: Correction) -> dict[str, object]:
         "First query (%)": round(100 * found.first, 1),
         "Last query (%)": round(100 * found.last, 1),
         "Gain": round(100 * (found.last - found.first), 1),
+        "By turn": " / ".join(f"{100 * (b - a):+.1f}" for a, b in pairwise(found.by_turn)),
         "95% CI (Gain)": f"{100 * found.gain_low:+.1f} to {100 * found.gain_high:+.1f}",
         "Check: precision (%)": round(100 * found.precision, 1) if found.flagged else "",
         "Check: recall (%)": round(100 * found.recall, 1),
         "Check: recall, ran (%)": round(100 * found.recall_ran, 1),
+        "Check: balanced (%)": "" if found.balanced_accuracy is None else round(100 * found.balanced_accuracy, 1),
         "Mended / spoilt": f"{found.mended} / {found.spoilt}",
         "Repeated": f"{found.repeated} of {found.rewrites}",
         "Calls a rollout": round(found.transitions, 2),

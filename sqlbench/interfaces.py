@@ -39,6 +39,9 @@ class Model(Protocol):
     async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
         """Answer one prompt. An exception makes the rollout a failed one.
 
+        A method with a third parameter, ``temperature: float | None = None``, can be asked for another answer to the
+        same prompt: at that temperature instead of its own. Without it the built-in agents do not sample again.
+
         Args:
             messages: the prompt.
             on_text: called on the event loop with each piece of the answer as it is generated.
@@ -90,7 +93,7 @@ class Dataset(Protocol):
 
 
 class Agent(Protocol):
-    """Answers a question about a database: ``self-correcting``, ``published``, or your own."""
+    """Answers a question about a database: ``self-correcting``, ``resampling``, ``published``, or your own."""
 
     async def run(self, context: RolloutContext) -> str:
         """Return the final query.
@@ -135,6 +138,7 @@ BUILT_IN = {
     "agent": {
         "self-correcting": "sqlbench.agent.graph:SelfCorrectingAgent",
         "published": "sqlbench.agent.published:PublishedAgent",
+        "resampling": "sqlbench.agent.resampling:ResamplingAgent",
     },
     "reward": {"execution-match": "sqlbench.reward:execution_match"},
     "trainer": {"verl": "sqlbench.training.launch:VerlTrainer"},

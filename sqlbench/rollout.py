@@ -81,14 +81,30 @@ class RolloutContext:
     overlong: bool = False
     """Whether the policy's own answers made a prompt too long, which is no failure."""
 
-    async def ask(self, agent: str, messages: list[Message], strategy: str | None = None) -> str:
-        """Return the model's answer, recorded as a transition of the sub-agent `agent`."""
+    @property
+    def samples(self) -> bool:
+        """Whether the model can be asked at another temperature; one of your own may not."""
+        return "temperature" in inspect.signature(self.model.complete).parameters
+
+    async def ask(
+        self, agent: str, messages: list[Message], strategy: str | None = None, *, temperature: float | None = None
+    ) -> str:
+        """Return the model's answer, recorded as a transition of the sub-agent `agent`.
+
+        Args:
+            agent: name of the sub-agent.
+            messages: the prompt.
+            strategy: the repair strategy that the prompt asks for.
+            temperature: of this answer; None is the model's own. A model that `samples` nothing else keeps its own.
+        """
         turn = len(self.executions) + (agent != "check")
+        options: dict[str, Any] = {}
+        if self.observer is not None:
+            options["on_text"] = partial(self.observer.text, agent, turn)
+        if temperature is not None and self.samples:
+            options["temperature"] = temperature
         with self.boundary("model", self.transitions):
-            if self.observer is None:
-                completion = await self.model.complete(messages)
-            else:
-                completion = await self.model.complete(messages, on_text=partial(self.observer.text, agent, turn))
+            completion = await self.model.complete(messages, **options)
             made = Transition(agent=agent, turn=turn, messages=messages, completion=completion, strategy=strategy)
         self.transitions.append(made)
         if self.observer is not None:

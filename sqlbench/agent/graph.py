@@ -1,9 +1,10 @@
 """The built-in agent: write, execute, check, rewrite, as one LangGraph state machine.
 
 ``write -> execute -> check -> (rewrite -> execute ...) -> END``. It ends when the check calls the query correct or
-when `max_turns` queries were executed; the last one is not checked, since its verdict could change nothing. With a
-repair policy a rewrite follows the strategy it chooses, a query that did not run is rewritten without a check, and the
-rollout also ends when the same query has come `SAME_QUERY` times. No checkpointer, no tracing.
+when `max_turns` queries were executed; the last one is not checked, since its verdict could change nothing. A query
+that did not run to its end is rewritten without a check. A rewrite that gives an earlier query again is asked for again
+at the temperatures `AGAIN`; where that brings nothing new, the rollout ends with the query it has. With a repair policy
+a rewrite follows the strategy it chooses. No checkpointer, no tracing.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from langgraph.types import Command
 from langsmith import tracing_context
 
 from sqlbench.agent.prompts import extract_sql, parse_verdict
-from sqlbench.agent.repair import Situation, situation
+from sqlbench.agent.repair import Situation, normal, situation
 from sqlbench.sqltree import error_class
 
 if TYPE_CHECKING:
     from sqlbench.rollout import RolloutContext
 
-SAME_QUERY = 3
-"""With a repair policy, a rollout ends when the same query has come so many times."""
+AGAIN = (1.0, 1.5)
+"""Temperatures at which a rewrite that gave an earlier query again is sampled once more.
+
+The first is that of training, so such a rewrite can be trained on; see `sqlbench.training.credit`.
+"""
 REFUSED = "The query did not run to its end."
 REJECTED = "The query does not answer the question; answer it in another way."
 
@@ -72,7 +76,6 @@ def compiled() -> CompiledStateGraph:
     graph.add_node("rewrite_query", _rewrite)
     graph.add_conditional_edges(START, _first, ["write_query", "rewrite_query"])
     graph.add_edge("write_query", "execute_query")
-    graph.add_edge("rewrite_query", "execute_query")
     return graph.compile()
 
 
@@ -86,7 +89,7 @@ async def _write(state: State, runtime: Runtime) -> State:
     return {"sql": extract_sql(await ctx.ask("write", prompt))}
 
 
-async def _rewrite(state: State, runtime: Runtime) -> State:
+async def _rewrite(state: State, runtime: Runtime) -> Command[Literal["execute_query", "__end__"]]:
     ctx: RolloutContext = runtime.context
     *earlier, (sql, result) = ctx.history
     strategy = ctx.repair.choose(_situation(ctx)) if ctx.repair is not None else None
@@ -95,7 +98,13 @@ async def _rewrite(state: State, runtime: Runtime) -> State:
     prompt = ctx.prompts.rewrite(
         ctx.task.question, ctx.schema_text, ctx.database.dialect, sql, result, state["feedback"], shown, strategy
     )
-    return {"sql": extract_sql(await ctx.ask("rewrite", prompt, strategy))}
+    before = {normal(earlier) for earlier, _ in ctx.history}
+    for temperature in (None, *(AGAIN if ctx.samples else ())):
+        sql = extract_sql(await ctx.ask("rewrite", prompt, strategy, temperature=temperature))
+        if normal(sql) not in before:
+            return Command(update={"sql": sql}, goto="execute_query")
+    # A query from before this rollout was not its own: the repetition is its answer.
+    return Command(update={"sql": ctx.executions[-1].sql if ctx.executions else sql}, goto=END)
 
 
 async def _check(state: State, runtime: Runtime) -> Command[Literal["rewrite_query", "__end__"]]:
@@ -107,12 +116,10 @@ async def _check(state: State, runtime: Runtime) -> Command[Literal["rewrite_que
 
 async def _execute(state: State, runtime: Runtime) -> Command[Literal["check_query", "rewrite_query", "__end__"]]:
     ctx: RolloutContext = runtime.context
-    before = [_normal(sql) for sql, _ in ctx.history]
     record = await ctx.execute(state["sql"])
-    repeated = ctx.repair is not None and before.count(_normal(record.sql)) + 1 >= SAME_QUERY
-    if record.turn >= ctx.config.max_turns or repeated:
+    if record.turn >= ctx.config.max_turns:
         goto = END
-    elif ctx.repair is not None and not record.answered:  # wrong without asking; the call saved pays for an attempt
+    elif not record.answered:  # wrong without asking
         goto = "rewrite_query"
     else:
         goto = "check_query"
@@ -125,7 +132,3 @@ def _situation(ctx: RolloutContext) -> Situation:
     text = ctx.history[-1][1]  # of a query before this rollout only what the prompts show of it is known
     shown = error_class(text) if text.startswith("error: ") else "empty" if text == "empty result" else "none"
     return Situation(error_class=shown, attempt=len(ctx.history))
-
-
-def _normal(sql: str) -> str:
-    return " ".join(sql.split()).rstrip("; ")

@@ -24,10 +24,11 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from sqlbench.agent.prompts import STRATEGIES
+from sqlbench.agent.prompts import STRATEGIES, extract_sql
 from sqlbench.agent.trajectory import Execution, Record, Transition
 from sqlbench.errors import DataError
 from sqlbench.sqltree import error_class
+from sqlbench.text import clean
 
 GENERATE = "generate"
 """What the first query of a rollout followed."""
@@ -221,16 +222,35 @@ def shaped(classes: Sequence[str], solved: float) -> list[float]:
 def lessons(transitions: Sequence[Transition], executions: Sequence[Execution], solved: float) -> list[Lesson]:
     """What a finished rollout teaches: one lesson for each rewrite that followed a strategy.
 
+    A rollout that ended because a rewrite only repeated queries made an attempt that changed nothing.
+
     Args:
         transitions, executions: the rollout's.
         solved: 1 where the last query was right, else 0.
     """
     followed = {t.turn: t.strategy for t in transitions if t.strategy}
+    if executions and max(followed, default=0) > len(executions):
+        executions = [*executions, executions[-1].model_copy(update={"turn": len(executions) + 1})]
     rewards = shaped([failure_class(e) for e in executions], solved)
     return [
         Lesson(situation=situation(transitions, executions[:i]), strategy=followed[i + 1], reward=rewards[i])
         for i in range(1, len(executions))
         if i + 1 in followed
+    ]
+
+
+def normal(sql: str) -> str:
+    """The form in which two queries are compared: white space and closing semicolons do not count."""
+    return " ".join(clean(sql).split()).rstrip("; ")
+
+
+def repeated(transitions: Sequence[Transition], executions: Sequence[Execution]) -> list[bool]:
+    """Tell of each transition whether it is a rewrite that gave an earlier query of its rollout again."""
+    queries = [(e.turn, normal(e.sql)) for e in executions]
+    return [
+        t.agent == "rewrite"
+        and normal(extract_sql(t.completion.text)) in {sql for turn, sql in queries if turn < t.turn}
+        for t in transitions
     ]
 
 

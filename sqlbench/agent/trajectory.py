@@ -53,6 +53,8 @@ class Completion(Record):
     finish_reason: str = "stop"
     """``stop``, ``length`` (cut at the token limit), ``content_filter``, or another key of `WITHOUT_TEXT`."""
     seconds: float = 0.0
+    temperature: float | None = None
+    """What the answer was sampled at, where that is not the model's own temperature; it is then not trained on."""
     sent: dict[str, Any] | None = None
     """Request fields, besides model and messages, that an endpoint accepted; None where the model is not one."""
 
@@ -97,6 +99,8 @@ class Execution(Record):
     """At most the first 20 rows; bytes are shown as hexadecimal text."""
     n_rows: int = 0
     seconds: float = 0.0
+    match: int | None = None
+    """Its execution match, where a training rewards queries for themselves (`sqlbench.training.credit`)."""
 
     @property
     def cut(self) -> bool:

@@ -99,7 +99,12 @@ class EndpointChatModel:
         """Fields that the endpoint does not take; ``system`` stands for system messages."""
         self._clients: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncIterator[None]]] = {}
 
-    async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
+    async def complete(
+        self,
+        messages: list[Message],
+        on_text: Callable[[str], None] | None = None,
+        temperature: float | None = None,
+    ) -> Completion:
         """Answer one prompt; see `sqlbench.interfaces.Model.complete`."""
         import openai
         from langsmith import tracing_context
@@ -108,7 +113,7 @@ class EndpointChatModel:
         try:
             async with asyncio.timeout(self.timeout):
                 with tracing_context(enabled=False):
-                    answer, sent = await self._ask(messages, on_text)
+                    answer, sent = await self._ask(messages, on_text, temperature)
         # The errors of the libraries are left out of the chain: they quote the request or what the server sent.
         except (TimeoutError, openai.APITimeoutError):
             raise ModelError(f"{self._where} did not answer within {self.timeout:g} s") from None
@@ -137,16 +142,19 @@ class EndpointChatModel:
             response_tokens=usage.get("output_tokens"),
             finish_reason="length" if len(text) > MAX_CHARS else _finish_reason(answer),
             seconds=time.perf_counter() - start,
+            temperature=None if temperature == self.temperature else temperature,
             sent=sent,
         )
 
-    async def _ask(self, messages: list[Message], on_text: Callable[[str], None] | None) -> tuple[Any, dict[str, Any]]:
+    async def _ask(
+        self, messages: list[Message], on_text: Callable[[str], None] | None, temperature: float | None
+    ) -> tuple[Any, dict[str, Any]]:
         """The answer and the request fields that brought it; without those that the endpoint refused."""
         import openai
 
         refused, chat = self._refused, await self._chat()
         while True:
-            fields = self._fields(refused)
+            fields = self._fields(refused, temperature)
             merged = merge_messages(messages) if "system" in refused else messages
             prompt = [(m.role, m.content) for m in merged]
             try:
@@ -163,11 +171,11 @@ class EndpointChatModel:
                 self._refused |= refused  # only what made the difference once is left out from now on
                 return answer, fields | ({"system": "in the user's message"} if "system" in refused else {})
 
-    def _fields(self, refused: frozenset[str]) -> dict[str, Any]:
+    def _fields(self, refused: frozenset[str], temperature: float | None) -> dict[str, Any]:
         at_openai = not self.base_url or "api.openai.com" in self.base_url
         limits = [] if self.request.keys() & set(LIMITS) else LIMITS[::-1] if at_openai else LIMITS
         limit = {name: self.max_tokens for name in [name for name in limits if name not in refused][:1]}
-        own = {"temperature": self.temperature} | limit
+        own = {"temperature": self.temperature if temperature is None else temperature} | limit
         fields = {name: value for name, value in own.items() if name not in refused} | self.request
         return {name: value for name, value in fields.items() if value is not None}
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError, PromptTooLongError
@@ -74,6 +74,9 @@ def joined_roles(tokenizer: Any) -> tuple[str, ...]:
 class LocalChatModel:
     """A checkpoint of this machine as a `sqlbench.interfaces.Model`.
 
+    What it samples depends on the seed, the prompt and how often it was asked that prompt, so that an evaluation
+    repeats however many rollouts run at a time.
+
     Raises:
         ModelError: the checkpoint cannot be loaded, or its chat template cannot be used.
     """
@@ -85,7 +88,7 @@ class LocalChatModel:
         name: str | None = None,
         temperature: float = 0.0,
         max_tokens: int = 128,
-        seed: int | None = None,
+        seed: int = 0,
         device: str = "cpu",
         threads: int = 1,
         max_model_len: int = 1024,
@@ -101,19 +104,27 @@ class LocalChatModel:
             raise ModelError(str(error)) from error
         joined_roles(engine.tokenizer)  # what cannot be prompted is refused before any rollout
         self.batched = BatchedEngine(engine, max_batch)
-        self._seeds = np.random.default_rng(seed)
+        self.seed = seed
+        self._asked = Counter[bytes]()
 
-    async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
+    async def complete(
+        self,
+        messages: list[Message],
+        on_text: Callable[[str], None] | None = None,
+        temperature: float | None = None,
+    ) -> Completion:
         """Answer one prompt; see `sqlbench.interfaces.Model.complete`."""
         start = time.perf_counter()
         tokenizer = self.batched.engine.tokenizer
         ids = encode_chat(tokenizer, [m.model_dump() for m in messages])
         pieces = TextPieces(tokenizer, on_text) if on_text else None
+        prompt = hashlib.sha256(repr((self.seed, ids)).encode()).digest()
+        self._asked[prompt] += 1
         request = GenerationRequest(
             tuple(ids),
             self.max_tokens,
-            self.temperature,
-            seed=int(self._seeds.integers(2**63)),
+            self.temperature if temperature is None else temperature,
+            seed=(int.from_bytes(prompt[:8]) >> 1) + self._asked[prompt],
             on_token=pieces.hear if pieces else None,
         )
         try:
@@ -123,7 +134,8 @@ class LocalChatModel:
         answer = completion(tokenizer, ids, generation, time.perf_counter() - start)
         if pieces:
             pieces.emit(answer.text)
-        return answer
+        other = None if temperature == self.temperature else temperature
+        return answer.model_copy(update={"temperature": other})
 
 
 class TextPieces:

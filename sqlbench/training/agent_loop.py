@@ -2,7 +2,8 @@
 
 Guarantees: the tokens and log-probabilities handed to the trainer are those that were sampled; the reward sits on the
 last output of a rollout, and verl gives its advantage to all of them; a failed rollout hands over nothing (its group
-goes on without it) but is on record with all others in ``trajectories.jsonl``.
+goes on without it) but is on record with all others in ``trajectories.jsonl``. An answer that was sampled at another
+temperature than the training's is no answer of the policy that is trained: it is on record and not handed over.
 
 `SqlAgentLoopManager` and its worker are verl's own but for cost: a group of rollouts is handed over at once instead of
 rollout by rollout, without the columns that nobody reads, and prompts go to a local server in batches.
@@ -14,6 +15,7 @@ import hashlib
 import re
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from sqlbench.interfaces import load_plugin
 from sqlbench.models.local import encode_chat
 from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, append_line
-from sqlbench.training.credit import group_and_key, transition_rewards
+from sqlbench.training.credit import OWN_REWARDS, group_and_key, judged, rewards, situations
 from verl_cpu.client import LocalClient
 from verl_cpu.engine import EngineError
 
@@ -89,19 +91,29 @@ class SqlAgentLoop(AgentLoopBase):
         record = record.model_copy(
             update={"step": int(row["global_steps"]), "validation": validation, "sample": int(row["session_id"])}
         )
+        credit, known = "rollout" if validation else settings.credit, record.reward is not None
+        if known and credit in OWN_REWARDS:
+            record = await judged(record, database, settings.strict)
         append_line(Path(settings.run_folder) / TRAJECTORIES, record)
         if record.failed or record.reward is None:
             return []
-        rewards = [record.reward] * len(record.transitions)
+        earned: list[float | None] = [record.reward] * len(record.transitions)
         if settings.random_reward and not validation:
-            rewards = [float(stable_number(seed, "reward") % 2)] * len(record.transitions)
-        elif settings.credit == "transition" and not validation:
-            rewards = await transition_rewards(record, database, settings.strict)
-        return self._outputs(record, rewards, model.extra, settings.trained_agents)
+            earned = [float(stable_number(seed, "reward") % 2)] * len(record.transitions)
+        elif credit in OWN_REWARDS:
+            earned = rewards(record, credit)
+        began = situations(record) if credit == "change" else None
+        return self._outputs(record, earned, model.extra, settings.trained_agents, began)
 
     def _outputs(
-        self, record: Trajectory, rewards: list[float], extra: dict[str, Any], trained: str
+        self,
+        record: Trajectory,
+        earned: Sequence[float | None],
+        extra: dict[str, Any],
+        trained: str,
+        began: list[str] | None = None,
     ) -> list[AgentLoopOutput]:
+        began = began or [""] * len(record.transitions)
         return [
             AgentLoopOutput(
                 prompt_ids=t.completion.prompt_ids or [],
@@ -117,10 +129,11 @@ class SqlAgentLoop(AgentLoopBase):
                     "tool_rewards": [],
                     "reward_extra_info": {"ex": reward},
                     "agent": t.agent,
+                    "situation": situation,
                 },
             )
-            for t, reward in zip(record.transitions, rewards, strict=True)
-            if re.search(trained, t.agent)
+            for t, reward, situation in zip(record.transitions, earned, began, strict=True)
+            if _is_trained(t, trained) and reward is not None
         ]
 
 
@@ -128,9 +141,21 @@ _dataset, _part = cache(open_dataset), cache(load_plugin)
 """One object a process."""
 
 
-def trained_transitions(record: Trajectory, trained: str) -> list[Transition]:
-    """Transitions whose sub-agent's name the regular expression `trained` finds (``write`` finds ``rewrite`` too)."""
-    return [t for t in record.transitions if re.search(trained, t.agent)]
+def trained_transitions(record: Trajectory, trained: str, credit: str = "rollout") -> list[Transition]:
+    """Transitions whose sub-agent's name the regular expression `trained` finds (``write`` finds ``rewrite`` too).
+
+    Left out are those sampled at another temperature than the training's, and those that have no reward of their own.
+    """
+    earned = rewards(record, credit) if credit == "change" else [0.0] * len(record.transitions)
+    return [
+        t
+        for t, reward in zip(record.transitions, earned, strict=True)
+        if _is_trained(t, trained) and reward is not None
+    ]
+
+
+def _is_trained(transition: Transition, trained: str) -> bool:
+    return bool(re.search(trained, transition.agent)) and transition.completion.temperature is None
 
 
 class _ServerModel:
@@ -142,7 +167,9 @@ class _ServerModel:
         self.extra: dict[str, Any] = {}
         self._loop, self._sampling, self._seed, self._calls = loop, sampling, seed, 0
 
-    async def complete(self, messages: list[Message], on_text: object = None) -> Completion:  # nobody watches
+    async def complete(
+        self, messages: list[Message], on_text: object = None, temperature: float | None = None
+    ) -> Completion:  # nobody watches
         start = time.perf_counter()
         loop, tokenizer = self._loop, self._loop.tokenizer
         ids = encode_chat(tokenizer, [m.model_dump() for m in messages], **loop.template_options)
@@ -152,7 +179,9 @@ class _ServerModel:
             raise PromptTooLongError(
                 f"a prompt has {len(ids)} tokens, data.max_prompt_length is {room}; raise it, or truncate more"
             )
-        sampling = dict(self._sampling)
+        own = self._sampling.get("temperature")
+        other = None if temperature == own else temperature
+        sampling = self._sampling | ({} if other is None else {"temperature": other})
         if self._seed is not None:
             sampling["seed"] = stable_number(self._seed, self._calls)
         self._calls += 1
@@ -177,6 +206,7 @@ class _ServerModel:
             response_tokens=len(tokens),
             finish_reason="length" if cut else "stop",
             seconds=time.perf_counter() - start,
+            temperature=other,
         )
 
 
@@ -205,7 +235,8 @@ class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         keys, fields, tags = [], [], []
         for session, outputs in sorted(group, key=lambda pair: pair[0]):
             for index, transition in enumerate(outputs):
-                uid, key = group_and_key(row["uid"], session, index, transition.extra_fields["agent"], credit)
+                agent, situation = (transition.extra_fields[name] for name in ("agent", "situation"))
+                uid, key = group_and_key(row["uid"], session, index, agent, credit, situation)
                 keys.append(key)
                 fields.append(self._fields(transition, row | {"uid": uid}))
                 tags.append(self._tag(transition, row))

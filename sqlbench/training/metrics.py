@@ -11,6 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from sqlbench.agent.prompts import parse_verdict
+from sqlbench.agent.repair import repeated
 from sqlbench.agent.trajectory import OVERLONG, Trajectory
 from sqlbench.runs import RunFolder, read_jsonl
 
@@ -56,7 +58,9 @@ class StepRecord:
 
         Rollouts, failed ones, those with reward 0 because an answer made the next prompt too long, and over the scored
         ones: EX, mean reward, transitions and turns a rollout, prompt and response tokens a transition, share of
-        responses cut at the limit, seconds a rollout.
+        responses cut at the limit, seconds a rollout, share of rewrites that repeat an earlier query, answers that were
+        sampled at another temperature and so not trained on, and, where queries were judged one by one, the balanced
+        accuracy of the check.
         """
         transitions = [t.completion for r in self.scored for t in r.transitions]
         values = {
@@ -71,8 +75,29 @@ class StepRecord:
             "response_tokens": _mean([t.response_tokens for t in transitions]),
             "truncated_share": _mean([t.finish_reason == "length" for t in transitions]),
             "rollout_seconds": _mean([r.seconds for r in self.scored]),
+            "repeated_share": _mean(self._repeated()),
+            "other_temperature": sum(t.temperature is not None for t in transitions),
+            "check_balanced_accuracy": self._balanced_accuracy(),
         }
         return {prefix + name: value for name, value in values.items() if value is not None}
+
+    def _repeated(self) -> list[bool]:
+        return [
+            same
+            for record in self.scored
+            for t, same in zip(record.transitions, repeated(record.transitions, record.executions), strict=True)
+            if t.agent == "rewrite"
+        ]
+
+    def _balanced_accuracy(self) -> float | None:
+        """The mean of the check's accuracies on right and on wrong queries; None unless it saw both."""
+        kinds: dict[bool, list[bool]] = {True: [], False: []}
+        for record in self.scored:
+            right = {e.turn: e.match == 1 for e in record.executions if e.match is not None}
+            for t in record.transitions:
+                if t.agent == "check" and t.turn in right:
+                    kinds[right[t.turn]].append(parse_verdict(t.completion.text) == right[t.turn])
+        return _mean([_mean(kind) for kind in kinds.values()]) if all(kinds.values()) else None
 
 
 def _mean(values: list[Any]) -> float | None:

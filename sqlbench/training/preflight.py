@@ -129,8 +129,6 @@ def check(profile: Profile, config: DictConfig) -> None:
         raise TrainingError(f"sqlbench.sampling={settings.sampling} is unknown. Choose {', '.join(SAMPLINGS)}.")
     if settings.most_sampled < 1:
         raise TrainingError(f"sqlbench.most_sampled={settings.most_sampled} is less than a batch. Give 1 or more.")
-    if settings.credit not in CREDITS:
-        raise TrainingError(f"Unknown sqlbench.credit: {settings.credit}. Give {', '.join(CREDITS)}.")
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     row = config.data.max_prompt_length + config.data.max_response_length
     for name, dynamic, limit in (
@@ -146,9 +144,15 @@ def check(profile: Profile, config: DictConfig) -> None:
                 f"actor_rollout_ref.{name}={limit} is less than one row of {row} tokens. Raise it, or lower "
                 "data.max_prompt_length or data.max_response_length."
             )
-    if settings.credit == "transition" and settings.reward != "execution-match":
+    if settings.agent == "resampling" and "write" not in matched:
         raise TrainingError(
-            f"sqlbench.credit=transition rewards each query for its execution match, not by {settings.reward}. "
+            f"sqlbench.trained_agents={settings.trained_agents} trains nothing: resampling only writes. Give write."
+        )
+    if settings.credit not in CREDITS:
+        raise TrainingError(f"Unknown sqlbench.credit: {settings.credit}. Choose one of: {', '.join(CREDITS)}.")
+    if settings.credit != "rollout" and settings.reward != "execution-match":
+        raise TrainingError(
+            f"sqlbench.credit={settings.credit} rewards each query for its execution match, not by {settings.reward}. "
             "Leave one of the two out."
         )
     saved = config.actor_rollout_ref.actor.checkpoint.save_contents

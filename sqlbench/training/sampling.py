@@ -32,8 +32,8 @@ def task_of(key: str) -> str:
     return key.split("_", 1)[0]
 
 
-def group_of(key: str) -> str:
-    """The rows that a row is compared with."""
+def of_task(key: str) -> str:
+    """The rows of the same task that a row is like: with credit by change those of all tasks are compared."""
     return key.rsplit("_", 2)[0]
 
 
@@ -43,7 +43,7 @@ def scores(batch: KVBatchMeta) -> dict[str, float]:
     return {key: float(score.sum()) for key, score in zip(batch.keys, data["rm_scores"].unbind(), strict=True)}
 
 
-def dividing_groups(rewards: Mapping[str, float]) -> set[str]:
+def dividing_groups(rewards: Mapping[str, float], group_of: Callable[[str], str] = of_task) -> set[str]:
     """The groups whose rewards differ, given the reward of each row; a group of one row never does."""
     found: dict[str, set[float]] = defaultdict(set)
     for key, reward in rewards.items():

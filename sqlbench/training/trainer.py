@@ -39,9 +39,10 @@ from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
 from sqlbench.runs import TRAJECTORIES, read_trajectories
 from sqlbench.training.agent_loop import trained_transitions
+from sqlbench.training.credit import balanced, group_of
 from sqlbench.training.loss import Row, row_weights
 from sqlbench.training.metrics import StepRecord, TrajectoryReader
-from sqlbench.training.sampling import SuccessRates, TaskSampler, dividing_groups, group_of, scores
+from sqlbench.training.sampling import SuccessRates, TaskSampler, dividing_groups, scores
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 3
@@ -148,7 +149,8 @@ class SqlTrainer(PPOTrainerSync):
         self.rates.learn(rollouts)
         record = StepRecord(rollouts)
         metrics.update(record.metrics("sqlbench/"))
-        trained = [len(trained_transitions(t, self.settings.trained_agents)) for t in record.scored]
+        which = self.settings.trained_agents, self.settings.credit
+        trained = [len(trained_transitions(t, *which)) for t in record.scored]
         metrics["sqlbench/rows"] = sum(trained)
         metrics["sqlbench/transitions"] = sum(trained) / max(1, len(trained))
         metrics["sqlbench/rows_padding"] = sum(bool(tag.get("is_padding")) for tag in batch.tags)
@@ -166,10 +168,13 @@ class SqlTrainer(PPOTrainerSync):
         self._batch_rows = _rows(batch)
         rewards = scores(batch)
         rollouts: dict[str, set[str]] = defaultdict(set)
+        if checks := balanced(rewards):
+            self._put_scores(batch, checks)
+            rewards |= checks
         for key in rewards:
             rollouts[group_of(key)].add(key.rsplit("_", 1)[0])
-        useful = dividing_groups(rewards)  # so none with one rollout left
-        # Tasks, also those of which no rollout is left; or with credit=transition their sub-agents.
+        useful = dividing_groups(rewards, group_of)  # so none with one rollout left
+        # Tasks, also those of which no rollout is left; or with another credit their sub-agents.
         count = max(1, min(len(record.groups), self.config.data.train_batch_size), len(rollouts))
         metrics["sqlbench/groups"] = count
         metrics["sqlbench/zero_variance_groups"] = 1 - len(useful) / count
@@ -186,15 +191,19 @@ class SqlTrainer(PPOTrainerSync):
                 extra_info=batch.extra_info,
             )
         # A rollout alone in its group would have its reward as advantage.
-        lengths = {key: tag["response_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
         if alone := [key for key in batch.keys if len(rollouts[group_of(key)]) == 1]:
-            nothing = torch.nested.as_nested_tensor([torch.zeros(lengths[k]) for k in alone], layout=torch.jagged)
-            tq.kv_batch_put(
-                keys=alone, partition_id=batch.partition_id, fields=TensorDict({"rm_scores": nothing}, len(alone))
-            )
+            self._put_scores(batch, dict.fromkeys(alone, 0.0))
         batch = super()._balance_batch(batch, metrics=metrics, **options)
         self._sort_by_length(batch)
         return batch
+
+    @staticmethod
+    def _put_scores(batch: Any, rewards: dict[str, float]) -> None:
+        """Replace the rewards of rows; a reward stands on the last token."""
+        lengths = {key: tag["response_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+        rows = [torch.tensor([0.0] * (lengths[key] - 1) + [reward]) for key, reward in rewards.items()]
+        fields = TensorDict({"rm_scores": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}, len(rows))
+        tq.kv_batch_put(keys=[*rewards], partition_id=batch.partition_id, fields=fields)
 
     def _sort_by_length(self, batch: Any) -> None:
         """Put rows of similar length together in a micro-batch (less padding), every mini-batch having all lengths."""

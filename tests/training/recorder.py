@@ -59,7 +59,7 @@ if FOLDER in os.environ:  # in the trainer's processes, not in those of the test
         register_policy_loss(_name)(_recorded(POLICY_LOSS_REGISTRY[_name]))
 
 
-def on_record(records: list[Trajectory], step: int, trained: str) -> Counter:
+def on_record(records: list[Trajectory], step: int, trained: str, credit: str = "rollout") -> Counter:
     """The rows that the rollouts of a step should give: sample, number, prompt, response, log-probabilities."""
     return Counter(
         (
@@ -71,7 +71,7 @@ def on_record(records: list[Trajectory], step: int, trained: str) -> Counter:
         )
         for record in records
         if record.step == step and not record.validation and not record.failed
-        for number, t in enumerate(trained_transitions(record, trained))
+        for number, t in enumerate(trained_transitions(record, trained, credit))
     )
 
 
@@ -85,6 +85,6 @@ def handed_over(rows: dict[str, Any]) -> Counter:
 
 
 def sample_and_number(key: str) -> tuple[int, int]:
-    """Rollout and transition of a row: ``task_sample_number``, or with credit by transition ``task_agent_both_0``."""
+    """Rollout and transition of a row: ``task_sample_number``, or with another credit ``task_agent_both_0``."""
     _, *middle, last = key.split("_")
     return divmod(int(middle[1]), 1000) if len(middle) == 2 else (int(middle[0]), int(last))

@@ -9,33 +9,132 @@ import torch
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.data.tasks import DataSet
 from sqlbench.database.engine import cached_database
-from sqlbench.training.credit import CREDITS, group_and_key, transition_rewards
+from sqlbench.training.credit import CREDITS, balanced, group_and_key, group_of, judged, rewards, situations
 
-WRONG, BROKEN = "SELECT 'no such answer'", "SELECT nothing FROM nowhere"
+GOLD, WRONG, BROKEN = "GOLD", "SELECT 'no such answer'", "SELECT nothing FROM nowhere"
 
 
 def call(agent: str, turn: int, text: str) -> Transition:
     return Transition(agent=agent, turn=turn, messages=[], completion=Completion(text=text))
 
 
-def test_a_query_is_rewarded_for_its_match_and_a_check_for_its_verdict(pocket: DataSet) -> None:
+RIGHT, INCORRECT = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
+
+
+def made(pocket: DataSet, calls: list[Transition], queries: list[str], **more: str) -> Trajectory:
+    """A rollout with these calls and queries of the same task, judged; GOLD stands for its gold query."""
     task = next(t for t in pocket.load("train") if t.scorable)
-    queries = {1: WRONG, 2: task.gold, 3: BROKEN}
+    queries = [task.gold if query == GOLD else query for query in queries]
+    calls = [call(c.agent, c.turn, c.completion.text.replace(GOLD, task.gold)) for c in calls]
     record = Trajectory(
         task_key=task.key, task_id=task.task_id, db_id=task.db_id, question=task.question, gold=task.gold,
-        transitions=[
-            call("write", 1, WRONG), call("check", 1, "THE QUERY IS CORRECT"),
-            call("rewrite", 2, task.gold), call("check", 2, "THE QUERY IS INCORRECT"),
-            call("rewrite", 3, BROKEN), call("check", 3, "THE QUERY IS INCORRECT"),
+        transitions=calls,
+        executions=[
+            Execution(turn=turn, sql=sql, status="error" if sql == BROKEN else "ok")
+            for turn, sql in enumerate(queries, 1)
         ],
-        executions=[Execution(turn=t, sql=q, status="ok" if t < 3 else "error") for t, q in queries.items()],
-        pred=BROKEN, reward=0.0,
+        pred=queries[-1], reward=0.0, **more,
     )  # fmt: skip
-    rewards = asyncio.run(transition_rewards(record, cached_database(pocket.database(task.db_id))))
-    assert rewards == [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
-    overlong = record.model_copy(update={"reason": "overlong"})  # its last check was right, and too long to go on from
-    rewards = asyncio.run(transition_rewards(overlong, cached_database(pocket.database(task.db_id))))
-    assert rewards == [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    return asyncio.run(judged(record, cached_database(pocket.database(task.db_id))))
+
+
+def whole(pocket: DataSet, **more: str) -> Trajectory:
+    """Wrong, missed; mended, called wrong; repeated and sampled again; broken; and nothing but repetitions."""
+    calls = [
+        call("write", 1, WRONG), call("check", 1, RIGHT),
+        call("rewrite", 2, GOLD), call("check", 2, INCORRECT),
+        call("rewrite", 3, GOLD + " ;"), call("rewrite", 3, BROKEN),
+        call("rewrite", 4, WRONG), call("rewrite", 4, BROKEN),
+    ]  # fmt: skip
+    return made(pocket, calls, [WRONG, GOLD, BROKEN], **more)
+
+
+def test_a_query_is_rewarded_for_its_match_and_a_check_for_its_verdict(pocket: DataSet) -> None:
+    record = whole(pocket)
+    assert [e.match for e in record.executions] == [0, 1, 0]
+    assert rewards(record, "transition") == [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_rewrite_is_rewarded_for_what_it_changed_and_a_repetition_for_nothing(pocket: DataSet) -> None:
+    record = whole(pocket)
+    found = rewards(record, "change")
+    assert found[4] is None, "a repetition of a query that ran"
+    assert found[:4] == [0.0, 0.0, 1.0, 0.0] and found[5:] == [pytest.approx(-1.2), 0.0, 0.0]
+    assert situations(record) == ["", "wrong", "ran-wrong", "right", *["ran-right"] * 2, *["failed"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("queries", "expected"),
+    [
+        ([BROKEN, GOLD], [0.0, 1.2]),
+        ([BROKEN, WRONG], [0.0, 0.2]),
+        ([WRONG, BROKEN], [0.0, -0.2]),
+        ([WRONG, WRONG + " AS x"], [0.0, 0.0]),
+        ([GOLD, WRONG], [1.0, -1.0]),
+        ([GOLD, GOLD], [1.0, None]),
+        ([BROKEN, BROKEN], [0.0, 0.0]),
+    ],
+)
+def test_every_kind_of_change(pocket: DataSet, queries: list[str], expected: list[float | None]) -> None:
+    calls = [call("write" if turn == 1 else "rewrite", turn, sql) for turn, sql in enumerate(queries, 1)]
+    assert rewards(made(pocket, calls, queries), "change") == [e if e is None else pytest.approx(e) for e in expected]
+
+
+def test_a_query_that_is_written_afresh_has_its_own_match(pocket: DataSet) -> None:
+    record = made(pocket, [call("write", 1, BROKEN), call("write", 2, GOLD)], [BROKEN, GOLD])
+    assert rewards(record, "change") == [0.0, 1.0] and situations(record) == ["", ""]
+
+
+@pytest.mark.parametrize("credit", ["transition", "change"])
+def test_what_made_the_next_prompt_too_long_did_nothing_right(pocket: DataSet, credit: str) -> None:
+    record = made(pocket, [call("write", 1, WRONG), call("check", 1, INCORRECT)], [WRONG])
+    assert rewards(record, credit) == [0.0, 1.0]
+    assert rewards(record.model_copy(update={"reason": "overlong"}), credit) == [0.0, 0.0]
+
+
+def check_scores(*verdicts: tuple[str, float]) -> dict[str, float]:
+    keys = [group_and_key("task", 0, i, "check", "change", kind)[1] for i, (kind, _) in enumerate(verdicts)]
+    return dict(zip(keys, [score for _, score in verdicts], strict=True))
+
+
+@pytest.mark.parametrize("right", [0, 1, 3, 20])
+@pytest.mark.parametrize("says_correct", [False, True])
+def test_a_check_that_always_says_the_same_earns_nothing(right: int, says_correct: bool) -> None:
+    kinds = ["right"] * right + ["wrong"] * 17
+    scores = check_scores(*((kind, float((kind == "right") == says_correct)) for kind in kinds))
+    assert set(balanced(scores).values()) <= {0.0}
+
+
+def test_right_verdicts_on_both_kinds_of_queries_weigh_the_same_in_sum() -> None:
+    """Two right queries, one of them called so; eight wrong ones, six of them called so."""
+    scores = check_scores(("right", 1.0), ("right", 0.0), *[("wrong", 1.0)] * 6, *[("wrong", 0.0)] * 2)
+    scores["task_write_7_0"] = 1.0
+    found = [*balanced(scores).values()]
+    assert found == pytest.approx([0.5, -0.5, *[0.25 / 4] * 6, *[-0.75 / 4] * 2])
+    assert sum(found) == pytest.approx(0)
+
+
+def test_a_coin_that_is_right_by_chance_earns_nothing_on_average() -> None:
+    """What a verdict earns says nothing about the policy's base rate: 90% INCORRECT on 90% wrong queries."""
+    random = np.random.default_rng(0)
+    kinds = ["wrong"] * 900 + ["right"] * 100
+    says = random.random(1000) < 0.9
+    scores = check_scores(*((k, float((k == "wrong") == s)) for k, s in zip(kinds, says, strict=True)))
+    found = np.array([*balanced(scores).values()])
+    # Its mean gain by saying INCORRECT rather than CORRECT cancels between the two kinds of queries.
+    push = np.where(says, 1 - 0.9, -0.9) * found
+    assert abs(push.sum()) < 2.0 and abs(push[:900].sum()) > 5 and abs(push[900:].sum()) > 5
+
+
+def test_rewrites_and_checks_are_compared_over_all_tasks_of_a_step() -> None:
+    rows = [("a", "write", ""), ("a", "rewrite", "failed"), ("b", "rewrite", "failed"), ("b", "rewrite", "ran-right")]
+    rows += [("a", "check", "right"), ("b", "check", "wrong")]
+    pairs = [group_and_key(task, 0, 1, agent, "change", situation) for task, agent, situation in rows]
+    groups = ["a_write", "rewrite@failed", "rewrite@failed", "rewrite@ran-right", "check", "check"]
+    assert [group for group, _ in pairs] == groups == [group_of(key) for _, key in pairs]
+    assert [key.split("_")[0] for _, key in pairs] == [task for task, *_ in rows]
+    sessions = [key.rsplit("_", 1)[0] for _, key in pairs]
+    assert len(set(sessions)) == len(rows), "verl gives rows of one session one advantage"
 
 
 @pytest.mark.parametrize("credit", CREDITS)

@@ -19,7 +19,7 @@ import torch
 
 import verl_cpu
 from pocket import NANO_PATH
-from sqlbench.agent.trajectory import Completion, Message, Trajectory, Transition
+from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import (
     DataError,
@@ -281,7 +281,6 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
             TrainingError,
             "at least 2, or null",
         ),
-        "no credit": ({"data": data, "overrides": ["sqlbench.credit=mine"]}, TrainingError, "Give rollout, transition"),
         "tokens": (
             {
                 "data": data,
@@ -328,13 +327,24 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
             TrainingError,
             "not by math:sqrt",
         ),
+        "change": (
+            {"data": data, "overrides": ["sqlbench.reward=math:sqrt", "sqlbench.credit=change"]},
+            TrainingError,
+            "not by math:sqrt",
+        ),
+        "credit name": ({"data": data, "overrides": ["sqlbench.credit=changes"]}, TrainingError, "rollout, transition"),
+        "resampling": (
+            {"data": data, "overrides": ["sqlbench.agent=resampling", "sqlbench.trained_agents=rewrite"]},
+            TrainingError,
+            "trains nothing",
+        ),
     }
 
 
 STATE = ["data", "finished"]  # of this machine: a dry run says it, or leaves it
 ALWAYS = ["profile", "model", "half model", "agents", "turns", "regex", "bracket", "number", "batch", "samples"]
-ALWAYS += ["epochs", "own agent", "own trainer", "credit"]
-ALWAYS += ["recipe", "rows", "repetition", "no credit", "tokens", "log-prob tokens", "switch", "length"]
+ALWAYS += ["epochs", "own agent", "own trainer", "credit", "change", "credit name", "resampling"]
+ALWAYS += ["recipe", "rows", "repetition", "tokens", "log-prob tokens", "switch", "length"]
 ALWAYS += ["model length", "no policy", "no saving", "async", "reward", "new reward", "lora"]
 
 
@@ -518,6 +528,32 @@ def test_every_call_of_a_rollout_has_a_seed_of_its_own_that_a_repeated_run_gives
     assert {sampling["temperature"] for sampling in sent} == {1.0}
 
 
+@pytest.mark.parametrize(("temperature", "noted"), [(None, None), (1.0, None), (1.5, 1.5)])
+def test_an_answer_at_another_temperature_than_the_trainings_is_on_record_and_not_trained_on(
+    temperature: float | None, noted: float | None
+) -> None:
+    from transformers import AutoTokenizer
+
+    from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel, trained_transitions
+
+    class Server:
+        async def generate(self, sampling_params: dict[str, Any], **_: Any) -> Any:
+            sent.append(sampling_params["temperature"])
+            return SimpleNamespace(token_ids=[2], log_probs=[-1.0], extra_fields={}, stop_reason="")
+
+    sent: list[float] = []
+    tokenizer = AutoTokenizer.from_pretrained(NANO_PATH)
+    config = rollout_limits(640, 96, 768)
+    loop = SqlAgentLoop(SimpleNamespace(config=config), Server(), tokenizer, SimpleNamespace(config={}))
+    model = _ServerModel(loop, {"temperature": 1.0}, "nano", None)
+    answer = asyncio.run(model.complete([Message(role="user", content="How many?")], temperature=temperature))
+    assert sent == [noted or 1.0] and answer.temperature == noted
+    calls = [Transition(agent="rewrite", turn=2, messages=[], completion=answer)]
+    record = Trajectory(task_key="k", task_id="t", db_id="d", question="q", gold="g", transitions=calls, reward=1.0)
+    rows = loop._outputs(record, [1.0], {}, "write")
+    assert len(rows) == len(trained_transitions(record, "write")) == (noted is None)
+
+
 def test_agent_loop_engine_and_auto_tokenizer_give_the_same_ids() -> None:
     from transformers import AutoTokenizer
     from verl.utils.tokenizer import hf_tokenizer
@@ -582,6 +618,27 @@ def test_step_metrics_leave_failed_rollouts_out_and_count_them(tmp_path: Path) -
     assert metrics["ex"] == pytest.approx(1 / 3)
     assert metrics["prompt_tokens"] == 100 and metrics["truncated_share"] == pytest.approx(1 / 3)
     assert StepRecord(reader.step(4, False)).rollouts == 1
+
+
+def test_step_metrics_tell_of_repetitions_and_of_the_check() -> None:
+    """Three rewrites, two of which repeat; wrong queries are called so two times of three, right ones once of two."""
+    verdicts = [(1, 0), (1, 0), (0, 0), (1, 1), (0, 1)]  # called incorrect, match
+    executions = [Execution(turn=i, sql=f"SELECT {i}", status="ok", match=m) for i, (_, m) in enumerate(verdicts, 1)]
+    said = ["THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"]
+    calls = [("check", i, said[wrong], None) for i, (wrong, _) in enumerate(verdicts, 1)]
+    calls += [("rewrite", 2, "SELECT 2", None), ("rewrite", 6, "SELECT  3;", None), ("rewrite", 6, "SELECT 5", 1.5)]
+    record = Trajectory(
+        task_key="k", task_id="t", db_id="d", question="q", gold="g", reward=0.0, executions=executions,
+        transitions=[
+            Transition(agent=agent, turn=turn, messages=[], completion=Completion(text=text, temperature=temperature))
+            for agent, turn, text, temperature in calls
+        ],
+    )  # fmt: skip
+    metrics = StepRecord([record]).metrics("")
+    assert metrics["repeated_share"] == pytest.approx(2 / 3) and metrics["other_temperature"] == 1
+    assert metrics["check_balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    unknown = record.model_copy(update={"executions": [e.model_copy(update={"match": None}) for e in executions]})
+    assert "check_balanced_accuracy" not in StepRecord([unknown]).metrics("")
 
 
 def test_metrics_of_a_repeated_step_are_replaced(tmp_path: Path) -> None:

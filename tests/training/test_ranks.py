@@ -1,14 +1,14 @@
 """A real training with all that can go wrong in a rollout, on one rank and on two: what was sampled is what is trained.
 
 Half of the prompts are over the limit, a third of the answers is cut, all sub-agents are trained, and rewards are drawn
-by coin, so that groups divide whatever the policy answers. A third training has credit by transition, and rewards that
-are earned.
+by coin, so that groups divide whatever the policy answers. Two more trainings have credit by transition and by change,
+and rewards that are earned.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ import recorder
 import torch
 
 from sqlbench.agent.prompts import parse_verdict
+from sqlbench.agent.repair import repeated
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.data.tasks import DataSet
 from sqlbench.database.engine import cached_database
 from sqlbench.reward import score
 from sqlbench.runs import RunFolder
 from sqlbench.training.checkpoints import latest_checkpoint
+from sqlbench.training.credit import balanced, group_of
 from sqlbench.training.launch import train
 from sqlbench.training.metrics import read_rows
 from verl_cpu.engine import LocalEngine
@@ -57,6 +59,7 @@ class Ranks:
     record: Path
     metrics: dict[int, dict[str, float]]
     rollouts: list[Trajectory]
+    credit: str = "rollout"
 
     def sampled(self, step: int) -> dict[str, Any]:
         """Rows as the trainer took them from the buffer."""
@@ -84,7 +87,7 @@ def run(request: pytest.FixtureRequest) -> Ranks:
     return request.getfixturevalue(request.param.replace(" ", "_"))
 
 
-@pytest.fixture(scope="module", params=["one rank", "two ranks", "by transition"])
+@pytest.fixture(scope="module", params=["one rank", "two ranks", "by transition", "by change"])
 def any_run(request: pytest.FixtureRequest) -> Ranks:
     return request.getfixturevalue(request.param.replace(" ", "_"))
 
@@ -103,6 +106,12 @@ def two_ranks(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Rank
 @pytest.fixture(scope="module")
 def by_transition(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return trained(pocket, tmp_path_factory.mktemp("transition"), 1, "sqlbench.credit=transition")
+
+
+@pytest.fixture(scope="module")
+def by_change(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    run = trained(pocket, tmp_path_factory.mktemp("change"), 1, "sqlbench.credit=change")
+    return replace(run, credit="change")
 
 
 def trained(pocket: DataSet, folder: Path, ranks: int, *overrides: str) -> Ranks:
@@ -134,7 +143,7 @@ def test_what_was_sampled_is_what_the_trainer_gets_bit_by_bit(any_run: Ranks) ->
     run = any_run
     for step in STEPS:
         rows = run.sampled(step)
-        assert recorder.handed_over(rows) == recorder.on_record(run.rollouts, step, "write|rewrite|check")
+        assert recorder.handed_over(rows) == recorder.on_record(run.rollouts, step, "write|rewrite|check", run.credit)
         for prompt, response, ids in zip(rows["prompts"], rows["responses"], rows["input_ids"], strict=True):
             assert ids == prompt + response
         assert rows["loss_mask"] == rows["response_mask"] == [[1] * len(r) for r in rows["responses"]]
@@ -145,13 +154,13 @@ def test_what_was_sampled_is_what_the_trainer_gets_bit_by_bit(any_run: Ranks) ->
 def expected_updates(rows: dict[str, Any]) -> list[tuple[float, list[float]]]:
     """Advantage and log-probabilities of each row of the groups that divide."""
     rewards: dict[str, dict[str, float]] = defaultdict(dict)
-    for key, scores in zip(rows["keys"], rows["rm_scores"], strict=True):
-        group, sample, _ = key.rsplit("_", 2)
-        assert not any(scores[:-1])
-        rewards[group][sample] = scores[-1]
+    assert not any(any(scores[:-1]) for scores in rows["rm_scores"])
+    earned = {key: scores[-1] for key, scores in zip(rows["keys"], rows["rm_scores"], strict=True)}
+    for key, reward in (earned | balanced(earned)).items():
+        rewards[group_of(key)][key.rsplit("_", 1)[0]] = reward
     found = []
     for key, log_probs in zip(rows["keys"], rows["rollout_log_probs"], strict=True):
-        group, sample, _ = key.rsplit("_", 2)
+        group, sample = group_of(key), key.rsplit("_", 1)[0]
         values = torch.tensor(list(rewards[group].values()))
         if len(set(values.tolist())) > 1:
             found.append((float((rewards[group][sample] - values.mean()) / values.std()), log_probs))
@@ -198,10 +207,13 @@ def test_by_transition_each_call_is_rewarded_for_itself_and_compared_with_its_li
         for record in (r for r in by_transition.rollouts if r.step == step):
             database = cached_database(pocket.database(record.db_id))
             right = {e.turn: score(record.gold, e.sql, database).match == 1 for e in record.executions}
-            for number, call in enumerate(record.transitions):
+            again = repeated(record.transitions, record.executions)
+            calls = [(c, a) for c, a in zip(record.transitions, again, strict=True) if c.completion.temperature is None]
+            for number, (call, is_repeated) in enumerate(calls):
                 said = parse_verdict(call.completion.text) if call.agent == "check" else True
                 name = (record.sample, number, *map(tuple, (call.completion.prompt_ids, call.completion.response_ids)))
-                earned[name] = (record.task_key, call.agent, float(said == right[call.turn]))
+                reward = 0.0 if is_repeated else float(said == right.get(call.turn, False))
+                earned[name] = (record.task_key, call.agent, reward)
         rows, groups = by_transition.sampled(step), defaultdict(list)
         assert len(rows["keys"]) == len(set(rows["keys"])) == len(earned)
         columns = [rows[name] for name in ("keys", "prompts", "responses", "rm_scores")]
@@ -214,6 +226,21 @@ def test_by_transition_each_call_is_rewarded_for_itself_and_compared_with_its_li
         divided |= {group[0][1] for group in groups.values() if len({row[2] for row in group}) > 1}
         assert by_transition.metrics[step]["sqlbench/groups"] == len(groups)
     assert {"write", "check"} <= divided, f"only {divided} were trained: the test proves too little"
+
+
+def test_by_change_rewrites_and_checks_of_all_tasks_are_compared(by_change: Ranks) -> None:
+    """Whether what they earned is right is for `test_credit`; here it comes from the rollouts to the update."""
+    tasks: dict[str, set[str]] = defaultdict(set)
+    for step in STEPS:
+        rows = by_change.sampled(step)
+        for key in rows["keys"]:
+            tasks[group_of(key).partition("@")[0]].add(key.split("_")[0])
+        assert by_change.metrics[step]["sqlbench/groups"] == len({group_of(key) for key in rows["keys"]})
+        assert 0 <= by_change.metrics[step]["sqlbench/repeated_share"] <= 1
+    assert len(tasks["check"]) > 1 and len(tasks["rewrite"]) > 1, "nothing was compared"
+    assert any(call.completion.temperature for record in by_change.rollouts for call in record.transitions), (
+        "no answer of another temperature: that it was left out proves nothing"
+    )
 
 
 def test_overlong_prompts_and_cut_answers_are_counted(run: Ranks) -> None:

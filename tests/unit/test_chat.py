@@ -103,6 +103,13 @@ def test_an_answer_comes_with_text_token_counts_and_finish_reason(serve):
     assert [m["role"] for m in request["messages"]] == ["system", "user"]
 
 
+@pytest.mark.parametrize(("temperature", "noted"), [(None, None), (0.5, None), (1.0, 1.0)])
+def test_one_call_may_have_another_temperature(serve, temperature, noted):
+    server = serve(answer("SELECT 1"))
+    completion = asyncio.run(EndpointChatModel("m", temperature=0.5).complete(ASK, temperature=temperature))
+    assert server.requests[0]["temperature"] == (noted or 0.5) and completion.temperature == noted
+
+
 def test_one_model_serves_several_event_loops(serve):
     serve(answer("SELECT 1"))
     model = EndpointChatModel("m")

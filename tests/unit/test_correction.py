@@ -40,11 +40,29 @@ def test_known_rollouts(pocket: DataSet) -> None:
     assert (found.tasks, found.first, found.last) == (5, 2 / 5, 3 / 5)
     assert (found.flagged, found.precision) == (4, 3 / 4)
     assert (found.recall, found.recall_ran) == (3 / 4, 1 / 2)
+    assert found.balanced_accuracy == (3 / 4 + 1 / 2) / 2  # of two right queries one was called so
+    assert found.by_turn == [2 / 5, 2 / 5, 3 / 5]  # one gained, one lost; then one gained
     assert (found.mended, found.spoilt, found.repeated, found.rewrites) == (2, 1, 1, 4)
     assert found.transitions == pytest.approx((2 + 3 + 3 + 2 + 5) / 5)
     assert found.gain_low <= 0.2 <= found.gain_high and found.p == 1.0  # two gained, one lost
+    assert row(found)["By turn"] == "+0.0 / +20.0" and row(found)["Check: balanced (%)"] == 62.5
     assert row(found)["Gain"] == 20.0 and row(found)["Mended / spoilt"] == "2 / 1"
 
 
+def test_repetitions_that_were_sampled_again_count(pocket: DataSet) -> None:
+    """Two samples repeat and the third is right; another rollout ends with a repetition, whose query stays."""
+    task = next(t for t in pocket.load("train") if t.scorable)
+    mended, ended = record(task, [OTHER, task.gold], [WRONG]), record(task, [BROKEN], [])
+    again = [mended.transitions[0].model_copy(update={"agent": "rewrite", "turn": 2})] * 2
+    mended = mended.model_copy(update={"transitions": [mended.transitions[0], *again, *mended.transitions[1:]]})
+    last = ended.transitions[0].model_copy(update={"agent": "rewrite", "turn": 2})
+    ended = ended.model_copy(update={"transitions": [*ended.transitions, last]})
+    found = correction([mended, ended], pocket.root)
+    assert (found.repeated, found.rewrites, found.mended) == (3, 4, 1)
+    assert found.by_turn == [0.0, 0.5] and found.transitions == (5 + 2) / 2
+
+
 def test_nothing_to_judge(pocket: DataSet) -> None:
-    assert correction([], pocket.root).tasks == 0
+    found = correction([], pocket.root)
+    assert (found.tasks, found.balanced_accuracy, found.by_turn) == (0, None, [])
+    assert row(found)["Check: balanced (%)"] == ""

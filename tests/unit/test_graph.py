@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sqlbench.agent.graph import REFUSED, REJECTED, draw
+from sqlbench.agent.graph import AGAIN, REFUSED, REJECTED, draw
 from sqlbench.agent.prompts import STRATEGIES, prompts_for
-from sqlbench.agent.repair import FixedRepair, Situation
+from sqlbench.agent.repair import FixedRepair, Situation, repeated
+from sqlbench.agent.resampling import ResamplingAgent
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
@@ -42,6 +43,14 @@ class Scripted:
         return Completion(text=answer)
 
 
+class Sampled(Scripted):
+    """The same, at any temperature."""
+
+    async def complete(self, messages: list[Message], on_text=None, temperature=None) -> Completion:
+        answer = await super().complete(messages, on_text)
+        return answer.model_copy(update={"temperature": temperature})
+
+
 @pytest.fixture
 def database(tmp_path: Path):
     path = tmp_path / "concert.sqlite"
@@ -55,12 +64,21 @@ def database(tmp_path: Path):
 
 @pytest.fixture
 def answer(database):
-    def run(*answers: str | Exception, family: str = "chat", repair=None, observer=None, start=(), **settings):
-        model = Scripted(*answers)
+    def run(
+        *answers: str | Exception,
+        family: str = "chat",
+        repair=None,
+        observer=None,
+        start=(),
+        kind=Scripted,
+        agent=None,
+        **settings,
+    ):
+        model = kind(*answers)
         config = RolloutConfig(**settings)
         task = Task(task_id="", db_id="concert", question="Which names?", gold="", split="")
-        context = asyncio.run(run_agent(task, database, model, prompts_for(family), config, repair, observer, start))
-        return context, model
+        parts = task, database, model, prompts_for(family), config, repair, observer, start
+        return asyncio.run(run_agent(*parts, agent=agent)), model
 
     return run
 
@@ -83,17 +101,18 @@ def test_an_incorrect_query_is_rewritten_and_executed_again(answer):
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 6])
 def test_it_ends_after_the_last_turn_without_a_check(answer, turns):
-    state, _ = answer(*[BAD, NO] * 10, max_turns=turns)
+    state, _ = answer(*[text for i in range(10) for text in (f"SELECT {i}", NO)], max_turns=turns)
     assert [t.agent for t in state.transitions] == ["write", *["check", "rewrite"] * (turns - 1)]
     assert len(state.executions) == turns
 
 
 def test_prompts_show_schema_question_query_result_and_feedback(answer):
-    _, model = answer(BROKEN, NO, GOOD, YES)
-    write, check, rewrite, _ = ["\n".join(m.content for m in messages) for messages in model.seen]
+    _, model = answer(BAD, NO, BROKEN, GOOD)
+    write, check, rewrite, last = ["\n".join(m.content for m in messages) for messages in model.seen]
     assert "singer_id" in write and "Which names?" in write and "SQLite" in write
-    assert BROKEN in check and "no such column: nam" in check and "use name" in check
-    assert BROKEN in rewrite and "no such column: nam" in rewrite and NO in rewrite
+    assert BAD in check and "50 rows" in check
+    assert BAD in rewrite and "50 rows" in rewrite and NO in rewrite
+    assert BROKEN in last and "no such column: nam" in last and "use name" in last and REFUSED in last
 
 
 def test_results_are_shown_in_so_many_characters_and_recorded_with_twenty_rows(answer):
@@ -127,7 +146,8 @@ def test_the_graph_can_be_drawn_as_mermaid_text():
     assert (
         "check_query -.-> rewrite_query" in text
         and "execute_query -.-> rewrite_query" in text
-        and "rewrite_query --> execute_query" in text
+        and "rewrite_query -.-> execute_query" in text
+        and "rewrite_query -.-> __end__" in text
     )
 
 
@@ -157,8 +177,9 @@ def test_a_repair_policy_chooses_the_strategy_of_each_rewrite(answer):
     assert first.endswith(components["repair.rewrite_full"]) and second.endswith(components["repair.fix_column"])
 
 
-def test_with_repair_a_query_that_did_not_run_is_rewritten_without_a_check(answer):
-    state, model = answer(BAD, NO, BROKEN, GOOD, YES, repair=FixedRepair("fix_column"), max_turns=5)
+@pytest.mark.parametrize("repair", [None, FixedRepair("fix_column")])
+def test_a_query_that_did_not_run_is_rewritten_without_a_check(answer, repair):
+    state, model = answer(BAD, NO, BROKEN, GOOD, YES, repair=repair, max_turns=5)
     assert agents(state) == ["write1", "check1", "rewrite2", "rewrite3", "check3"]
     last = model.seen[3][1].content
     assert REFUSED in last and NO not in last  # nor the remarks on the query before
@@ -177,17 +198,51 @@ def test_with_repair_a_rewrite_sees_every_query_so_far_with_its_result(answer):
 
 
 def test_without_repair_a_rewrite_sees_the_last_query_only(answer):
-    state, model = answer(BROKEN, NO, BAD, NO, GOOD, YES)
-    assert BROKEN not in model.seen[4][1].content and BAD in model.seen[4][1].content
+    state, model = answer(BROKEN, BAD, NO, GOOD, YES)
+    assert BROKEN not in model.seen[3][1].content and BAD in model.seen[3][1].content
     assert {t.strategy for t in state.transitions} == {None}
 
 
-@pytest.mark.parametrize("again", [BAD, BAD + " ;;", BAD.replace(" ", "\n  ")])
-def test_with_repair_it_ends_when_the_same_query_comes_for_the_third_time(answer, again):
-    answers = [BAD, NO, GOOD, NO, BAD, NO, again, NO, GOOD, NO]
-    state, _ = answer(*answers, repair=FixedRepair("fix_column"), max_turns=9)
-    assert agents(state)[-1] == "rewrite4" and len(state.executions) == 4
-    assert agents(answer(*answers, max_turns=5)[0])[-1] == "rewrite5"  # without repair it goes on
+SAME = [BAD, BAD + " ;;", BAD.replace(" ", "\n  ")]
+
+
+@pytest.mark.parametrize("again", SAME)
+@pytest.mark.parametrize("repair", [None, FixedRepair("fix_column")])
+def test_a_repetition_is_sampled_again_at_higher_temperatures(answer, again, repair):
+    state, model = answer(BAD, NO, again, again, GOOD, YES, kind=Sampled, repair=repair)
+    assert agents(state) == ["write1", "check1", *["rewrite2"] * 3, "check2"]
+    assert [t.completion.temperature for t in state.transitions] == [None, None, None, *AGAIN, None]
+    assert model.seen[2] == model.seen[3] == model.seen[4]
+    assert [(e.turn, e.sql) for e in state.executions] == [(1, BAD), (2, GOOD)] and state.sql == GOOD
+    assert repeated(state.transitions, state.executions) == [False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("again", SAME)
+@pytest.mark.parametrize(("kind", "calls"), [(Sampled, 1 + len(AGAIN)), (Scripted, 1)])
+def test_it_ends_with_the_last_query_where_nothing_new_comes(answer, again, kind, calls):
+    """Any query before counts, not only the last one; a model of one temperature is not asked again."""
+    state, model = answer(BAD, NO, BROKEN, *[again] * calls, kind=kind, max_turns=9)
+    assert agents(state) == ["write1", "check1", "rewrite2", *["rewrite3"] * calls] and not model.answers
+    assert [e.sql for e in state.executions] == [BAD, BROKEN] and state.sql == BROKEN
+    assert repeated(state.transitions, state.executions) == [False] * 3 + [True] * calls
+
+
+def test_resampling_forgets_a_query_that_did_not_run_and_writes_another(answer):
+    state, model = answer(BROKEN, BROKEN, BAD, kind=Sampled, agent=ResamplingAgent(), max_turns=5)
+    assert agents(state) == ["write1", "write2", "write3"] and state.sql == BAD
+    assert [t.completion.temperature for t in state.transitions] == [None, 1.0, 1.0]
+    assert model.seen[0] == model.seen[1] == model.seen[2] and BROKEN not in model.seen[2][1].content
+
+
+@pytest.mark.parametrize("kind", [Scripted, Sampled])
+def test_resampling_ends_with_the_last_query_where_none_runs(answer, kind):
+    state, _ = answer(*[f"SELECT x{i}" for i in range(9)], kind=kind, agent=ResamplingAgent(), max_turns=4)
+    assert agents(state) == ["write1", "write2", "write3", "write4"] and state.sql == "SELECT x3"
+
+
+def test_resampling_samples_an_answer_to_a_question_whose_last_one_was_rejected(answer):
+    state, _ = answer(GOOD, kind=Sampled, agent=ResamplingAgent(), start=[(BAD, "50 rows")])
+    assert [(t.agent, t.completion.temperature) for t in state.transitions] == [("write", 1.0)]
 
 
 def test_five_attempts_are_made_where_every_query_differs(answer):
@@ -249,8 +304,11 @@ def test_a_policy_is_told_how_an_earlier_answer_failed(answer, text, name):
 
 
 def test_earlier_answers_count_as_the_same_query(answer):
-    state, _ = answer(BAD, NO, BAD, NO, repair=FixedRepair("fix_column"), start=[(BAD, "50 rows")], max_turns=5)
-    assert agents(state) == ["rewrite1", "check1", "rewrite2"]
+    """An answer that only repeats them is the answer all the same: there is no other."""
+    start = [("SELECT 1", "1 row"), (BAD, "50 rows")]
+    state, _ = answer(*["SELECT 1"] * 3, kind=Sampled, start=start, max_turns=5)
+    assert agents(state) == ["rewrite1"] * 3
+    assert [e.sql for e in state.executions] == ["SELECT 1"] and state.sql == "SELECT 1"
 
 
 def test_a_broken_model_at_the_first_rewrite_is_an_error_too(answer):

@@ -359,6 +359,24 @@ def test_chat_model_records_the_tokens_it_used(checkpoint: Path) -> None:
     assert answer.text == tokenizer.decode(answer.response_ids, skip_special_tokens=True)
 
 
+def test_one_prompt_sampled_again_gives_other_answers_and_the_same_ones_in_another_process(checkpoint: Path) -> None:
+    """Whatever else is asked between, and in whichever order."""
+    asked = [Message(role="user", content="w1 w2 w3")]
+
+    async def ask(*others: str) -> list[Completion]:
+        model, found = LocalChatModel(checkpoint, max_tokens=12), []
+        for other in (*others, ""):
+            await model.complete([Message(role="user", content=f"w4 {other}")], temperature=1.0)
+            found.append(await model.complete(asked, temperature=None if len(found) == 0 else 2.0))
+        return found
+
+    first, again, more = asyncio.run(ask("w5", "w6")), asyncio.run(ask("w7", "w8")), asyncio.run(ask("w5"))
+    assert [a.response_ids for a in first] == [a.response_ids for a in again]
+    assert [a.response_ids for a in more] == [a.response_ids for a in first[:2]]
+    assert len({tuple(a.response_ids or ()) for a in first}) == 3
+    assert [a.temperature for a in first] == [None, 2.0, 2.0]
+
+
 def test_a_streamed_answer_is_the_plain_answer_in_pieces(checkpoint: Path) -> None:
     async def ask(on_text: Callable[[str], None] | None) -> list[Completion]:
         model = LocalChatModel(checkpoint, max_tokens=12, seed=1, temperature=1.0)

@@ -227,6 +227,11 @@ def test_a_failed_rollout_teaches_nothing_and_a_wrong_one_does(benchmark):
     assert lesson.strategy == "fix_column" and lesson.situation == situations(wrong)[0]
     assert lesson.reward == pytest.approx(-POTENTIAL["no_such_column"] - ATTEMPT_COST)
     assert lesson.reward == benchmark.shaped_rewards(wrong)[1]
+    # A rewrite that only repeats is not executed: an attempt that changed nothing, and the end.
+    calls = [*wrong.transitions, wrong.transitions[-1].model_copy(update={"turn": 3, "strategy": "rewrite_cte"})]
+    _, repetition = lessons(calls, wrong.executions, 0.0)
+    assert (repetition.strategy, repetition.situation.attempt) == ("rewrite_cte", 2)
+    assert repetition.reward == pytest.approx(-POTENTIAL["none"] - ATTEMPT_COST)
     plain = run_of(*outcomes, reward=0.0)
     assert lessons(plain.transitions, plain.executions, 0.0) == []
 
@@ -319,9 +324,8 @@ def test_the_benchmark_goes_on_after_an_interruption_and_finds_what_works(benchm
     assert (result["tasks"], result["rewritten"], result["best_fixed"]) == (12, 12, "fix_column")
     metrics = result["metrics"]
     assert metrics["fix_column"]["solved"] == 12 and metrics["fix_column"]["attempts"] == 2
-    # Here the same query comes again and again, so any other strategy ends at the third.
-    assert metrics["rewrite_full"]["solved"] == 0 and metrics["rewrite_full"]["attempts"] == 3
-    # Without repair the check is asked about a query that did not run, and calls it correct.
+    # Here the same query comes again and again, so any other strategy ends with it, and so does none.
+    assert metrics["rewrite_full"]["solved"] == 0 and metrics["rewrite_full"]["attempts"] == 1
     assert metrics["without repair"]["solved"] == 0 and metrics["without repair"]["attempts"] == 1
     assert metrics["linucb"]["solved"] >= 6 > metrics["random"]["solved"]
     assert max(metrics["linucb"]["choices"]["no_such_column"].items(), key=lambda x: x[1][0])[0] == "fix_column"

@@ -65,7 +65,7 @@ def test_a_right_answer_has_reward_one_and_carries_its_task(run):
     assert (record.task_id, record.db_id, record.gold, record.hardness, record.split) == (
         "7", "concert", GOLD, "easy", "dev",
     )  # fmt: skip
-    assert record.turns == 3 and record.seconds > 0
+    assert record.turns == 2 and record.seconds > 0  # its one answer is no verdict, and then a repetition
 
 
 @pytest.mark.parametrize("answer", ["SELECT name FROM singer", "SELECT x FROM y", "no idea", "", "DROP TABLE singer"])
@@ -146,7 +146,7 @@ def test_repair_and_observer_reach_the_agent(run):
 
     told = Told()
     record = run("SELECT nothing FROM singer", repair=FixedRepair("fix_column"), observer=told)
-    assert [t.strategy for t in record.transitions] == [None, "fix_column", "fix_column"]
+    assert [t.strategy for t in record.transitions] == [None, "fix_column"]
     assert told.executions == record.executions and record.reward == 0.0
 
 
