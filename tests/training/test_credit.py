@@ -144,7 +144,7 @@ def test_no_two_transitions_of_a_group_have_the_same_key(credit: str) -> None:
     assert len({group_and_key("task", *row, credit)[1] for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("credit", ["rollout", "transition", "published"])
 def test_verl_compares_a_transition_with_those_of_its_group(credit: str) -> None:
     """Two rollouts of one task: wrong, called wrong, mended; and wrong, called right."""
     from tensordict import TensorDict
