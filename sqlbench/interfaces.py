@@ -134,7 +134,7 @@ class Trainer(Protocol):
 BUILT_IN = {
     "agent": {
         "self-correcting": "sqlbench.agent.graph:SelfCorrectingAgent",
-        "published": "sqlbench.agent.published:PublishedAgent",
+        "published": "sqlbench.agent.graph:PublishedAgent",
     },
     "reward": {"execution-match": "sqlbench.reward:execution_match"},
     "trainer": {"verl": "sqlbench.training.launch:VerlTrainer"},
