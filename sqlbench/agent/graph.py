@@ -48,14 +48,10 @@ class SelfCorrectingAgent:
         """Return the last query (`sqlbench.interfaces.Agent`); with a history, begin with a rewrite of its last one."""
         first: State = {"feedback": REJECTED if context.history else ""}
         with tracing_context(enabled=False):
-            state: Any = await self.graph().ainvoke(
+            state: Any = await compiled().ainvoke(
                 first, context=context, config={"recursion_limit": 3 * context.config.max_turns + 2}
             )
         return state["sql"]
-
-    def graph(self) -> CompiledStateGraph:
-        """Return the compiled graph; another agent may have another one of these nodes."""
-        return compiled()
 
 
 def draw() -> str:

@@ -51,6 +51,11 @@ def stable_number(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
+def stop_repetition(copies: int | None) -> dict[str, Any]:
+    """Sampling parameters with which vLLM ends an answer at so many copies of the same tokens."""
+    return {"repetition_detection": {**PATTERN, "min_count": copies}} if copies else {}
+
+
 class SqlAgentLoop(AgentLoopBase):
     """Runs one rollout of one task. Settings come from the section ``sqlbench`` of the training configuration."""
 
@@ -70,8 +75,8 @@ class SqlAgentLoop(AgentLoopBase):
         validation = bool(info["validation"])
         seed = stable_number(settings.seed, int(row["global_steps"]), validation, task.key, int(row["session_id"]))
         sampling = dict(sampling_params)
-        if settings.stop_repetition and self.rollout_config.name == "vllm":
-            sampling["repetition_detection"] = {**PATTERN, "min_count": settings.stop_repetition}
+        if self.rollout_config.name == "vllm":
+            sampling |= stop_repetition(settings.stop_repetition)
         model = _ServerModel(self, sampling, settings.family, seed if settings.seed_sampling else None)
         limits = RolloutConfig(
             max_turns=settings.max_turns,

@@ -501,6 +501,13 @@ def test_an_answer_that_no_token_ended_is_cut(
         asyncio.run(_ServerModel(loop, {}, "nano", None).complete([message]))
 
 
+def test_vllm_is_told_to_end_an_answer_that_repeats_itself() -> None:
+    from sqlbench.training.agent_loop import stop_repetition
+
+    known = {"min_pattern_size": 2, "max_pattern_size": 64, "min_count": 8}
+    assert stop_repetition(8) == {"repetition_detection": known} and stop_repetition(None) == {}
+
+
 def test_every_call_of_a_rollout_has_a_seed_of_its_own_that_a_repeated_run_gives_again() -> None:
     from transformers import AutoTokenizer
 
