@@ -61,7 +61,12 @@ PROFILES = {
         name="gpu",
         model="Qwen/Qwen2.5-Coder-3B-Instruct",
         data="data/spider",
-        environment={},
+        environment={
+            "RAY_prestart_worker_first_driver": "0",
+            "RAY_raylet_start_wait_time_s": "300",
+            "VLLM_LOGGING_LEVEL": "INFO",  # says how long loading, compiling and capturing take; verl sets WARN
+            "VLLM_NO_USAGE_STATS": "1",
+        },
         device="cuda",
         published_tasks=7000,  # train_spider.json of Spider 1.0 (Yu et al., EMNLP 2018)
     ),

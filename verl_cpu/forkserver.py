@@ -18,7 +18,6 @@ import ctypes
 import fcntl
 import gc
 import importlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -41,12 +40,13 @@ PRELOAD = (
     "verl.workers.engine_workers",
     "verl_cpu.replica",
 )
-PRELOAD_VLLM = (  # but not verl's modules for it: they start CUDA when they are imported
+PRELOAD_VLLM = (
     "vllm.entrypoints.cli.serve",
     "vllm.entrypoints.openai.api_server",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
 )
+"""What vLLM itself has imported where it forks its engine; its models, and verl's modules for it, start CUDA."""
 PLAIN = "VERL_PLAIN_START"
 """Environment variable: start verl the plain way."""
 PROBE_SECONDS = 120
@@ -131,14 +131,12 @@ def _preload(config: Any, modules: list[str]) -> bool:
         importlib.import_module(name)
     _say("imported torch, Ray, transformers and verl")
     if config.actor_rollout_ref.rollout.name == "vllm":
-        worker = "vllm.v1.worker.cpu_worker" if config.trainer.device == "cpu" else "vllm.v1.worker.gpu_worker"
-        for name in (*PRELOAD_VLLM, worker):
+        for name in PRELOAD_VLLM:
             importlib.import_module(name)
-        if kind and importlib.util.find_spec(f"vllm.model_executor.models.{kind}"):
-            importlib.import_module(f"vllm.model_executor.models.{kind}")
-            # Imported already, so vLLM need not look at the model's class in a process of its own.
-            registry: Any = importlib.import_module("vllm.model_executor.models.registry")
-            registry._run_in_subprocess = lambda function: function()
+        # vLLM would look at the model's class in a new Python, which imports vLLM, lest CUDA starts in the server. It
+        # has been started there by verl's own imports, and the engine is a process of its own.
+        registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+        registry._run_in_subprocess = lambda function: function()
         _say("imported vLLM")
     return True
 

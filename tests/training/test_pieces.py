@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import socket
@@ -725,7 +726,7 @@ def test_a_trainer_of_ones_own_gets_the_run_and_leaves_its_summary(
     assert folder.config()["config"]["sqlbench"]["trainer"] == "own:Trainer"
 
 
-def test_forkserver_stub_passes_output_and_status_of_the_forked_process(tmp_path: Path) -> None:
+def test_forkserver_stub_stands_for_the_process_that_was_forked(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text("import os, sys; print('hello', sys.argv[1], os.environ['WORD']); sys.exit(3)")
     server = tmp_path / "server.py"
@@ -735,10 +736,13 @@ def test_forkserver_stub_passes_output_and_status_of_the_forked_process(tmp_path
         "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n"
         "driver = forkserver._fork()\n"
         "if driver == 0: forkserver._leave(lambda: sys.stdin.read())\n"
-        "sys.exit(forkserver._serve(s, driver))\n"
+        "sys.exit(forkserver._serve(s, driver, {'IMPORTED': 'too'}, sys.argv[2]))\n"
     )
-    address = tmp_path / "fork"
-    process = subprocess.Popen([sys.executable, server, address], stdin=subprocess.PIPE)
+    address, python = tmp_path / "fork", tmp_path / "python"
+    client = Path(verl_cpu.__file__).with_name("forkserver_stub.py")
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {client} {address} "$@"\n')
+    python.chmod(0o700)
+    process = subprocess.Popen([sys.executable, server, address, python], stdin=subprocess.PIPE)
     try:
         import time
 
@@ -746,16 +750,73 @@ def test_forkserver_stub_passes_output_and_status_of_the_forked_process(tmp_path
             time.sleep(0.05)
         with socket.socket(socket.AF_UNIX) as killed:  # before it could ask for anything
             killed.connect(str(address))
-        client = Path(verl_cpu.__file__).with_name("forkserver_stub.py")
-        done = subprocess.run(
-            [sys.executable, "-S", "-E", client, address, script, "you"],
-            env={"WORD": "there"},
-            capture_output=True,
-            text=True,
-            timeout=200,
+
+        def run(*arguments: object) -> tuple[str, int]:
+            done = subprocess.run(
+                [sys.executable, "-S", "-E", client, address, *arguments],
+                env={"WORD": "there"},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            return done.stdout, done.returncode
+
+        assert run(script, "you") == ("hello you there\n", 3)
+        # A process of multiprocessing, started from a fork: a fork of the server too, with its pipes and its status.
+        work = tmp_path / "work.py"
+        work.write_text(
+            "import os, sys\n"
+            "def answer(pipe):\n"
+            "    pipe.send((os.environ['IMPORTED'], os.environ['WORD'], os.getppid())); sys.exit(5)\n"
         )
-        assert (done.stdout, done.returncode) == ("hello you there\n", 3), done.stderr
+        script.write_text(
+            f"import multiprocessing, sys; sys.path.insert(0, {str(tmp_path)!r}); import work\n"
+            "if __name__ == '__main__':\n"
+            "    spawn = multiprocessing.get_context('spawn'); ours, theirs = spawn.Pipe()\n"
+            "    child = spawn.Process(target=work.answer, args=(theirs,)); child.start()\n"
+            "    print(*ours.recv()[:2]); child.join(); sys.exit(child.exitcode)\n"
+        )
+        assert run(script) == ("too there\n", 5)
     finally:
         process.communicate(timeout=200)
     assert process.returncode == 0
+    # The server is gone: the same request is answered by Python itself.
+    script.write_text("import os, sys; print('hello', sys.argv[1], os.environ.get('IMPORTED')); sys.exit(3)")
+    assert run(script, "you") == ("hello you None\n", 3)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["an import that fails", "no CUDA in a fork"])
+def test_a_training_on_a_gpu_that_cannot_be_forked_starts_plainly(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (tmp_path / "config.yaml").write_text(
+        "{trainer: {device: cuda}, ray_kwargs: {ray_init: {address: local}},\n"
+        f" actor_rollout_ref: {{model: {{path: {tmp_path}}}, rollout: {{name: local}}}}}}\n"
+    )
+    (tmp_path / "own.py").write_text(
+        "import os, sys\n"
+        "if 'VERL_PLAIN_START' in os.environ:\n"
+        "    print('plain', os.environ.get('RAY_JOB_ID'), os.environ.get('RAY_RAYLET_PID')); sys.exit(7)\n"
+        + ("raise RuntimeError('not today')\n" if fault.startswith("an import") else "")
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "verl_cpu.forkserver", tmp_path / "config.yaml", str(os.getpid()), tmp_path, "own"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 7, done.stderr
+    assert "plain None None" in done.stdout and ("not today" in done.stderr) == fault.startswith("an import")
+
+
+def test_every_training_of_a_machine_has_a_job_number_of_its_own() -> None:
+    code = (
+        "import os, ray; from verl_cpu import forkserver\n"
+        "forkserver._number_job(); ray.init(address='local', num_cpus=1, include_dashboard=False)\n"
+        "job = ray.remote(lambda: ray.get_runtime_context().get_job_id())\n"
+        "print(ray.JobID.from_int(os.getpid()).hex(), ray.get(job.remote()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    own, seen = done.stdout.split()[-2:]
+    assert own == seen, done.stderr
