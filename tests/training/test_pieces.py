@@ -207,7 +207,8 @@ def test_a_batch_of_the_recipe_seed_is_two_optimizer_steps_with_old_log_probabil
 
 def test_dry_run_refuses_what_verl_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TrainingError, match=r"verl refuses .*\(32\) must be >= actor.ppo_mini_batch_size \(64\)"):
-        train("gpu", "r", tmp_path, overrides=["actor_rollout_ref.actor.ppo_mini_batch_size=64"], dry_run=True)
+        overrides = ["actor_rollout_ref.actor.ppo_mini_batch_size=64", "actor_rollout_ref.actor.use_dynamic_bsz=false"]
+        train("gpu", "r", tmp_path, overrides=overrides, dry_run=True)
     assert not capsys.readouterr().out
 
 
