@@ -281,7 +281,7 @@ def seed_comparison(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
             labels = {"Row": name, **published.loc[name, keys]}
             lines.append({**labels, "Source": "published", **published.loc[name, columns], "Tasks": SEED_TASKS})
             found = {key: ours.get(key, "") for key in columns}
-            tasks = f"{ours['Tasks']} of {GRIDS['seed'].split}" if same else ""
+            tasks = f"{ours.get('Tasks')} of {GRIDS['seed'].split}" if same else ""
             lines.append({**labels, "Source": "sqlbench", **found, "Tasks": tasks})
         tables.append(pd.DataFrame(lines, dtype=object))
     return tables[0], tables[1].drop(columns="Tasks")
