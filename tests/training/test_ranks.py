@@ -185,7 +185,7 @@ def test_the_groups_that_divide_are_trained_on_with_their_rollouts_advantage(any
                 (advantage, sampled)
                 for advantage, sampled in expected
                 if len(sampled) == count
-                and row["advantages"][:count].tolist() == pytest.approx([advantage] * count, rel=1e-4)
+                and row["advantages"][:count].tolist() == pytest.approx([advantage] * count, rel=1e-4, abs=1e-6)
                 and row["log_prob"][:count].tolist() == pytest.approx(sampled, abs=1e-4)
                 and row["old_log_prob"][:count].tolist() == pytest.approx(sampled, abs=1e-4)
             ]
