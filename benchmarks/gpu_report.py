@@ -170,7 +170,7 @@ def loop(records: list[dict[str, Any]]) -> Loop:
         balanced=(share(right) + share(wrong)) / 2,
         calls=len(calls) / len(scored),
         cut=share([call.get("cut", False) for call in calls]),
-        broken=share([r["queries"][-1]["status"] != "ok" for r in followed]),
+        broken=share([r["reason"].startswith("pred_") for r in scored]),
     )
 
 
