@@ -29,7 +29,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,7 +77,7 @@ def main(config_file: str, parent: int, folder: str, modules: list[str]) -> None
     if local and PLAIN not in os.environ:  # a cluster starts its own workers
         before = dict(os.environ)
         os.environ.update(BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
-        ready = _preload(config, modules) if config.trainer.device == "cpu" else _preload_without_cuda(config, modules)
+        ready = _preload_without_cuda(config, modules)
         for name in (*BORN_AS, "RAY_RAYLET_PID"):
             del os.environ[name]
         if ready:
@@ -123,8 +123,8 @@ def _fork_from_here(config: Any, parent: int, folder: str, modules: list[str], b
     sys.exit(status)
 
 
-def _preload(config: Any, modules: list[str]) -> bool:
-    """Import what the driver and the workers will need; true."""
+def _preload(config: Any, modules: list[str]) -> None:
+    """Import what the driver and the workers will need."""
     settings = Path(config.actor_rollout_ref.model.path, "config.json")  # not there yet where it comes from the hub
     kind = json.loads(settings.read_text())["model_type"] if settings.is_file() else None
     for name in (*PRELOAD, *modules, *([f"transformers.models.{kind}.modeling_{kind}"] if kind else [])):
@@ -138,11 +138,10 @@ def _preload(config: Any, modules: list[str]) -> bool:
         registry: Any = importlib.import_module("vllm.model_executor.models.registry")
         registry._run_in_subprocess = lambda function: function()
         _say("imported vLLM")
-    return True
 
 
 def _preload_without_cuda(config: Any, modules: list[str]) -> bool:
-    """Import the same on a machine with a GPU; whether a fork of this process can compute on it afterwards."""
+    """Import it all without starting CUDA; whether a fork can compute on the device of the training afterwards."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray has it for its workers
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or a look for GPUs would start CUDA
     try:
@@ -150,12 +149,38 @@ def _preload_without_cuda(config: Any, modules: list[str]) -> bool:
 
         usual = torch.cuda.get_device_capability
         torch.cuda.get_device_capability = lambda *arguments: tuple(_in_a_fork(lambda: bytes(usual(*arguments))))
-        _preload(config, modules)
+        with _ray_draws_no_ids():
+            _preload(config, modules)
         torch.cuda.get_device_capability = usual
-        return _in_a_fork(lambda: bytes(torch.ones(8, device="cuda").int().tolist())) == bytes([1] * 8)
+        device = config.trainer.device
+        return _in_a_fork(lambda: bytes(torch.ones(8, device=device).int().tolist())) == bytes([1] * 8)
     except Exception:
         traceback.print_exc()
         return False
+
+
+@contextlib.contextmanager
+def _ray_draws_no_ids() -> Iterator[None]:
+    """Give the actor classes that a block defines ids from the system's random numbers.
+
+    Ray draws ids from a generator that a fork inherits. Once it is in use here, all forks draw the same ids, and an
+    actor that two of them call at once dies of two tasks with one id.
+    """
+    import ray.actor
+
+    module: Any = ray.actor
+    usual: Any = module.ActorClassID
+
+    class FromSystem(usual):
+        @classmethod
+        def from_random(cls) -> Any:
+            return usual(os.urandom(usual.size()))
+
+    module.ActorClassID = FromSystem
+    try:
+        yield
+    finally:
+        module.ActorClassID = usual
 
 
 def _in_a_fork(function: Callable[[], bytes]) -> bytes:

@@ -2,9 +2,10 @@
 
 ``write -> execute -> check -> (rewrite -> execute ...) -> END``. It ends when the check calls the query correct or
 when `max_turns` queries were executed; the last one is not checked, since its verdict could change nothing. A query
-that did not run to its end is rewritten without a check. A rewrite that gives an earlier query again is asked for again
-at the temperatures `AGAIN`; where that brings nothing new, the rollout ends with the query it has. With a repair policy
-a rewrite follows the strategy it chooses. No checkpointer, no tracing.
+that did not run to its end is rewritten without a check. A rewrite that repeats a query of this rollout that ran ends it
+with that query: the policy stands by it. One that repeats any other query is sampled again at the temperatures `AGAIN`,
+and the rollout ends when that brings nothing new. With a repair policy a rewrite follows the strategy it chooses. No
+checkpointer, no tracing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from sqlbench.rollout import RolloutContext
 
 AGAIN = (1.0, 1.5)
-"""Temperatures at which a rewrite that gave an earlier query again is sampled once more.
+"""Temperatures at which a rewrite that gave a failed query again is sampled once more.
 
 The first is that of training, so such a rewrite can be trained on; see `sqlbench.training.credit`.
 """
@@ -95,8 +96,11 @@ async def _rewrite(state: State, runtime: Runtime) -> Command[Literal["execute_q
         ctx.task.question, ctx.schema_text, ctx.database.dialect, sql, result, state["feedback"], shown, strategy
     )
     before = {normal(earlier) for earlier, _ in ctx.history}
+    ran = {normal(execution.sql): execution.sql for execution in ctx.executions if execution.answered}
     for temperature in (None, *(AGAIN if ctx.samples else ())):
         sql = extract_sql(await ctx.ask("rewrite", prompt, strategy, temperature=temperature))
+        if normal(sql) in ran:
+            return Command(update={"sql": ran[normal(sql)]}, goto=END)
         if normal(sql) not in before:
             return Command(update={"sql": sql}, goto="execute_query")
     # A query from before this rollout was not its own: the repetition is its answer.

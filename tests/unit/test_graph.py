@@ -203,28 +203,37 @@ def test_without_repair_a_rewrite_sees_the_last_query_only(answer):
     assert {t.strategy for t in state.transitions} == {None}
 
 
-SAME = [BAD, BAD + " ;;", BAD.replace(" ", "\n  ")]
+SAME = [BROKEN, BROKEN + " ;;", BROKEN.replace(" ", "\n  ")]
 
 
 @pytest.mark.parametrize("again", SAME)
 @pytest.mark.parametrize("repair", [None, FixedRepair("fix_column")])
-def test_a_repetition_is_sampled_again_at_higher_temperatures(answer, again, repair):
-    state, model = answer(BAD, NO, again, again, GOOD, YES, kind=Sampled, repair=repair)
-    assert agents(state) == ["write1", "check1", *["rewrite2"] * 3, "check2"]
-    assert [t.completion.temperature for t in state.transitions] == [None, None, None, *AGAIN, None]
-    assert model.seen[2] == model.seen[3] == model.seen[4]
-    assert [(e.turn, e.sql) for e in state.executions] == [(1, BAD), (2, GOOD)] and state.sql == GOOD
-    assert repeated(state.transitions, state.executions) == [False, False, True, True, False, False]
+def test_a_failed_query_that_comes_again_is_sampled_again_at_higher_temperatures(answer, again, repair):
+    state, model = answer(BROKEN, again, again, GOOD, YES, kind=Sampled, repair=repair)
+    assert agents(state) == ["write1", *["rewrite2"] * 3, "check2"]
+    assert [t.completion.temperature for t in state.transitions] == [None, None, *AGAIN, None]
+    assert model.seen[1] == model.seen[2] == model.seen[3]
+    assert [(e.turn, e.sql) for e in state.executions] == [(1, BROKEN), (2, GOOD)] and state.sql == GOOD
+    assert repeated(state.transitions, state.executions) == [False, True, True, False, False]
 
 
 @pytest.mark.parametrize("again", SAME)
 @pytest.mark.parametrize(("kind", "calls"), [(Sampled, 1 + len(AGAIN)), (Scripted, 1)])
 def test_it_ends_with_the_last_query_where_nothing_new_comes(answer, again, kind, calls):
-    """Any query before counts, not only the last one; a model of one temperature is not asked again."""
-    state, model = answer(BAD, NO, BROKEN, *[again] * calls, kind=kind, max_turns=9)
-    assert agents(state) == ["write1", "check1", "rewrite2", *["rewrite3"] * calls] and not model.answers
-    assert [e.sql for e in state.executions] == [BAD, BROKEN] and state.sql == BROKEN
+    """Any failed query before counts, not only the last one; a model of one temperature is not asked again."""
+    state, model = answer(BROKEN, BAD, NO, *[again] * calls, kind=kind, max_turns=9)
+    assert agents(state) == ["write1", "rewrite2", "check2", *["rewrite3"] * calls] and not model.answers
+    assert [e.sql for e in state.executions] == [BROKEN, BAD] and state.sql == BAD
     assert repeated(state.transitions, state.executions) == [False] * 3 + [True] * calls
+
+
+@pytest.mark.parametrize("kind", [Scripted, Sampled])
+@pytest.mark.parametrize("between", [[], [BROKEN]])
+def test_a_policy_that_repeats_a_query_that_ran_stands_by_it(answer, kind, between):
+    """A check that calls everything wrong must not talk the policy out of right answers."""
+    state, model = answer(GOOD, NO, *between, GOOD + " ;", kind=kind, max_turns=9)
+    assert [t.agent for t in state.transitions] == ["write", "check", *["rewrite"] * (1 + len(between))]
+    assert state.sql == GOOD and not model.answers
 
 
 def test_resampling_forgets_a_query_that_did_not_run_and_writes_another(answer):
