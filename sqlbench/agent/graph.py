@@ -2,10 +2,10 @@
 
 ``write -> execute -> check -> (rewrite -> execute ...) -> END``. It ends when the check calls the query correct or
 when `max_turns` queries were executed; the last one is not checked, since its verdict could change nothing. A query
-that did not run to its end is rewritten without a check. A rewrite that repeats a query of this rollout that ran ends it
-with that query: the policy stands by it. One that repeats any other query is sampled again at the temperatures `AGAIN`,
-and the rollout ends when that brings nothing new. With a repair policy a rewrite follows the strategy it chooses. No
-checkpointer, no tracing.
+that did not run to its end is rewritten without a check. A rewrite that repeats a query of this rollout that ran ends
+it with that query: the policy stands by it. One that repeats any other query is sampled again at the temperatures
+`AGAIN`, and the rollout ends when that brings nothing new. With a repair policy a rewrite follows the strategy it
+chooses. No checkpointer, no tracing.
 """
 
 from __future__ import annotations
