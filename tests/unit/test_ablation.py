@@ -27,6 +27,7 @@ from sqlbench.tables import (
     training_runs,
     write_tables,
 )
+from sqlbench.training.credit import CREDITS
 from sqlbench.training.metrics import write_rows
 
 SEED_ACCURACY = (
@@ -90,6 +91,8 @@ def test_names_are_unique_and_say_what_differs() -> None:
         assert len(set(names)) == len(names)
     assert Cell().name == "t3_c2048_write-rewrite"
     assert Cell(agents=AGENTS_CHECK, context=128, steps=9, seed=2).name == "t3_c128_write-rewrite-check_9steps_seed2"
+    cells = [Cell(credit=credit) for credit in CREDITS]
+    assert len({cell.name for cell in cells}) == len({cell.title for cell in cells}) == len(CREDITS)
 
 
 def test_the_full_grid_is_the_factorial_with_seeds_and_control() -> None:
