@@ -245,6 +245,8 @@ def train_cell(cell: Cell, bench: Bench, grid: Grid, *, dry_run: bool = False) -
         "sqlbench.credit": cell.credit,
         "trainer.total_training_steps": cell.steps,
     }
+    if grid.recipe == "seed":
+        settings["actor_rollout_ref.actor.ppo_mini_batch_size"] = cell.mini_batch
     return train(
         bench.profile,
         f"{bench.run}/cells/{cell.name}/train",
@@ -252,6 +254,7 @@ def train_cell(cell: Cell, bench: Bench, grid: Grid, *, dry_run: bool = False) -
         cell.model,
         [*(f"{key}={value}" for key, value in settings.items()), *grid.overrides],
         results=bench.results,
+        recipe=grid.recipe,
         random_reward=cell.random_reward,
         dry_run=dry_run,
     )

@@ -42,9 +42,9 @@ class Correction(Settings):
     """Checks that called a query wrong."""
     precision: float
     """Of the queries called wrong, how many were."""
-    recall: float
-    """Of the checked queries that were wrong, how many were called so."""
-    recall_ran: float
+    recall: float | None
+    """Of the checked queries that were wrong, how many were called so; None where none was."""
+    recall_ran: float | None
     """The same among queries that ran: those whose result the check had to judge."""
     balanced_accuracy: float | None
     """Mean of the share of wrong queries called wrong and of right ones called right: 0.5 for any constant answer.
@@ -115,8 +115,8 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
         p=mcnemar(first, last) if first else 1.0,
         flagged=len(flagged),
         precision=_mean([not right for right in flagged]),
-        recall=_mean(wrong),
-        recall_ran=_mean(wrong_ran),
+        recall=_mean(wrong) if wrong else None,
+        recall_ran=_mean(wrong_ran) if wrong_ran else None,
         balanced_accuracy=(_mean(wrong) + _mean(passed)) / 2 if wrong and passed else None,
         mended=sum(not a and b for a, b in steps),
         spoilt=sum(a and not b for a, b in steps),
@@ -135,7 +135,7 @@ def correction_table(folder: Path | str, data: Path | str) -> pd.DataFrame:
         if result.cell.turns > 1 and place.is_dir():
             name = f"{result.cell.title}, seed {result.cell.seed}"
             rows.append({"Training": name} | row(correction(RunFolder(place).trajectories(), data)))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["Training", *row(correction([], data))])
 
 
 def row(found: Correction) -> dict[str, object]:
@@ -146,14 +146,18 @@ def row(found: Correction) -> dict[str, object]:
         "Gain": round(100 * (found.last - found.first), 1),
         "By turn": " / ".join(f"{100 * (b - a):+.1f}" for a, b in pairwise(found.by_turn)),
         "95% CI (Gain)": f"{100 * found.gain_low:+.1f} to {100 * found.gain_high:+.1f}",
-        "Check: precision (%)": round(100 * found.precision, 1) if found.flagged else "",
-        "Check: recall (%)": round(100 * found.recall, 1),
-        "Check: recall, ran (%)": round(100 * found.recall_ran, 1),
-        "Check: balanced (%)": "" if found.balanced_accuracy is None else round(100 * found.balanced_accuracy, 1),
+        "Check: precision (%)": _percent(found.precision if found.flagged else None),
+        "Check: recall (%)": _percent(found.recall),
+        "Check: recall, ran (%)": _percent(found.recall_ran),
+        "Check: balanced (%)": _percent(found.balanced_accuracy),
         "Mended / spoilt": f"{found.mended} / {found.spoilt}",
         "Repeated": f"{found.repeated} of {found.rewrites}",
         "Calls a rollout": round(found.transitions, 2),
     }
+
+
+def _percent(share: float | None) -> float | str:
+    return "" if share is None else round(100 * share, 1)
 
 
 def _mean(values: list[int] | list[bool]) -> float:

@@ -24,7 +24,7 @@ class Cell(Settings):
     random_reward: bool = False
     """Control: rewards drawn by coin, so nothing can be learned from them."""
     credit: str = "rollout"
-    """What a transition is rewarded for: ``rollout`` or ``transition`` (`sqlbench.training.credit`)."""
+    """What a transition is rewarded for, one of `sqlbench.training.credit.CREDITS`."""
     steps: int = 40
 
     @property
@@ -35,7 +35,7 @@ class Cell(Settings):
         parts += [] if self.steps == 40 else [f"{self.steps}steps"]
         parts += [] if self.seed == 1 else [f"seed{self.seed}"]
         parts += ["random-reward"] if self.random_reward else []
-        parts += ["credit"] if self.credit == "transition" else []
+        parts += {"rollout": [], "transition": ["credit"]}.get(self.credit, [self.credit])
         return "_".join(parts)
 
     @property
@@ -43,7 +43,7 @@ class Cell(Settings):
         """Model column of the tables."""
         model = "nano" if self.model == "nano" else re.sub(r"-[\d.]+B.*", "", self.model.split("/")[-1])
         notes = [f"seed {self.seed}"] * (self.seed != 1) + ["random reward"] * self.random_reward
-        notes += ["credit by transition"] * (self.credit == "transition")
+        notes += self._credit
         return f"{model} ({', '.join(notes)})" if notes else model
 
     @property
@@ -53,8 +53,19 @@ class Cell(Settings):
         words += [f"{self.turns} turn{'s' * (self.turns > 1)}", f"context {self.context}", self.agents]
         words += [] if self.steps == 40 else [f"{self.steps} step{'s' * (self.steps > 1)}"]
         words += ["random reward"] if self.random_reward else []
-        words += ["credit by transition"] if self.credit == "transition" else []
-        return ", ".join(words)
+        return ", ".join([*words, *self._credit])
+
+    @property
+    def _credit(self) -> list[str]:
+        return {"rollout": [], "published": ["as published"]}.get(self.credit, [f"credit by {self.credit}"])
+
+    @property
+    def mini_batch(self) -> int:
+        """Tasks of an optimizer step that take about as many steps a batch of 32 as the seed experiment did.
+
+        It counted 32 rows, not tasks: one step with a single turn, two with three turns, three to four with the check.
+        """
+        return 32 if self.turns == 1 else 16 if self.agents == AGENTS else 8
 
     @property
     def rollout(self) -> RolloutConfig:
@@ -70,6 +81,8 @@ class Grid:
     split: str = "headline"
     limit: int | None = None
     overrides: tuple[str, ...] = ()
+    recipe: str | None = None
+    """What every training begins with (`sqlbench.training.launch.train`)."""
     names: tuple[str, ...] = ()
     """Short names of the cells, in their order; their own names where there are none."""
 
@@ -92,15 +105,16 @@ LAPTOP_CONTEXTS = (192, 2048)
 """The schemas of the embedded data set take 160 to 290 characters: the first value cuts most of them, the second
 none."""
 _QWEN, _LLAMA = "Qwen/Qwen2.5-Coder-{}-Instruct", "meta-llama/Llama-3.2-{}-Instruct"
+_SEED = Cell(model=_QWEN.format("3B"), credit="published", steps=436)
 _SEED_ROWS = {
-    "llama-1b": Cell(model=_LLAMA.format("1B"), steps=436),
-    "llama-3b": Cell(model=_LLAMA.format("3B"), steps=436),
-    "qwen-1.5b": Cell(model=_QWEN.format("1.5B"), steps=436),
-    "qwen-3b-1turn": Cell(model=_QWEN.format("3B"), turns=1, steps=436),
-    "qwen-3b": Cell(model=_QWEN.format("3B"), steps=436),
-    "qwen-3b-check": Cell(model=_QWEN.format("3B"), agents=AGENTS_CHECK, steps=436),
-    "qwen-3b-4096-1turn": Cell(model=_QWEN.format("3B"), context=4096, turns=1, steps=436),
-    "qwen-3b-4096": Cell(model=_QWEN.format("3B"), context=4096, steps=436),
+    "llama-1b": _SEED.model_copy(update={"model": _LLAMA.format("1B")}),
+    "llama-3b": _SEED.model_copy(update={"model": _LLAMA.format("3B")}),
+    "qwen-1.5b": _SEED.model_copy(update={"model": _QWEN.format("1.5B")}),
+    "qwen-3b-1turn": _SEED.model_copy(update={"turns": 1}),
+    "qwen-3b": _SEED,
+    "qwen-3b-check": _SEED.model_copy(update={"agents": AGENTS_CHECK}),
+    "qwen-3b-4096-1turn": _SEED.model_copy(update={"context": 4096, "turns": 1}),
+    "qwen-3b-4096": _SEED.model_copy(update={"context": 4096}),
 }
 
 SMALLEST = (
@@ -128,6 +142,7 @@ GRIDS: dict[str, Grid] = {
         # 436 steps of 32 are 2 epochs of train_spider.json, 7,000 tasks. A release with train_others.json has more; of
         # one that lacks databases the gold audit leaves fewer, and a third epoch is begun.
         overrides=("data.train_max_samples=7000", "trainer.total_epochs=3"),
+        recipe="seed",
         names=tuple(_SEED_ROWS),
     ),
 }

@@ -33,6 +33,7 @@ from sqlbench.rollout import RolloutContext, rollout, run_agent
 from sqlbench.text import clean
 from sqlbench.widgets import view
 
+WRITING, RUNNING = "writing ...", "running ..."
 MAX_ATTEMPTS = 5
 LEVELS = ("easy", "medium", "hard")
 PER_LEVEL = 5
@@ -49,11 +50,14 @@ class Attempt:
     """The model's answer as far as it has come."""
     execution: Execution | None = None
     review: str = ""
-    doing: str = "writing ..."
+    doing: str = WRITING
+    repeats: bool = False
+    """An earlier query again, which was not executed: the answer is the one before."""
 
     def html(self) -> Markup:
         """The query with its strategy, and what the database and the review said to it."""
-        done, outcome = self.execution, Markup("<small>{}</small>").format(self.doing)
+        doing = "an earlier query again" if self.repeats else self.doing
+        done, outcome = self.execution, Markup("<small>{}</small>").format(doing)
         if done is not None and done.answered:
             outcome = Markup("<small>{}</small> ").format(done.size) + outcome
         elif done is not None:
@@ -96,7 +100,9 @@ class Transcript:
         if agent == "check":
             self._attempt(turn, doing="reviewing ...")
         else:
-            self._attempt(turn, text=self.attempts[turn - 1].text + piece if turn <= len(self.attempts) else piece)
+            here = self.attempts[turn - 1] if turn <= len(self.attempts) else Attempt(turn)
+            over = here.doing == RUNNING  # what was there is over: the query is asked for once more
+            self._attempt(turn, text=piece if over else here.text + piece, doing=WRITING)
 
     def transition(self, transition: Transition) -> None:
         """A model call is over."""
@@ -104,7 +110,7 @@ class Transcript:
         if transition.agent == "check":
             self._attempt(transition.turn, review=text.strip(), doing="")
         else:
-            self._attempt(transition.turn, text=text, doing="running ...")
+            self._attempt(transition.turn, text=text, doing=RUNNING)
 
     def execution(self, execution: Execution, execution_text: str) -> None:
         """A query was executed."""
@@ -119,7 +125,8 @@ class Transcript:
 
     def html(self) -> Markup:
         """Every attempt, and at the end the rows of the last one."""
-        last = self.attempts[-1].execution if self.attempts and self.conclusion else None
+        own = [attempt for attempt in self.attempts if not attempt.repeats]
+        last = own[-1].execution if own and self.conclusion else None
         rows = Markup("")
         if last is not None and last.answered:
             more = f", the first {len(last.rows)} are shown" if last.n_rows > len(last.rows) else ""
@@ -267,7 +274,10 @@ class ChatSession:
         text = f"{len(executions)} attempt{'s' * (len(executions) != 1)}, {seconds:.1f} s"
         if context.error is not None:
             text = f"stopped: {context.error}"
-        elif not executions[-1].answered:
+        else:
+            for attempt in transcript.attempts[len(executions) :]:
+                attempt.repeats = True
+        if context.error is None and not executions[-1].answered:
             self._learn(exchange, 0.0)
             text = f"gave up, the last query did not run; {text}"
         feedback = exchange.feedback()
@@ -296,8 +306,10 @@ class ChatSession:
         if exchange.learned or context is None or context.error is not None or not exchange.choices:
             return
         classes = [failure_class(e) for e in context.executions]
-        if len(exchange.choices) == len(classes):  # the first query, too, followed a choice: it was a retry
+        if context.transitions[0].strategy:  # the first query, too, followed a choice: it was a retry
             classes = [exchange.choices[0][0].error_class, *classes]
+        if len(exchange.choices) == len(classes):  # the last rewrite only repeated: it changed nothing
+            classes.append(classes[-1])
         try:
             lock = open(self.folder / ".bandit.lock", "a")  # noqa: SIM115
         except OSError as error:

@@ -639,7 +639,10 @@ def test_step_metrics_tell_of_repetitions_and_of_the_check() -> None:
     record = Trajectory(
         task_key="k", task_id="t", db_id="d", question="q", gold="g", reward=0.0, executions=executions,
         transitions=[
-            Transition(agent=agent, turn=turn, messages=[], completion=Completion(text=text, temperature=temperature))
+            Transition(
+                agent=agent, turn=turn, messages=[],
+                completion=Completion(text=text, prompt_tokens=2, response_tokens=1, temperature=temperature),
+            )
             for agent, turn, text, temperature in calls
         ],
     )  # fmt: skip

@@ -19,7 +19,7 @@ import recorder
 import torch
 
 from pocket import NANO_PATH
-from sqlbench.agent.trajectory import Completion
+from sqlbench.agent.trajectory import Completion, Transition
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import RunError, TrainingError
 from sqlbench.models.checkpoint import checkpoint_family
@@ -150,10 +150,15 @@ def test_rollouts_are_on_record_once_and_none_failed(killed_and_resumed: tuple[P
             assert call.response_ids and call.logprobs and len(call.response_ids) == len(call.logprobs)
 
 
+def trained(transition: Transition) -> bool:
+    """Whether a transition is a row of this training; a repetition may be sampled again at another temperature."""
+    return transition.agent != "check" and transition.completion.temperature is None
+
+
 def test_only_writes_and_rewrites_reach_the_trainer_with_the_reward_on_record(
     killed_and_resumed: tuple[Path, int], record: Path
 ) -> None:
-    """Ids and log-probabilities are those on record, bit by bit; checks were made, and are not among them."""
+    """Ids and log-probabilities are those on record, bit by bit; checks and answers at another temperature are not."""
     records = list(RunFolder(killed_and_resumed[0]).trajectories())
     assert any(t.agent == "check" for r in records if not r.validation for t in r.transitions)
     for step in (1, 2, 3):
@@ -161,7 +166,7 @@ def test_only_writes_and_rewrites_reach_the_trainer_with_the_reward_on_record(
         assert recorder.handed_over(rows) == recorder.on_record(records, step, "^(write|rewrite)$")
         scores = Counter((int(k.split("_")[1]), s[-1]) for k, s in zip(rows["keys"], rows["rm_scores"], strict=True))
         here = [r for r in records if r.step == step and not r.validation]
-        assert scores == Counter((r.sample, r.reward) for r in here for t in r.transitions if t.agent != "check")
+        assert scores == Counter((r.sample, r.reward) for r in here for t in r.transitions if trained(t))
 
 
 def test_every_step_logs_all_that_was_promised(killed_and_resumed: tuple[Path, int]) -> None:
@@ -172,7 +177,7 @@ def test_every_step_logs_all_that_was_promised(killed_and_resumed: tuple[Path, i
     assert rows[killed]["sqlbench/rollouts"] == 8 and 0 <= rows[killed]["sqlbench/ex"] <= 1
     for step in {1, 2, 3} - {killed}:
         row, here = rows[step], [r for r in records if r.step == step and not r.validation]
-        written = sum(t.agent in ("write", "rewrite") for r in here for t in r.transitions)
+        written = sum(trained(t) for r in here for t in r.transitions)
         assert row["sqlbench/rollouts"] == 8 and row["sqlbench/failed_rollouts"] == 0
         assert row["sqlbench/rows"] == written and row["sqlbench/rows_padding"] == 0
         assert 1 <= row["sqlbench/rows_updated"] <= written
@@ -202,7 +207,7 @@ def test_rollout_and_trainer_probabilities_agree(killed_and_resumed: tuple[Path,
 
 
 def test_validation_is_greedy_and_training_is_not(killed_and_resumed: tuple[Path, int]) -> None:
-    """What each step 0 and 3 answered, beside what its weights answer greedily."""
+    """What each step 0 and 3 answered, beside what its weights answer greedily; repetitions sampled again left out."""
     folder, records = killed_and_resumed[0], list(RunFolder(killed_and_resumed[0]).trajectories())
 
     def greedy(weights: Path, calls: list[Completion]) -> list[bool]:
@@ -212,7 +217,7 @@ def test_validation_is_greedy_and_training_is_not(killed_and_resumed: tuple[Path
 
     def calls(step: int, validation: bool) -> list[Completion]:
         here = (r for r in records if r.step == step and r.validation == validation)
-        return [t.completion for r in here for t in r.transitions]
+        return [t.completion for r in here for t in r.transitions if t.completion.temperature is None]
 
     for step, weights in ((0, NANO_PATH), (3, latest_checkpoint(folder))):
         assert calls(step, True) and all(greedy(weights, calls(step, True)))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from sqlbench.ablation import Bench, ablate, before_name, run_cell
-from sqlbench.agent.trajectory import Completion, Trajectory, Transition
+from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.config import EvalConfig
+from sqlbench.correction import correction_table
+from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, RunError
 from sqlbench.grid import AGENTS, AGENTS_CHECK, GRIDS, Cell, Grid
+from sqlbench.notebooks import run_notebooks
 from sqlbench.runs import TRAJECTORIES, RunFolder
 from sqlbench.tables import (
+    CELL,
     accuracy_rows,
     accuracy_table,
     difference,
@@ -27,6 +32,7 @@ from sqlbench.tables import (
     training_runs,
     write_tables,
 )
+from sqlbench.training.credit import CREDITS
 from sqlbench.training.metrics import write_rows
 
 SEED_ACCURACY = (
@@ -46,7 +52,8 @@ def rollouts(outcomes: str, agents: str = "write", tokens: int = 30) -> list[Tra
     return [
         Trajectory(
             task_key=f"{number:04d}", task_id=str(number), db_id="d", question="q", gold="SELECT 1",
-            transitions=calls, reward=rewards[mark], error="model: gone" if mark == "x" else None,
+            transitions=calls, executions=[Execution(turn=1, sql=f"SELECT {mark}", status="ok")] * (mark != "x"),
+            reward=rewards[mark], error="model: gone" if mark == "x" else None,
         )
         for number, mark in enumerate(outcomes)
     ]  # fmt: skip
@@ -90,6 +97,8 @@ def test_names_are_unique_and_say_what_differs() -> None:
         assert len(set(names)) == len(names)
     assert Cell().name == "t3_c2048_write-rewrite"
     assert Cell(agents=AGENTS_CHECK, context=128, steps=9, seed=2).name == "t3_c128_write-rewrite-check_9steps_seed2"
+    cells = [Cell(credit=credit) for credit in CREDITS]
+    assert len({cell.name for cell in cells}) == len({cell.title for cell in cells}) == len(CREDITS)
 
 
 def test_the_full_grid_is_the_factorial_with_seeds_and_control() -> None:
@@ -269,6 +278,42 @@ def test_the_headline_is_the_longest_trained_main_cell(bench: Bench) -> None:
     text = headline(load_results(bench.folder))
     assert text.startswith("accuracy on 4 headline tasks: 50.0% (95% CI 15.0 to 85.0) before training, 75.0% (95% CI")
     assert "after 40 steps" in text
+
+
+@pytest.mark.slow
+def test_the_notebooks_show_a_run_in_which_all_was_right(bench: Bench, tmp_path: Path, repo: Path) -> None:
+    """An empty list of splits is the headline split."""
+    for cell in GRIDS["smoke"].cells:
+        finished(bench, cell, "1" * 8, "1" * 8, "write,check", limit=8)
+    given = ["splits=[]", "steps=2", "limit=8", "grid=smoke", f"data={one_database(tmp_path)}"]
+    run_notebooks(only=["03", "05"], folder=repo / "notebooks", results=bench.results, parameters=given)
+    tables = {name: pd.read_csv(bench.folder / f"tables/{name}.csv") for name in ("before_after", "self_correction")}
+    assert tables["before_after"]["Split"].tolist() == ["headline"]
+    assert tables["self_correction"]["Last query (%)"].tolist() == [100.0]
+    assert tables["self_correction"]["Check: recall (%)"].isna().all(), "there was nothing to find"
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_cells_whose_repair_cannot_be_judged(bench: Bench, tmp_path: Path, repo: Path) -> None:
+    """A GPU cell has no evaluation of its own; a cell of one turn has nothing to repair."""
+    finished(bench, Cell(turns=1), "0011", "0111")
+    data, result = one_database(tmp_path), run_cell(Cell(turns=1), bench, Grid((Cell(turns=1),)))
+    gpu = Bench("gpu", results=bench.results)
+    for cell in GRIDS["seed"].cells:
+        gpu.cell(cell).mkdir(parents=True)
+        (gpu.cell(cell) / CELL).write_text(result.model_copy(update={"cell": cell}).model_dump_json())
+    run_notebooks("gpu", only=["05"], folder=repo / "notebooks", results=bench.results, parameters=[f"data={data}"])
+    tables = [pd.read_csv(gpu.folder / "tables/self_correction.csv"), correction_table(bench.folder, data)]
+    assert [(len(table), table.columns[0]) for table in tables] == [(0, "Training")] * 2
+
+
+def one_database(folder: Path) -> Path:
+    """A data set whose only database is that of `rollouts`."""
+    (folder / "data/database/d").mkdir(parents=True)
+    sqlite3.connect(folder / "data/database/d/d.sqlite").close()
+    write_split(folder / "data", "dev", [Task(task_id="1", db_id="d", question="q", gold="SELECT 1", split="dev")])
+    (folder / "data/dataset.json").write_text('{"headline": "dev"}')
+    return folder / "data"
 
 
 def test_sizes_are_counted_from_weights_or_read_off_the_name(tmp_path: Path) -> None:

@@ -205,13 +205,43 @@ def test_retry_differently_shows_the_model_what_was_not_the_answer(tmp_path: Pat
 
     view = drive(tmp_path, steps)
     assert view.session is not None and isinstance(view.session.model, Scripted)
-    retry = view.session.model.prompts[-2][-1].content  # the last one is the review
+    retry = view.session.model.prompts[-1][-1].content  # its answer is a repetition, so it is not reviewed
     assert FIRST in retry and SECOND in retry
     assert len(view.cards) == 2 and view.cards[0].transcript.attempts[0].strategy in STRATEGIES
     first, second = view.session.bandit.lessons
     assert (second.situation.error_class, second.situation.attempt) == ("none", 2) and second.reward > first.reward
     # The same query as before: what the user said about it is not forgotten, and the new verdict comes last.
     assert [f["verdict"] for f in feedback(tmp_path)] == [None, "wrong", "right"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_rewrite_that_only_repeats_is_an_attempt_that_changed_nothing(
+    tmp_path: Path, shop: Path, again: bool
+) -> None:
+    """The query before stays the answer, with its rows, and each strategy is credited with its own attempt."""
+    queries = iter([FIRST, SECOND, SECOND, "SELECT full_name FROM customer", SECOND])
+
+    async def steps(view: ChatView) -> None:
+        view.connect(str(shop))
+        await view.wait()
+        await ask(view, "Who?")
+        if again:
+            view.ask("Who?", view.cards[0].exchange)
+            await view.wait()
+        view.cards[0].judge(True)
+
+    view = drive(
+        tmp_path, steps, lambda system, _: WRONG if "You review" in system else f"```sql\n{next(queries)}\n```"
+    )
+    assert view.session is not None
+    html = view.cards[0].transcript.html()
+    assert html.count("an earlier query again") == 1 and "Result: 2 rows" in html
+    lessons = [(x.situation.error_class, x.situation.attempt, round(x.reward, 2)) for x in view.session.bandit.lessons]
+    better, nothing, solved = 0.5 - 0.2 - 0.05, 0.5 - 0.5 - 0.05, 1 - 0.5 - 0.05
+    if again:
+        assert lessons == [("none", 2, nothing), ("none", 1, solved)]
+    else:
+        assert lessons == [("no_such_column", 1, better), ("none", 2, solved)]
 
 
 def test_an_answer_that_never_runs_teaches_without_a_verdict(tmp_path: Path, shop: Path) -> None:

@@ -65,4 +65,13 @@ def test_repetitions_that_were_sampled_again_count(pocket: DataSet) -> None:
 def test_nothing_to_judge(pocket: DataSet) -> None:
     found = correction([], pocket.root)
     assert (found.tasks, found.balanced_accuracy, found.by_turn) == (0, None, [])
-    assert row(found)["Check: balanced (%)"] == ""
+    assert {row(found)[f"Check: {name} (%)"] for name in ("precision", "recall", "recall, ran", "balanced")} == {""}
+
+
+def test_a_check_that_saw_nothing_wrong_has_no_recall(pocket: DataSet) -> None:
+    """A recall of 0% would say that it missed something."""
+    task = next(t for t in pocket.load("train") if t.scorable)
+    shown = row(correction([record(task, [task.gold], [RIGHT])], pocket.root))
+    assert (shown["Check: recall (%)"], shown["Check: recall, ran (%)"]) == ("", "")
+    shown = row(correction([record(task, [BROKEN, task.gold], [WRONG, RIGHT])], pocket.root))
+    assert (shown["Check: recall (%)"], shown["Check: recall, ran (%)"]) == (100.0, "")

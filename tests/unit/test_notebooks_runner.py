@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from sqlbench.data.tasks import Task, write_split
@@ -161,12 +162,13 @@ class Parrot(BaseHTTPRequestHandler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sql", "turns", "limit"),
-    [("SELECT count(*) FROM t", 3, 0), ("SELECT 'no'", 3, 0), ("SELECT 'no'", 1, 1)],
+    ("sql", "turns", "limit", "splits"),
+    [("SELECT count(*) FROM t", 3, 0, "[]"), ("SELECT 'no'", 3, 0, '["dev"]'), ("SELECT 'no'", 1, 1, "[]")],
 )
 def test_the_notebooks_run_where_all_is_right_or_wrong_and_with_one_turn(
-    tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch, sql: str, turns: int, limit: int
+    tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch, sql: str, turns: int, limit: int, splits: str
 ) -> None:
+    """An empty list of splits is the headline split."""
     data = tmp_path / "data"
     (data / "database/a").mkdir(parents=True)
     with closing(sqlite3.connect(data / "database/a/a.sqlite")) as connection, connection:
@@ -181,12 +183,16 @@ def test_the_notebooks_run_where_all_is_right_or_wrong_and_with_one_turn(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}/v1")
         monkeypatch.setenv("NO_PROXY", "*")
-        given = [f"data={data}", "model=openai:m", f"turns={turns}", f"limit={limit}"]
+        given = [f"data={data}", "model=openai:m", f"turns={turns}", f"limit={limit}", f"splits={splits}"]
         done = run_notebooks(
             only=["02", "07"], folder=repo / "notebooks", results=tmp_path / "results", parameters=given
         )
         server.shutdown()
     assert len(done.executed) == 2
+    baseline = pd.read_csv(done.folder / "tables/baseline.csv")
+    assert (baseline["split"].tolist(), baseline["tasks"].tolist()) == (
+        ["headline"] if splits == "[]" else ["dev"], [limit or 2],
+    )  # fmt: skip
     cells = nbformat.read(done.folder / "notebooks/07_trajectory_inspector.ipynb", as_version=4).cells
     shown = [output.get("text", "") for cell in cells for output in cell.get("outputs", [])]
     assert ("one turn: there is no repair loop to compare with\n" in shown) == (turns == 1)

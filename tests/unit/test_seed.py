@@ -43,7 +43,9 @@ def test_every_row_is_one_of_the_published_table_and_no_other() -> None:
             row["Context"], row["Max Turns"], row["Agents"], row["# Steps"],
         )  # fmt: skip
         assert row["Size"] in cell.model and row["Model"].replace("Llama3.2", "Llama-3.2") in cell.model
-        assert cell == Cell(**{k: getattr(cell, k) for k in ("model", "context", "turns", "agents", "steps")})
+        assert cell == Cell(
+            credit="published", **{k: getattr(cell, k) for k in ("model", "context", "turns", "agents", "steps")}
+        )
 
 
 def test_the_published_figures_are_those_of_the_source(shared_root: Path) -> None:
@@ -73,6 +75,10 @@ def test_a_row_is_planned_without_gpu_data_or_network(
     assert (ours["max_turns"], ours["table_info_truncate"], ours["execution_truncate"], ours["trained_agents"]) == (
         cell.turns, cell.context, cell.context, cell.agents,
     )  # fmt: skip
+    assert (ours["agent"], ours["credit"], ours["strict"], ours["sample_rows"]) == ("published", "published", False, 3)
+    steps = {"write|rewrite": 2, "write|rewrite|check": 4}[cell.agents] if cell.turns > 1 else 1
+    assert config["actor_rollout_ref"]["actor"]["ppo_mini_batch_size"] == 32 // steps
+    assert config["actor_rollout_ref"]["rollout"]["gpu_memory_utilization"] == 0.8
     assert config["data"]["train_batch_size"] == 32 and config["trainer"]["total_training_steps"] == 436
     text = "\n".join(lines)
     assert "436 steps of 32 tasks x 4 rollouts: 2 epochs of 218 steps (7,000 tasks as published)" in text
@@ -176,7 +182,7 @@ def test_a_dry_run_of_the_grid_lists_the_rows_and_both_tables(
     main_exit(["ablate", "--profile", "gpu", "--dry-run", "--results", str(tmp_path)])
     out = capsys.readouterr().out
     for name in ROWS:
-        assert len(re.findall(rf"(?m)^ *{re.escape(name)} .*published", out)) == 2
+        assert len(re.findall(rf"(?m)^ *{re.escape(name)} .* published", out)) == 2
         assert re.search(rf"(?m)^ *{re.escape(name)} not started", out)
 
 

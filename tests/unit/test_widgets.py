@@ -48,7 +48,7 @@ ANSWERS = {
 
 
 class Scripted:
-    """Answers a question with what `ANSWERS` holds for its last words; the checks say no as often as asked."""
+    """Answers a question with what `ANSWERS` holds for its last words, in order in a rewrite; a check may say no."""
 
     family = "nano"
 
@@ -57,8 +57,9 @@ class Scripted:
 
     async def complete(self, messages, on_text=None) -> Completion:
         if messages[0].content.startswith("check"):
-            return Completion(text=f"THE QUERY IS {'IN' * ('refused' in messages[1].content)}CORRECT")
+            return Completion(text=f"THE QUERY IS {'IN' * ('other rows' in messages[1].content)}CORRECT")
         answer = self.answers[messages[1].content.split("\n")[0].split(": ")[1]]
+        answer += " ORDER BY rowid" * messages[0].content.startswith("rewrite")
         if not answer:
             raise ModelError("no answer " + HOSTILE)
         return Completion(text=answer, prompt_tokens=20, response_tokens=5)
@@ -150,7 +151,7 @@ class Elements(HTMLParser):
         ({"outcome": "failed"}, (5, 11)),
         ({"outcome": "wrong", "hardness": "easy"}, (1, 2, 3, 4)),
         ({"database": "kiosk", "outcome": "wrong"}, (1, 3, 7, 9)),
-        ({"turns": (2, 2)}, (3, 9)),
+        ({"turns": (2, 2)}, (1, 3, 7, 9)),
         ({"reward": (0.5, 1.0)}, (0, 6)),
         ({"text": "ABSENT from"}, (3, 9)),
         ({"text": "no answer <script>"}, (5, 11)),
@@ -252,7 +253,7 @@ def test_prompts_and_responses_are_complete(run: Path) -> None:
 
 
 def test_the_timeline_is_in_the_order_of_events(run: Path) -> None:
-    inspector = Inspector(run).filter(turns=(2, 2))
+    inspector = Inspector(run).filter(text="other rows")
     html = view.timeline_html(inspector.selected)
     places = [html.index(f"<li><b>{step}</b>") for step in ("write", "execute", "check", "rewrite")]
     assert places == sorted(places)
