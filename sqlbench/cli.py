@@ -143,6 +143,10 @@ def eval_(
     strict: Annotated[bool, typer.Option(help="Close the reference evaluator's holes.")] = True,
     query_timeout: QueryTimeout = 5.0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Rollouts a task, for avg@n, pass@k, majority and best of n.")
+    ] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of a local model's samples; 0 by default.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.01, help="Seconds a call to an endpoint may take.")] = None,
     request: Request = None,
@@ -173,6 +177,8 @@ def eval_(
         strict=strict,
         query_timeout=query_timeout,
         temperature=temperature,
+        samples=samples,
+        seed=seed,
         max_tokens=max_tokens,
         timeout=timeout,
         prompts=prompts,

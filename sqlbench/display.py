@@ -92,6 +92,22 @@ def score_table(scores: Mapping[str, Score], name: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[name, "tasks", "EX (%)", "95% CI"]).round(1)
 
 
+def sample_table(summaries: Mapping[str, Summary]) -> pd.DataFrame:
+    """What several rollouts a task give after each turn, in percent with intervals, and the model calls they cost.
+
+    Args:
+        summaries: evaluations by name; those with one rollout a task are left out.
+    """
+    rows = []
+    for name, summary in summaries.items():
+        for turn, estimates in enumerate(summary.samples.by_turn if summary.samples else (), 1):
+            shown = {k: f"{100 * e.value:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})" for k, e in estimates.items()}
+            rows.append({"run": name, "turn": turn} | shown)
+        if summary.samples and summary.transitions is not None:  # the answers are those after the last turn
+            rows[-1]["calls a task"] = round(summary.samples.n * summary.transitions, 1)
+    return pd.DataFrame(rows).fillna("")
+
+
 def error_table(summary: Summary) -> pd.DataFrame:
     """Why rollouts scored nothing, and which executed statements failed."""
     rows = [("verdict", k, n) for k, n in summary.reasons.items()]

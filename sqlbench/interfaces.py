@@ -40,7 +40,8 @@ class Model(Protocol):
         """Answer one prompt. An exception makes the rollout a failed one.
 
         A method with a third parameter, ``temperature: float | None = None``, can be asked for another answer to the
-        same prompt: at that temperature instead of its own. Without it the built-in agents do not sample again.
+        same prompt: at that temperature instead of its own. Without it the built-in agents do not sample again. A model
+        with a method ``seeded(seed: int)`` that returns itself sampling from that seed gives samples that repeat.
 
         Args:
             messages: the prompt.
