@@ -52,7 +52,7 @@ Model = Annotated[
     str, typer.Option(help="nano, a checkpoint or run folder, openai:NAME, or module:attribute of your own.")
 ]
 Agent = Annotated[str, typer.Option(help="self-correcting, resampling, published, or module:attribute of your own.")]
-Reward = Annotated[str, typer.Option(help="execution-match, or module:attribute of your own.")]
+Reward = Annotated[str, typer.Option(help="execution-match, runs (a control), or module:attribute of your own.")]
 QueryTimeout = Annotated[
     float, typer.Option(min=0.01, max=LONGEST_QUERY, help="Seconds a query may take, gold or not.")
 ]
@@ -204,7 +204,10 @@ def train(
     results: Results = RESULTS,
     seed: Annotated[int | None, typer.Option(help="Short for sqlbench.seed=N.")] = None,
     query_timeout: Annotated[float | None, typer.Option(help="Short for sqlbench.query_timeout=SECONDS.")] = None,
-    random_reward: Annotated[bool, typer.Option("--random-reward", help="Control: coin flips as rewards.")] = False,
+    control: Annotated[
+        str | None,
+        typer.Option(help="Rewards to learn nothing from: coin flips, or permuted within each task's rollouts."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what it needs.")] = False,
     track: Track = None,
     overwrite: Overwrite = False,
@@ -222,7 +225,7 @@ def train(
         given,
         results=results,
         recipe=recipe,
-        random_reward=random_reward,
+        control=control,
         overwrite=overwrite,
         dry_run=dry_run,
         track=track,

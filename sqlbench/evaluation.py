@@ -515,7 +515,7 @@ def _score(scored: Sequence[_Row]) -> Score:
         tasks: dict[str, list[bool]] = defaultdict(list)
         for row in scored:
             tasks[row.task].append(row.correct is True)
-        low, high = bootstrap(sorted(sum(some) / len(some) for some in tasks.values()))  # in whatever order they came
+        low, high = bootstrap(sorted(sum(some) / len(some) for some in tasks.values()))
     else:
         low, high = wilson(correct, n)
     return Score(n=n, correct=correct, ex=correct / n, low=low, high=high)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from math import comb
+from math import comb, fsum
 from typing import NamedTuple
 
 from sqlbench.agent.trajectory import OVERLONG, Execution, Record, Trajectory
@@ -113,7 +113,7 @@ def estimate_samples(trajectories: Iterable[Trajectory], n: int, verdict: Verdic
         if t.correct is not None and (queries := _queries(t, verdict)):
             tasks[t.task_key, seen[t.task_key, t.sample]].append((t.sample, queries))
             seen[t.task_key, t.sample] += 1
-    groups = [[queries for _, queries in sorted(some, key=lambda pair: pair[0])] for _, some in sorted(tasks.items())]
+    groups = [[queries for _, queries in sorted(some, key=lambda pair: pair[0])] for some in tasks.values()]
     turns = max((len(queries) for group in groups for queries in group), default=0)
     return Samples(
         n=n,
@@ -151,5 +151,5 @@ def _estimates(groups: Sequence[Sequence[Query]], n: int) -> dict[str, Estimate]
 
 
 def _mean(values: Sequence[float]) -> Estimate:
-    low, high = bootstrap(values)
-    return Estimate(value=sum(values) / len(values), low=low, high=high, tasks=len(values))
+    low, high = bootstrap(sorted(values))  # in whatever order the tasks came
+    return Estimate(value=fsum(values) / len(values), low=low, high=high, tasks=len(values))

@@ -245,6 +245,15 @@ def test_samples_that_cannot_be_drawn_are_refused(data, monkeypatch, options, me
     assert str(refused.value).startswith(message) and not folder(data).root.exists()
 
 
+def test_the_reward_for_running_does_not_look_at_the_question(data):
+    tasks = DataSet(data).load("dev")[:4]  # answered by SELECT 0, right, SELECT 0, right
+    broken = tasks[3].model_copy(update={"question": "3: SELECT nothing"})
+    write_split(data, "dev", [*tasks[:3], broken])
+    summary = run(data, Oracle(), max_turns=1, reward="runs")
+    assert (summary.score.ex, summary.reward, summary.failed) == (1 / 4, 3 / 4, 0)
+    assert {t.task_id: t.reward for t in folder(data).trajectories()} == {"0": 1.0, "1": 1.0, "2": 1.0, "3": 0.0}
+
+
 def test_rollouts_of_another_data_set_are_not_continued(data):
     with pytest.raises(KeyboardInterrupt):
         run(data, Oracle(stop_after=7), concurrency=2)

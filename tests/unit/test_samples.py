@@ -91,7 +91,7 @@ def test_estimates_of_known_rollouts() -> None:
     }  # fmt: skip
     assert [e.tasks for e in found.by_turn[0].values()] == [3, 3, 3, 2, 3, 3]
     estimate = found.by_turn[0]["avg@4"]
-    assert (estimate.low, estimate.high) == bootstrap([1 / 2, 1 / 4, 0])
+    assert (estimate.low, estimate.high) == bootstrap([0, 1 / 4, 1 / 2])
     assert estimate.low < estimate.value < estimate.high
 
 
@@ -144,6 +144,8 @@ def test_intervals_of_several_rollouts_a_task_do_not_count_them_as_tasks() -> No
     assert (score.n, score.ex) == (160, 0.5)
     assert (score.low, score.high) == bootstrap([0.0] * 10 + [1.0] * 10)
     assert summarise(reversed(eight)).score == score
+    average = estimate_samples(eight, 8, never).by_turn[0]["avg@8"]
+    assert (average.value, average.low, average.high) == (score.ex, score.low, score.high)
     assert score.high - score.low == pytest.approx(summarise(one).score.high - summarise(one).score.low, abs=0.05)
 
 
