@@ -118,19 +118,19 @@ def error_table(summary: Summary) -> pd.DataFrame:
 
 def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataFrame:
     """Tasks whose verdict changed between two evaluations, gained ones first."""
-    old = {t.task_key: t for t in before}
+    old = {(t.task_key, t.sample): t for t in before}
+    pairs = [(old[t.task_key, t.sample], t) for t in after if (t.task_key, t.sample) in old]
     rows = [
         {
             "change": "gained" if new.correct else "lost",
             "hardness": new.hardness,
             "question": new.question,
-            "before": old[new.task_key].pred,
+            "before": first.pred,
             "after": new.pred,
             "gold": new.gold,
         }
-        for new in after
-        if new.task_key in old and None not in (new.correct, old[new.task_key].correct)
-        if new.correct != old[new.task_key].correct
+        for first, new in pairs
+        if None not in (first.correct, new.correct) and first.correct != new.correct
     ]
     frame = pd.DataFrame(rows, columns=["change", "hardness", "question", "before", "after", "gold"])
     return frame.sort_values(["change", "question"], ignore_index=True)

@@ -14,7 +14,8 @@ interval that resamples tasks: rollouts of one task are not independent. Failed 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
 from math import comb, fsum
 from typing import NamedTuple
 
@@ -53,8 +54,8 @@ class Query(NamedTuple):
     """What is known of one query."""
 
     right: bool
-    result: Hashable
-    """Equal for equal results; None where the query did not run."""
+    result: bytes | None
+    """See `result_of`."""
 
 
 Verdict = Callable[[Trajectory, str], bool | None]
@@ -69,15 +70,23 @@ def standing(record: Trajectory) -> list[Execution]:
     return [*record.executions[:-1], answer]
 
 
-def result_of(execution: Execution) -> Hashable:
-    """Return a value that is equal for equal results, whatever the names of the columns and the order of the rows.
+def result_of(execution: Execution) -> bytes | None:
+    """Return a digest that is equal for equal results, whatever the names of the columns and the order of the rows.
 
-    Only the rows on record are compared, the first 20, and how many there are.
+    Only the rows on record are compared, the first 20, and how many there are. None: it did not run.
     """
     if not execution.answered:
         return None
-    rows = Counter(tuple(float(f"{v:.9g}") if isinstance(v, float) else v for v in row) for row in execution.rows)
-    return execution.n_rows, len(execution.columns), frozenset(rows.items())
+    rows = sorted([_text(value) for value in row] for row in execution.rows)
+    return sha256(repr((execution.n_rows, len(execution.columns), rows)).encode()).digest()
+
+
+def _text(value: str | int | float | None) -> str:
+    """A cell as a text that is equal for equal numbers, also where a sum differs in its last bits."""
+    if isinstance(value, float):
+        near = value if value.is_integer() else float(f"{value:.9g}")
+        value = int(near) if near.is_integer() else near
+    return repr(value)
 
 
 def pass_at(k: int, n: int, right: int) -> float:

@@ -228,7 +228,7 @@ def prepare(folder: Path, base: Any) -> None:
         for one in records:
             rewards = [one.reward] * len(one.transitions)
             outputs = [] if one.failed else loop._outputs(one, rewards, steps, config.sqlbench.trained_agents)
-            task = Task(task_id=one.task_id, db_id="d", question="q", gold="g")
+            task = Task(task_id=one.task_id, db_id="d", question="q", gold="g", split="train")
             row = {"uid": f"{one.task_key}_x", "session_id": one.sample, "data_source": "", "reward_model": {}}
             row["extra_info"] = {"task": task.model_dump_json()}
             await worker._agent_loop_postprocess(outputs, False, global_steps=STEP, **row)

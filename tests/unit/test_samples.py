@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from sqlbench.agent.trajectory import OVERLONG, Execution, Trajectory
-from sqlbench.display import sample_table
+from sqlbench.display import flips, sample_table
 from sqlbench.evaluation import Summary, summarise
 from sqlbench.samples import Query, Samples, estimate_samples, first_ran, majority, pass_at, result_of, standing
 from sqlbench.statistics import bootstrap
@@ -49,7 +49,7 @@ def test_pass_at_k_is_not_biased_as_the_power_of_the_share_of_wrong_ones_is() ->
 
 
 def test_votes_are_by_result_and_ties_go_to_the_first() -> None:
-    a, b, c = (Query(right, result) for right, result in ((True, "a"), (False, "b"), (False, None)))
+    a, b, c = (Query(right, result) for right, result in ((True, b"a"), (False, b"b"), (False, None)))
     assert majority([b, a, a]) == a
     assert majority([b, a]) == b and majority([a, b, b, a]) == a
     assert majority([c, c, c, a]) == a  # however many failed
@@ -66,7 +66,9 @@ def test_results_are_equal_whatever_the_order_of_rows_and_the_names_of_columns()
     assert base != result_of(shown([[1, "a"], [1, "a"], [2, "b"]], 3))  # how often a row comes counts
     assert base != result_of(shown([[1, "a"], [2, "b"]], 50))
     assert base != result_of(shown([["1", "a"], [2, "b"]], 2))
-    assert result_of(ran(0.1 + 0.2)) == result_of(ran(0.3))
+    assert result_of(ran(0.1 + 0.2)) == result_of(ran(0.3)) and result_of(ran(2.9999999999)) == result_of(ran(3))
+    assert result_of(ran(12345678901.0)) == result_of(ran(12345678901)) != result_of(ran(12345678902))
+    assert result_of(ran(-1)) != result_of(ran(-2)) and result_of(ran(None)) != result_of(ran("None"))
     assert result_of(shown([], 0)) is not None and result_of(shown([], 0)) != result_of(shown([], 0, "x"))
     assert result_of(FAILED) is None and result_of(shown([], 0, status="too_large")) is None
 
@@ -169,3 +171,10 @@ def test_the_table_has_a_row_a_turn_and_the_calls_of_the_whole() -> None:
     assert "2 rollouts a task, 95% intervals over tasks:\nafter turn 1: avg@2 0.0%" in summary.text()
     assert "after turn 2: avg@2 50.0% (50.0% to 50.0%), pass@1 50.0%" in summary.text()
     assert sample_table({}).empty
+
+
+def test_changed_verdicts_are_those_of_the_same_sample() -> None:
+    before = [rollout("a", 0, False, ran(1, "old 0")), rollout("a", 1, True, ran(1, "old 1"))]
+    after = [rollout("a", 1, True, ran(1, "new 1")), rollout("a", 0, True, ran(1, "new 0"))]
+    found = flips(before, after)
+    assert found[["change", "before", "after"]].values.tolist() == [["gained", "old 0", "new 0"]]
