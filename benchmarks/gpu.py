@@ -101,7 +101,7 @@ MEASUREMENTS = {
             *SPEED_ONLY,
             "data.max_response_length=64",  # the published mean response of this model grew from 38 to 63 tokens
             f"{ROLLOUT}.ignore_eos=true",
-            "sqlbench.random_reward=true",
+            "sqlbench.control=coin",
             "sqlbench.stop_repetition=null",
             "sqlbench.drop_useless_groups=false",
             "actor_rollout_ref.actor.checkpoint.save_contents=[hf_model]",

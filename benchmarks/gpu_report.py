@@ -62,7 +62,8 @@ class Run:
     def settings(self) -> str:
         """How it was trained, where runs differ: what is not usual is named."""
         ours = self.config["sqlbench"]
-        usual = {"sampling": "uniform", "credit": "rollout", "max_turns": 3, "random_reward": False}
+        usual = {"sampling": "uniform", "credit": "rollout", "max_turns": 3, "control": None}
+        usual |= {"random_reward": False}  # the older name
         words = [ours["trained_agents"], f"lr {self.config['actor_rollout_ref']['actor']['optim']['lr']:g}"]
         words += [f"{key} {ours[key]}" for key, value in usual.items() if ours.get(key, value) != value]
         return ", ".join(words)

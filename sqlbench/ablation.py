@@ -255,7 +255,7 @@ def train_cell(cell: Cell, bench: Bench, grid: Grid, *, dry_run: bool = False) -
         [*(f"{key}={value}" for key, value in settings.items()), *grid.overrides],
         results=bench.results,
         recipe=grid.recipe,
-        random_reward=cell.random_reward,
+        control=cell.control,
         dry_run=dry_run,
     )
 

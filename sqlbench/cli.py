@@ -52,7 +52,7 @@ Model = Annotated[
     str, typer.Option(help="nano, a checkpoint or run folder, openai:NAME, or module:attribute of your own.")
 ]
 Agent = Annotated[str, typer.Option(help="self-correcting, resampling, published, or module:attribute of your own.")]
-Reward = Annotated[str, typer.Option(help="execution-match, or module:attribute of your own.")]
+Reward = Annotated[str, typer.Option(help="execution-match, runs (a control), or module:attribute of your own.")]
 QueryTimeout = Annotated[
     float, typer.Option(min=0.01, max=LONGEST_QUERY, help="Seconds a query may take, gold or not.")
 ]
@@ -143,6 +143,10 @@ def eval_(
     strict: Annotated[bool, typer.Option(help="Close the reference evaluator's holes.")] = True,
     query_timeout: QueryTimeout = 5.0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Rollouts a task, for avg@n, pass@k, majority and best of n.")
+    ] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of a local model's samples; 0 by default.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.01, help="Seconds a call to an endpoint may take.")] = None,
     request: Request = None,
@@ -173,6 +177,8 @@ def eval_(
         strict=strict,
         query_timeout=query_timeout,
         temperature=temperature,
+        samples=samples,
+        seed=seed,
         max_tokens=max_tokens,
         timeout=timeout,
         prompts=prompts,
@@ -198,7 +204,10 @@ def train(
     results: Results = RESULTS,
     seed: Annotated[int | None, typer.Option(help="Short for sqlbench.seed=N.")] = None,
     query_timeout: Annotated[float | None, typer.Option(help="Short for sqlbench.query_timeout=SECONDS.")] = None,
-    random_reward: Annotated[bool, typer.Option("--random-reward", help="Control: coin flips as rewards.")] = False,
+    control: Annotated[
+        str | None,
+        typer.Option(help="Rewards to learn nothing from: coin flips, or permuted within each task's rollouts."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what it needs.")] = False,
     track: Track = None,
     overwrite: Overwrite = False,
@@ -216,7 +225,7 @@ def train(
         given,
         results=results,
         recipe=recipe,
-        random_reward=random_reward,
+        control=control,
         overwrite=overwrite,
         dry_run=dry_run,
         track=track,

@@ -52,6 +52,10 @@ class EvalConfig(Settings):
     weights: str | None = None
     """Checksum of a local model's weights."""
     temperature: float = 0.0
+    samples: int = Field(1, ge=1)
+    """Rollouts a task."""
+    seed: int | None = None
+    """Of the samples of a local model; None is the model's own."""
     max_tokens: int | None = None
     """Tokens of an answer at most; None is the model's own default."""
     request: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from sqlbench.data.tasks import open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.reward import score
 from sqlbench.runs import RunFolder
+from sqlbench.samples import standing
 from sqlbench.statistics import mcnemar, paired_bootstrap
 from sqlbench.tables import load_results
 
@@ -88,15 +89,15 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
         right = {turn: match == 1 for turn, match in verdicts.items()}
         ran = {e.turn: e.status == "ok" for e in record.executions}
         first.append(right[record.executions[0].turn])
-        final = next((e for e in reversed(record.executions) if e.sql == record.pred), record.executions[-1])
-        last.append(right[final.turn])
+        stood = [right[e.turn] for e in standing(record)]
+        last.append(stood[-1])
         checks += [
             (not parse_verdict(t.completion.text), right[t.turn], ran[t.turn])
             for t in record.transitions
             if t.agent == "check"
         ]
         steps += [(right[a.turn], right[b.turn]) for a, b in pairwise(record.executions)]
-        stands.append([*([right[e.turn] for e in record.executions][:-1]), right[final.turn]])
+        stands.append(stood)
         same = repeated(record.transitions, record.executions)
         again += [x for t, x in zip(record.transitions, same, strict=True) if t.agent == "rewrite"]
         calls += len(record.transitions)

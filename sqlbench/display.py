@@ -92,6 +92,22 @@ def score_table(scores: Mapping[str, Score], name: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[name, "tasks", "EX (%)", "95% CI"]).round(1)
 
 
+def sample_table(summaries: Mapping[str, Summary]) -> pd.DataFrame:
+    """What several rollouts a task give after each turn, in percent with intervals, and the model calls they cost.
+
+    Args:
+        summaries: evaluations by name; those with one rollout a task are left out.
+    """
+    rows = []
+    for name, summary in summaries.items():
+        for turn, estimates in enumerate(summary.samples.by_turn if summary.samples else (), 1):
+            shown = {k: f"{100 * e.value:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})" for k, e in estimates.items()}
+            rows.append({"run": name, "turn": turn} | shown)
+        if summary.samples and summary.transitions is not None:  # the answers are those after the last turn
+            rows[-1]["calls a task"] = round(summary.samples.n * summary.transitions, 1)
+    return pd.DataFrame(rows).fillna("")
+
+
 def error_table(summary: Summary) -> pd.DataFrame:
     """Why rollouts scored nothing, and which executed statements failed."""
     rows = [("verdict", k, n) for k, n in summary.reasons.items()]
@@ -102,19 +118,19 @@ def error_table(summary: Summary) -> pd.DataFrame:
 
 def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataFrame:
     """Tasks whose verdict changed between two evaluations, gained ones first."""
-    old = {t.task_key: t for t in before}
+    old = {(t.task_key, t.sample): t for t in before}
+    pairs = [(old[t.task_key, t.sample], t) for t in after if (t.task_key, t.sample) in old]
     rows = [
         {
             "change": "gained" if new.correct else "lost",
             "hardness": new.hardness,
             "question": new.question,
-            "before": old[new.task_key].pred,
+            "before": first.pred,
             "after": new.pred,
             "gold": new.gold,
         }
-        for new in after
-        if new.task_key in old and None not in (new.correct, old[new.task_key].correct)
-        if new.correct != old[new.task_key].correct
+        for first, new in pairs
+        if None not in (first.correct, new.correct) and first.correct != new.correct
     ]
     frame = pd.DataFrame(rows, columns=["change", "hardness", "question", "before", "after", "gold"])
     return frame.sort_values(["change", "question"], ignore_index=True)

@@ -4,6 +4,9 @@ Rollouts are written as they finish; a run that was interrupted goes on where it
 and not by row number. Failed rollouts and tasks that cannot be scored are counted and left out of the accuracy; an
 evaluation that is repeated runs its failed rollouts again, a finished one too. Where every rollout fails (a dead
 endpoint), the evaluation stops instead of failing a thousand times. Of a rollout only a few numbers stay in memory.
+
+Of several rollouts a task, each sample draws from a seed of its own, so that an interrupted run ends with the same
+rollouts as one that was not. Sample 0 is the rollout that an evaluation with one rollout a task makes.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import Field
@@ -29,10 +34,12 @@ from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, ModelError, RunError
 from sqlbench.interfaces import Agent, Dataset, Model, Reward, is_plugin, load_plugin
 from sqlbench.models import open_model
+from sqlbench.reward import score
 from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, RunFolder, run_path
+from sqlbench.samples import Samples, Verdict, estimate_samples
 from sqlbench.sqltree import HARDNESS, component_match, error_class
-from sqlbench.statistics import wilson
+from sqlbench.statistics import bootstrap, wilson
 
 STOP_AFTER = 8
 """So many rollouts failing one after another in the same words end an evaluation, three times as many in any words."""
@@ -47,7 +54,7 @@ class Score(Record):
     ex: float | None
     """Share of the scored rollouts; None where there are none."""
     low: float | None
-    """Lower end of the 95% Wilson interval."""
+    """Lower end of the 95% interval: Wilson's; with several rollouts a task, a bootstrap over tasks."""
     high: float | None
 
 
@@ -71,6 +78,10 @@ class Summary(Record):
     rollouts: int
     """All rollouts: scored, failed, and those whose task could not be scored after all."""
     score: Score
+    score_with_failed: Score | None = None
+    """The same with failed rollouts counted as wrong."""
+    samples: Samples | None = None
+    """What several rollouts a task give together."""
     reward: float | None = None
     """Mean reward, of the rollouts that have one; the same as `Score.ex` where the reward is execution match."""
     by_hardness: dict[str, Score]
@@ -103,10 +114,9 @@ class Summary(Record):
 
     def text(self) -> str:
         """The headline, for the command line."""
-        if self.score.ex is None or self.score.low is None or self.score.high is None:
-            ex = "EX -"
-        else:
-            ex = f"EX {self.score.ex:.1%} (95% {self.score.low:.1%} to {self.score.high:.1%}, n={self.score.n})"
+        ex = f"EX {_percent(self.score)}"
+        if self.failed and self.score_with_failed is not None:
+            ex += f", with failed rollouts as wrong {_percent(self.score_with_failed)}"
         if self.reward is not None and self.reward != self.score.ex:
             ex += f", mean reward {self.reward:.3f}"
         levels = ", ".join(f"{k} {v.ex:.1%}" for k, v in self.by_hardness.items() if v.ex is not None)
@@ -118,6 +128,7 @@ class Summary(Record):
             f"per rollout: {_number(self.transitions)} transitions, {_number(self.turns)} turns; "
             f"per transition: {_number(calls.prompt)} prompt and {_number(calls.response)} response tokens"
             + "".join(f"\nsent to the endpoint: {fields} ({_answers(count)})" for fields, count in self.sent.items())
+            + (self.samples.text() if self.samples else "")
         )
 
 
@@ -138,6 +149,8 @@ def evaluate(
     strict: bool = True,
     query_timeout: float = 5.0,
     temperature: float = 0.0,
+    samples: int = 1,
+    seed: int | None = None,
     max_tokens: int | None = None,
     timeout: float | None = None,
     prompts: str | Prompts | None = None,
@@ -167,6 +180,8 @@ def evaluate(
         strict: close the reference evaluator's holes.
         query_timeout: seconds that a query may take, the agent's and the gold one alike.
         temperature: 0 is greedy.
+        samples: rollouts a task.
+        seed: of a local model's samples; None is the model's own, which is 0 for one given by name.
         max_tokens: tokens of an answer at most; None is the model's own default.
         timeout: seconds one call to an endpoint may take.
         prompts: a prompt family or edited components; None is the model's own family.
@@ -176,7 +191,7 @@ def evaluate(
 
     Raises:
         DataError: no such data set or split.
-        ModelError: no such model, or it cannot be reached.
+        ModelError: no such model, it cannot be reached, or it cannot sample as asked.
         PluginError: a ``module:attribute`` cannot be loaded.
         RunError: the run folder cannot be written, is in use, finished, or belongs to other settings.
     """
@@ -198,6 +213,8 @@ def evaluate(
         model=name,
         weights=_weights(model),
         temperature=temperature,
+        samples=samples,
+        seed=seed,
         max_tokens=max_tokens,
         request=getattr(model, "request", {}),
         rollout=RolloutConfig(
@@ -213,13 +230,14 @@ def evaluate(
         agent=agent,
         reward=reward,
     )
+    models = _samplers(model, samples, seed)
     parts = load_plugin("agent", agent), load_plugin("reward", reward)
     concurrency = concurrency or (16 if name.startswith("openai:") else 128)
     started = time.perf_counter()
     with folder.open(config, overwrite=overwrite):
-        left = _not_yet_run(chosen, folder)
-        work = dataset, model, prompts, config.rollout, *parts
-        run_sync(lambda: _run(left, work, folder, concurrency, len(chosen)))
+        left = _not_yet_run(chosen, samples, folder)
+        work = dataset, models, prompts, config.rollout, *parts
+        run_sync(lambda: _run(left, work, folder, concurrency, samples * len(chosen)))
         summary = summarise(
             folder.trajectories(),
             tasks,
@@ -228,6 +246,9 @@ def evaluate(
             split=split,
             seconds=time.perf_counter() - started,
         )
+        if samples > 1:
+            found = estimate_samples(folder.trajectories(), samples, _verdicts(dataset, config.rollout))
+            summary = summary.model_copy(update={"samples": found})
         folder.finish(summary)
     return summary
 
@@ -244,6 +265,7 @@ def summarise(
     """The summary of some rollouts; `tasks` adds the phrasing families and the count of unscorable tasks."""
     phrasing = {task.key: task.phrasing for task in tasks}
     rows: list[_Row] = []
+    lost: list[_Row] = []
     calls: dict[str, list[_Call]] = defaultdict(list)
     parts: dict[str, list[float]] = defaultdict(list)
     failures, reasons, query_errors = Counter[str](), Counter[str](), Counter[str]()
@@ -254,11 +276,14 @@ def summarise(
             sent.update([] if done.sent is None else [", ".join(f"{k}={v!r}" for k, v in sorted(done.sent.items()))])
         if t.failed:
             failures[_failure_class(t.error or "")] += 1
+            lost.append(_Row(None, False, t.task_key, t.sample, t.hardness, t.db_id, "", 0, 0, 0.0))
             continue
         rows.append(
             _Row(
                 t.reward,
                 t.correct,
+                t.task_key,
+                t.sample,
                 t.hardness,
                 t.db_id,
                 phrasing.get(t.task_key, ""),
@@ -286,6 +311,7 @@ def summarise(
         split=split,
         rollouts=len(rows) + failed,
         score=_score(scored),
+        score_with_failed=_score([*scored, *lost]),
         reward=_mean([row.reward for row in rows]),
         by_hardness=_scores(scored, lambda row: row.hardness, HARDNESS),
         by_database=_scores(scored, lambda row: row.db_id),
@@ -311,6 +337,8 @@ class _Row(NamedTuple):
 
     reward: float | None
     correct: bool | None
+    task: str
+    sample: int
     hardness: str
     db_id: str
     phrasing: str
@@ -353,26 +381,26 @@ def run_sync(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
 
 
 async def _run(
-    tasks: list[Task],
-    work: tuple[Dataset, Model, Prompts, RolloutConfig, Agent, Reward],
+    left: list[tuple[Task, int]],
+    work: tuple[Dataset, list[Model], Prompts, RolloutConfig, Agent, Reward],
     folder: RunFolder,
     concurrency: int,
     total: int,
 ) -> None:
-    dataset, model, prompts, config, agent, reward = work
-    queue = iter(tasks)
+    dataset, models, prompts, config, agent, reward = work
+    queue = iter(left)
     recent: deque[str] = deque(maxlen=3 * STOP_AFTER)
     scored: list[bool] = []
 
     async def worker() -> None:
-        for task in queue:
+        for task, sample in queue:
             try:
                 database = cached_database(dataset.database(task.db_id), config.limits)
             except Exception as error:
                 record = failed_rollout(task, "database", error)
             else:
-                record = await rollout(task, database, model, prompts, config, agent=agent, reward=reward)
-            folder.append(TRAJECTORIES, record)
+                record = await rollout(task, database, models[sample], prompts, config, agent=agent, reward=reward)
+            folder.append(TRAJECTORIES, record.model_copy(update={"sample": sample}))
             recent.append(record.error or "")
             if record.correct is not None:
                 scored.append(record.correct)
@@ -386,10 +414,10 @@ async def _run(
                     "command goes on from there)"
                 )
 
-    with tqdm(total=total, initial=total - len(tasks), desc="rollouts", unit="rollout", mininterval=0.5) as bar:
+    with tqdm(total=total, initial=total - len(left), desc="rollouts", unit="rollout", mininterval=0.5) as bar:
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(concurrency, len(tasks))):
+                for _ in range(min(concurrency, len(left))):
                     group.create_task(worker())
         except BaseExceptionGroup as problems:
             raise problems.exceptions[0] from None
@@ -400,18 +428,52 @@ async def _run(
         )
 
 
-def _not_yet_run(tasks: list[Task], folder: RunFolder) -> list[Task]:
-    """The tasks without a good rollout in the folder; failed rollouts are taken out of it.
+def _samplers(model: Model, samples: int, seed: int | None) -> list[Model]:
+    """The model of each sample; a model that cannot be seeded draws as it does by itself.
+
+    Raises:
+        ModelError: samples at temperature 0, or a seed for a model without any.
+    """
+    own = getattr(model, "seeded", None)
+    if seed is not None and own is None:
+        raise ModelError(f"Cannot seed {model.name}: only a local model's samples repeat. Leave out --seed.")
+    if samples == 1:
+        return [model if seed is None or own is None else own(seed)]
+    if getattr(model, "request", {}).get("temperature", getattr(model, "temperature", None)) == 0:
+        raise ModelError(
+            f"Cannot draw {samples} samples at temperature 0: all are alike. Give a --temperature above 0."
+        )
+    if own is None:
+        return [model] * samples
+    base = getattr(model, "seed", 0) if seed is None else seed
+    return [own(base), *(own(Random(f"{base} {sample}").getrandbits(63)) for sample in range(1, samples))]
+
+
+def _verdicts(dataset: Dataset, config: RolloutConfig) -> Verdict:
+    """Judge queries as the rollouts' answers were, each once."""
+
+    @cache
+    def judge(db_id: str, gold: str, sql: str) -> bool | None:
+        match = score(gold, sql, cached_database(dataset.database(db_id), config.limits), strict=config.strict).match
+        return None if match is None else match == 1
+
+    return lambda record, sql: judge(record.db_id, record.gold, sql)
+
+
+def _not_yet_run(tasks: list[Task], samples: int, folder: RunFolder) -> list[tuple[Task, int]]:
+    """The samples of tasks without a good rollout in the folder; failed rollouts are taken out of it.
+
+    All tasks come once before one comes again: what breaks one task's rollouts does not look like a dead model.
 
     Raises:
         RunError: it has rollouts of tasks that are not among these.
     """
-    have: Counter[str] = Counter()
+    have: Counter[tuple[str, int]] = Counter()
     failed = 0
     for t in folder.trajectories():
         failed += t.failed
-        have[t.task_key] += not t.failed
-    if strange := (+have).keys() - {task.key for task in tasks}:
+        have[t.task_key, t.sample] += not t.failed
+    if strange := {key for key, _ in +have} - {task.key for task in tasks}:
         raise RunError(
             f"the run {folder.root} has rollouts of {len(strange)} tasks that the split does not have, so the data set "
             "was changed; choose another name, or ask to overwrite it"
@@ -419,11 +481,12 @@ def _not_yet_run(tasks: list[Task], folder: RunFolder) -> list[Task]:
     if failed:
         folder.rewrite(TRAJECTORIES, (t for t in folder.trajectories() if not t.failed))
     left = []
-    for task in tasks:
-        if have[task.key]:
-            have[task.key] -= 1
-        else:
-            left.append(task)
+    for sample in range(samples):
+        for task in tasks:
+            if have[task.key, sample]:
+                have[task.key, sample] -= 1
+            else:
+                left.append((task, sample))
     return left
 
 
@@ -445,10 +508,16 @@ def _name(data: str | Path) -> str:
 
 
 def _score(scored: Sequence[_Row]) -> Score:
-    n, correct = len(scored), sum(t.correct is True for t in scored)
+    n, correct = len(scored), sum(row.correct is True for row in scored)
     if not n:
         return Score(n=0, correct=0, ex=None, low=None, high=None)
-    low, high = wilson(correct, n)
+    if any(row.sample for row in scored):  # rollouts of one task are not independent
+        tasks: dict[str, list[bool]] = defaultdict(list)
+        for row in scored:
+            tasks[row.task].append(row.correct is True)
+        low, high = bootstrap(sorted(sum(some) / len(some) for some in tasks.values()))
+    else:
+        low, high = wilson(correct, n)
     return Score(n=n, correct=correct, ex=correct / n, low=low, high=high)
 
 
@@ -468,6 +537,12 @@ def _tokens(calls: Sequence[_Call]) -> Tokens:
         response=_mean([call.response for call in calls]),
         cut=sum(call.cut for call in calls),
     )
+
+
+def _percent(score: Score) -> str:
+    if score.ex is None or score.low is None or score.high is None:
+        return "-"
+    return f"{score.ex:.1%} (95% {score.low:.1%} to {score.high:.1%}, n={score.n})"
 
 
 def _failure_class(error: str) -> str:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from sqlbench.config import RolloutConfig, Settings
 
 AGENTS, AGENTS_CHECK = "write|rewrite", "write|rewrite|check"
+
+
+_CONTROLS = {"coin": "random reward", "permuted": "permuted reward"}
 
 
 class Cell(Settings):
@@ -21,11 +27,20 @@ class Cell(Settings):
     """Regular expression over sub-agent names: which transitions are trained on and counted."""
     model: str = "nano"
     seed: int = 1
-    random_reward: bool = False
-    """Control: rewards drawn by coin, so nothing can be learned from them."""
+    control: Literal["coin", "permuted"] | None = None
+    """Rewards from which nothing can be learned (`sqlbench.training.credit.CONTROLS`)."""
     credit: str = "rollout"
     """What a transition is rewarded for, one of `sqlbench.training.credit.CREDITS`."""
     steps: int = 40
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        """Read cells that were stored when the coin was the only control."""
+        if not isinstance(given, dict) or "random_reward" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "random_reward"}
+        return rest | {"control": "coin" if given["random_reward"] else None}
 
     @property
     def name(self) -> str:
@@ -34,7 +49,7 @@ class Cell(Settings):
         parts += [] if self.model == "nano" else [slug(self.model)]
         parts += [] if self.steps == 40 else [f"{self.steps}steps"]
         parts += [] if self.seed == 1 else [f"seed{self.seed}"]
-        parts += ["random-reward"] if self.random_reward else []
+        parts += [_CONTROLS[self.control].replace(" ", "-")] if self.control else []
         parts += {"rollout": [], "transition": ["credit"]}.get(self.credit, [self.credit])
         return "_".join(parts)
 
@@ -42,7 +57,7 @@ class Cell(Settings):
     def label(self) -> str:
         """Model column of the tables."""
         model = "nano" if self.model == "nano" else re.sub(r"-[\d.]+B.*", "", self.model.split("/")[-1])
-        notes = [f"seed {self.seed}"] * (self.seed != 1) + ["random reward"] * self.random_reward
+        notes = [f"seed {self.seed}"] * (self.seed != 1) + ([_CONTROLS[self.control]] if self.control else [])
         notes += self._credit
         return f"{model} ({', '.join(notes)})" if notes else model
 
@@ -52,7 +67,7 @@ class Cell(Settings):
         words = [] if self.model == "nano" else [self.model.split("/")[-1]]
         words += [f"{self.turns} turn{'s' * (self.turns > 1)}", f"context {self.context}", self.agents]
         words += [] if self.steps == 40 else [f"{self.steps} step{'s' * (self.steps > 1)}"]
-        words += ["random reward"] if self.random_reward else []
+        words += [_CONTROLS[self.control]] if self.control else []
         return ", ".join([*words, *self._credit])
 
     @property
@@ -133,7 +148,7 @@ GRIDS: dict[str, Grid] = {
             *_factorial(LAPTOP_CONTEXTS),
             Cell(seed=2),
             Cell(seed=3),
-            Cell(random_reward=True),
+            Cell(control="coin"),
         )
     ),
     "seed": Grid(

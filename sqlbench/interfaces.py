@@ -40,7 +40,8 @@ class Model(Protocol):
         """Answer one prompt. An exception makes the rollout a failed one.
 
         A method with a third parameter, ``temperature: float | None = None``, can be asked for another answer to the
-        same prompt: at that temperature instead of its own. Without it the built-in agents do not sample again.
+        same prompt: at that temperature instead of its own. Without it the built-in agents do not sample again. A model
+        with a method ``seeded(seed: int)`` that returns itself sampling from that seed gives samples that repeat.
 
         Args:
             messages: the prompt.
@@ -107,7 +108,7 @@ class Agent(Protocol):
 
 
 class Reward(Protocol):
-    """Judges a finished rollout: ``execution-match``, or your own."""
+    """Judges a finished rollout: ``execution-match``, ``runs``, or your own."""
 
     def __call__(self, task: Task, context: RolloutContext) -> float | Awaitable[float | None] | None:
         """Return a number from 0 to 1, or None where the task cannot be scored; a function may be ``async``.
@@ -140,7 +141,7 @@ BUILT_IN = {
         "published": "sqlbench.agent.published:PublishedAgent",
         "resampling": "sqlbench.agent.resampling:ResamplingAgent",
     },
-    "reward": {"execution-match": "sqlbench.reward:execution_match"},
+    "reward": {"execution-match": "sqlbench.reward:execution_match", "runs": "sqlbench.reward:runs"},
     "trainer": {"verl": "sqlbench.training.launch:VerlTrainer"},
 }
 """Names that sqlbench ships. Models, databases and data sets are also named by paths and addresses."""

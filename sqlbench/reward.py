@@ -117,6 +117,11 @@ async def execution_match(task: Task, context: RolloutContext) -> int | None:
     return (await ascore(task.gold, context.sql or "", context.database, strict=context.config.strict)).match
 
 
+def runs(task: Task, context: RolloutContext) -> float:
+    """Return 1 where the final query of a rollout ran, else 0: a control that does not look at the question."""
+    return float(next((e.answered for e in reversed(context.executions) if e.sql == context.sql), False))
+
+
 def _score(gold: str, pred: str, database: Database, rules: Strictness, keep_distinct: bool, limits: Limits) -> Verdict:
     answer = _gold_answer(gold, database, rules, keep_distinct, limits)
     if answer.problem:

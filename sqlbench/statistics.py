@@ -20,15 +20,19 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 def paired_bootstrap(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """95% interval of the mean difference ``b - a`` over the same tasks, by resampling tasks from a fixed seed."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
     _check(a, b)
-    differences = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
-    if np.ptp(differences) == 0:  # nothing to resample
-        return float(differences[0]), float(differences[0])
-    interval = bootstrap(
-        (differences,),
+    return bootstrap([y - x for x, y in zip(a, b, strict=True)])
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of one number a task, by resampling tasks from a fixed seed."""
+    import numpy as np
+    from scipy import stats
+
+    if min(values) == max(values):  # nothing to resample
+        return float(values[0]), float(values[0])
+    interval = stats.bootstrap(
+        (np.asarray(values, dtype=float),),
         np.mean,
         confidence_level=0.95,
         n_resamples=5000,

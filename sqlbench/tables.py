@@ -136,8 +136,8 @@ def load_results(folder: Path | str) -> list[CellResult]:
             raise DataError(f"cannot read {path}: {error}; delete it and run the cell again") from error
     if not found:
         raise DataError(f"no trained cell in {folder}; run notebook 03_grpo_training or 'sqlbench ablate' first")
-    order = attrgetter("random_reward", "model", "context", "turns", "agents", "steps", "seed")
-    return sorted(found, key=lambda result: order(result.cell))
+    order = attrgetter("model", "context", "turns", "agents", "steps", "seed")
+    return sorted(found, key=lambda result: (result.cell.control or "", *order(result.cell)))
 
 
 def training_runs(folder: Path | str) -> dict[str, list[Path]]:
@@ -221,7 +221,7 @@ def accuracy_rows(results: Sequence[CellResult]) -> pd.DataFrame:
 def headline(results: Sequence[CellResult]) -> str:
     """One line on the main cell: the one nearest to the headline experiment that was trained longest."""
     main = max(
-        results, key=lambda r: (not r.cell.random_reward, r.cell.title == Cell().title, r.cell.steps, -r.cell.seed)
+        results, key=lambda r: (r.cell.control is None, r.cell.title == Cell().title, r.cell.steps, -r.cell.seed)
     )
     initial, final = main.initial, main.final
     return (
@@ -413,9 +413,10 @@ def _seeds(results: Sequence[CellResult]) -> list[str]:
 def _control(results: Sequence[CellResult], gains: dict[str, Difference]) -> list[str]:
     lines = []
     for r in results:
-        if r.cell.random_reward:
+        if r.cell.control:
             gain = gains[r.cell.name]
             rose = gain.clear and gain.points > 0
             says = "**rises: the pipeline leaks, trust nothing above**" if rose else "does not rise, as it must not"
-            lines.append(f"- With rewards drawn by coin the policy {says}: {gain}.")
+            drawn = {"coin": "drawn by coin", "permuted": "permuted within each task"}[r.cell.control]
+            lines.append(f"- With rewards {drawn} the policy {says}: {gain}.")
     return ["", "**Control.**", *lines] if lines else []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import hashlib
 import time
 from collections import Counter
@@ -106,6 +107,12 @@ class LocalChatModel:
         self.batched = BatchedEngine(engine, max_batch)
         self.seed = seed
         self._asked = Counter[bytes]()
+
+    def seeded(self, seed: int) -> LocalChatModel:
+        """Return the same weights as a model that samples from another seed, as if it had not been asked yet."""
+        other = copy.copy(self)
+        other.seed, other._asked = seed, Counter()
+        return other
 
     async def complete(
         self,

@@ -38,7 +38,7 @@ from sqlbench.interfaces import load_plugin
 from sqlbench.models.local import encode_chat
 from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, append_line
-from sqlbench.training.credit import OWN_REWARDS, group_and_key, judged, rewards, situations
+from sqlbench.training.credit import OWN_REWARDS, group_and_key, judged, permuted, rewards, situations
 from verl_cpu.client import LocalClient
 from verl_cpu.engine import EngineError
 
@@ -103,7 +103,7 @@ class SqlAgentLoop(AgentLoopBase):
         if record.failed or record.reward is None:
             return []
         earned: list[float | None] = [record.reward] * len(record.transitions)
-        if settings.random_reward and not validation:
+        if settings.control == "coin" and not validation:
             earned = [float(stable_number(seed, "reward") % 2)] * len(record.transitions)
         elif credit in OWN_REWARDS:
             earned = rewards(record, credit)
@@ -238,7 +238,10 @@ class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         del self._groups[row["uid"]]
         credit = "rollout" if validate else self.config.sqlbench.credit
         keys, fields, tags = [], [], []
-        for session, outputs in sorted(group, key=lambda pair: pair[0]):
+        group.sort(key=lambda pair: pair[0])
+        if self.config.sqlbench.control == "permuted" and not validate:
+            self._permute([outputs for _, outputs in group if outputs], row)
+        for session, outputs in group:
             for index, transition in enumerate(outputs):
                 agent, situation = (transition.extra_fields[name] for name in ("agent", "situation"))
                 uid, key = group_and_key(row["uid"], session, index, agent, credit, situation)
@@ -248,6 +251,16 @@ class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         if keys:
             table = list_of_dict_to_tensordict(fields)
             await tq.async_kv_batch_put(keys=keys, fields=table, tags=tags, partition_id="val" if validate else "train")
+
+    def _permute(self, rollouts: list[list[AgentLoopOutput]], row: dict[str, Any]) -> None:
+        """Give the rewards of a task's rollouts to each other."""
+        task = Task.model_validate_json(row["extra_info"]["task"])
+        seed = stable_number(self.config.sqlbench.seed, int(row["global_steps"]), task.key, "permuted")
+        shuffled = permuted([outputs[0].reward_score for outputs in rollouts], seed)
+        for outputs, reward in zip(rollouts, shuffled, strict=True):
+            for output in outputs:
+                output.reward_score = reward
+                output.extra_fields["reward_extra_info"] = {"ex": reward}
 
     @staticmethod
     def _fields(output: AgentLoopOutput, row: dict[str, Any]) -> dict[str, Any]:

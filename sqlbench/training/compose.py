@@ -57,7 +57,7 @@ def compose(
     model: str,
     overrides: list[str] | tuple[str, ...] = (),
     recipe: str | None = None,
-    random_reward: bool = False,
+    control: str | None = None,
 ) -> DictConfig:
     """The resolved configuration of a run: verl's defaults, the profile, the arguments, the recipe, the overrides.
 
@@ -83,7 +83,7 @@ def compose(
         "sqlbench.family": checkpoint_family(model),
     }
     base = [f"{key}={_quoted(value)}" for key, value in arguments.items()]
-    base.append(f"sqlbench.random_reward={random_reward}")
+    base.append(f"sqlbench.control={_quoted(control) if control else 'null'}")
     if recipe is not None:
         if recipe not in (known := recipes()):
             raise TrainingError(f"no recipe '{recipe}'. Give one of: {', '.join(known)}.")

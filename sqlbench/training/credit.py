@@ -25,6 +25,10 @@ compared with the transitions of the same sub-agent in the rollouts of the same 
 ``sqlbench.credit=published``: every transition has its rollout's reward, and is compared with all transitions of the
 same task, so that a rollout counts as often as it has transitions: the published run.
 
+``sqlbench.control`` replaces the rewards of a training, and never of a validation, by some that say nothing of a
+rollout: ``coin`` flips one for each; ``permuted`` shuffles those of a task's rollouts among them (`permuted`), so that
+groups, variances and which tasks divide stay as they are.
+
 With ``change`` the rewards of rewrites and checks are small and rare, and a division by their deviation would make
 single ones of them outweigh all first queries: give ``algorithm.norm_adv_by_std_in_grpo=False`` too.
 """
@@ -32,7 +36,8 @@ single ones of them outweigh all first queries: give ``algorithm.norm_adv_by_std
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from random import Random
 
 from sqlbench.agent.prompts import parse_verdict
 from sqlbench.agent.repair import repeated
@@ -43,6 +48,7 @@ from sqlbench.reward import ascore
 CREDITS = ("rollout", "transition", "change", "published")
 OWN_REWARDS = ("transition", "change")
 """Credits by which a transition has a reward of its own."""
+CONTROLS = ("coin", "permuted")
 RAN = 0.2
 """What a rewrite earns by running, in units of being right."""
 MOST_TRANSITIONS = 1000
@@ -83,6 +89,11 @@ def group_of(key: str) -> str:
     if _STEP not in name:
         return head
     return "check" if name.startswith(f"check{_STEP}") else name
+
+
+def permuted(earned: Sequence[float], seed: int) -> list[float]:
+    """Return the rewards of a task's rollouts in an order that depends on nothing but the seed."""
+    return Random(seed).sample(earned, len(earned))
 
 
 async def judged(record: Trajectory, database: Database, strict: bool = True) -> Trajectory:

@@ -49,7 +49,7 @@ def train(
     *,
     results: str | Path = "results",
     recipe: str | None = None,
-    random_reward: bool = False,
+    control: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     track: str | None = None,
@@ -64,7 +64,7 @@ def train(
         overrides: ``key=value`` for verl's configuration, unchanged; ``sqlbench.key=value`` for ours.
         results: where run folders are.
         recipe: a named set of settings between the profile and `overrides`: a file of ``training/config/recipe``.
-        random_reward: control: rewards are coin flips, so nothing can be learned.
+        control: one of `sqlbench.training.credit.CONTROLS`: rewards from which nothing can be learned.
         overwrite: start again where the run exists.
         dry_run: let verl check the resolved configuration, print it and what it needs; run nothing.
         track: one of `sqlbench.training.compose.TRACKERS`, to send metrics there too, with what its own environment
@@ -89,7 +89,7 @@ def train(
         model=_policy(model or chosen.model, chosen),
         overrides=overrides,
         recipe=recipe,
-        random_reward=random_reward,
+        control=control,
     )
     chosen = chosen.on(config.trainer.device)
     if dry_run:

@@ -16,7 +16,7 @@ from sqlbench.errors import SqlbenchError, TrainingError
 from sqlbench.estimate import GPU_BYTES, estimate, gpu_bytes
 from sqlbench.interfaces import BUILT_IN, load_plugin
 from sqlbench.profiles import Profile
-from sqlbench.training.credit import CREDITS
+from sqlbench.training.credit import CONTROLS, CREDITS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -154,6 +154,13 @@ def check(profile: Profile, config: DictConfig) -> None:
         raise TrainingError(
             f"sqlbench.credit={settings.credit} rewards each query for its execution match, not by {settings.reward}. "
             "Leave one of the two out."
+        )
+    if settings.control not in (None, *CONTROLS):
+        raise TrainingError(f"Unknown sqlbench.control: {settings.control}. Choose {' or '.join(CONTROLS)}.")
+    if settings.control == "permuted" and settings.credit != "rollout":
+        raise TrainingError(
+            "sqlbench.control=permuted exchanges the rewards of whole rollouts, which "
+            f"sqlbench.credit={settings.credit} does not compare. Leave one of the two out."
         )
     saved = config.actor_rollout_ref.actor.checkpoint.save_contents
     if (config.trainer.save_freq or 0) < 1 or "hf_model" not in saved:

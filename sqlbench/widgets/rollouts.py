@@ -160,7 +160,8 @@ class RunFacts:
         if config.get("kind") != "training":
             return cls(Path(config["data"]), _tokenizer(folder, config["model"]), config["rollout"]["strict"])
         ours, algorithm = config["config"]["sqlbench"], config["config"]["algorithm"]
-        known = algorithm["adv_estimator"] == "grpo" and not ours["random_reward"]
+        control = ours.get("control") or ours.get("random_reward")  # the older name
+        known = algorithm["adv_estimator"] == "grpo" and not control
         by_std = bool(algorithm["norm_adv_by_std_in_grpo"]) if known else None
         return cls(Path(ours["data"]), _tokenizer(folder, ours["model"]), True, by_std)
 

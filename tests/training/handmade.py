@@ -30,6 +30,7 @@ import torch
 from pocket import NANO_PATH
 from sqlbench.agent.trajectory import Completion, Transition
 from sqlbench.agent.trajectory import Trajectory as Record
+from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
 from sqlbench.profiles import PROFILES
 
@@ -93,6 +94,7 @@ BATCHES: dict[str, tuple[list[Made], int, tuple[str, ...]]] = {
         ),
     ),
     "check": (MIXED, 1, ("sqlbench.trained_agents=write|check",)),
+    "permuted": (MIXED, 1, ("sqlbench.control=permuted",)),
     "half": (MIXED, 1, ("actor_rollout_ref.actor.ppo_mini_batch_size=2",)),
     "alike": (ALIKE, 1, ()),
     "alone": (ALONE, 1, ("sqlbench.max_failed_share=1",)),
@@ -226,7 +228,9 @@ def prepare(folder: Path, base: Any) -> None:
         for one in records:
             rewards = [one.reward] * len(one.transitions)
             outputs = [] if one.failed else loop._outputs(one, rewards, steps, config.sqlbench.trained_agents)
+            task = Task(task_id=one.task_id, db_id="d", question="q", gold="g", split="train")
             row = {"uid": f"{one.task_key}_x", "session_id": one.sample, "data_source": "", "reward_model": {}}
+            row["extra_info"] = {"task": task.model_dump_json()}
             await worker._agent_loop_postprocess(outputs, False, global_steps=STEP, **row)
 
     class Workers:

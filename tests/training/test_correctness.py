@@ -108,6 +108,23 @@ def test_a_rollouts_advantage_is_that_of_its_group_of_rollouts_on_all_its_rows(m
         assert rows(made(name), "advantages") == flat(lambda key: pytest.approx(ADVANTAGE[key], rel=1e-5))
 
 
+def test_permuted_rewards_are_those_of_the_group_on_other_rollouts(made: Any) -> None:
+    """Sizes, variances and which groups divide are as they were; every row of a rollout has the same reward."""
+    batch = made("permuted.batch")
+    advantages = {key: set(values) for key, values in rows(batch, "advantages").items()}
+    assert batch["metrics"]["sqlbench/zero_variance_groups"] == 2 / 4
+    given = {
+        rollout: set().union(*(v for k, v in advantages.items() if k.startswith(rollout))) for rollout in ADVANTAGE
+    }
+    assert set(advantages) == {f"{key}.{i}" for key, counts in TOKENS.items() for i in range(len(counts))}
+    assert all(len(values) == 1 for values in given.values())
+    found = {rollout: values.pop() for rollout, values in given.items()}
+    for group in "ad":
+        values, expected = ([v for k, v in some.items() if k[0] == group] for some in (found, ADVANTAGE))
+        assert sorted(values) == pytest.approx(sorted(expected), abs=1e-5)
+    assert found != pytest.approx(ADVANTAGE, abs=1e-5)
+
+
 def test_weights_turn_the_mean_over_27_tokens_into_one_over_the_whole_batch(made: Any) -> None:
     for name in ("per_rollout_mean.batch", "two_ranks.batch"):
         weights = rows(made(name), "rollout_is_weights")

@@ -9,7 +9,7 @@ import torch
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.data.tasks import DataSet
 from sqlbench.database.engine import cached_database
-from sqlbench.training.credit import CREDITS, balanced, group_and_key, group_of, judged, rewards, situations
+from sqlbench.training.credit import CREDITS, balanced, group_and_key, group_of, judged, permuted, rewards, situations
 
 GOLD, WRONG, BROKEN = "GOLD", "SELECT 'no such answer'", "SELECT nothing FROM nowhere"
 
@@ -124,6 +124,15 @@ def test_a_coin_that_is_right_by_chance_earns_nothing_on_average() -> None:
     # Its mean gain by saying INCORRECT rather than CORRECT cancels between the two kinds of queries.
     push = np.where(says, 1 - 0.9, -0.9) * found
     assert abs(push.sum()) < 2.0 and abs(push[:900].sum()) > 5 and abs(push[900:].sum()) > 5
+
+
+def test_permuted_rewards_are_the_same_ones_and_say_nothing_of_their_rollout() -> None:
+    earned = [1.0, 0.0, 0.0, 0.0]
+    assert permuted(earned, 1) == permuted(earned, 1) and permuted([], 1) == [] and permuted([0.5], 1) == [0.5]
+    made = [permuted(earned, seed) for seed in range(4000)]
+    assert all(sorted(one) == sorted(earned) for one in made) and earned == [1.0, 0.0, 0.0, 0.0]
+    shares = [sum(place) / 4000 for place in zip(*made, strict=True)]
+    assert shares == pytest.approx([1 / 4] * 4, abs=0.03)  # 4 standard deviations
 
 
 def test_rewrites_and_checks_are_compared_over_all_tasks_of_a_step() -> None:

@@ -154,7 +154,7 @@ def test_overrides_win_over_the_profile_and_seed_the_data_order(tmp_path: Path) 
         "nonsense",
         "sqlbench.trained_agents=[",
         "trainer.nope=1",
-        "sqlbench.random_reward=maybe",
+        "sqlbench.drop_useless_groups=maybe",
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_it(override: str, tmp_path: Path) -> None:
@@ -335,6 +335,16 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
             "not by math:sqrt",
         ),
         "credit name": ({"data": data, "overrides": ["sqlbench.credit=changes"]}, TrainingError, "rollout, transition"),
+        "control": (
+            {"data": data, "control": "coins"},
+            TrainingError,
+            "Unknown sqlbench.control: coins. Choose coin or",
+        ),
+        "permuted": (
+            {"data": data, "control": "permuted", "overrides": ["sqlbench.credit=published"]},
+            TrainingError,
+            "sqlbench.credit=published does not compare",
+        ),
         "resampling": (
             {"data": data, "overrides": ["sqlbench.agent=resampling", "sqlbench.trained_agents=rewrite"]},
             TrainingError,
@@ -345,7 +355,7 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
 
 STATE = ["data", "finished"]  # of this machine: a dry run says it, or leaves it
 ALWAYS = ["profile", "model", "half model", "agents", "turns", "regex", "bracket", "number", "batch", "samples"]
-ALWAYS += ["epochs", "own agent", "own trainer", "credit", "change", "credit name", "resampling"]
+ALWAYS += ["epochs", "own agent", "own trainer", "credit", "change", "credit name", "control", "permuted", "resampling"]
 ALWAYS += ["recipe", "rows", "repetition", "tokens", "log-prob tokens", "switch", "length"]
 ALWAYS += ["model length", "no policy", "no saving", "async", "reward", "new reward", "lora"]
 

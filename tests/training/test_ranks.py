@@ -94,13 +94,13 @@ def any_run(request: pytest.FixtureRequest) -> Ranks:
 
 @pytest.fixture(scope="module")
 def one_rank(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return trained(pocket, tmp_path_factory.mktemp("one"), 1, *TIGHT, "sqlbench.random_reward=true")
+    return trained(pocket, tmp_path_factory.mktemp("one"), 1, *TIGHT, "sqlbench.control=coin")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """The same training."""
-    return trained(pocket, tmp_path_factory.mktemp("two"), 2, *TIGHT, "sqlbench.random_reward=true")
+    return trained(pocket, tmp_path_factory.mktemp("two"), 2, *TIGHT, "sqlbench.control=coin")
 
 
 @pytest.fixture(scope="module")

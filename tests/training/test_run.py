@@ -266,7 +266,7 @@ def test_a_resumed_training_ends_with_the_weights_of_one_that_was_not(pocket: Da
         "trainer.total_training_steps=3",
         "trainer.save_freq=2",
         "trainer.test_freq=-1",
-        "sqlbench.random_reward=true",
+        "sqlbench.control=coin",
     ]
     overrides = [*TINY, *steps, "trainer.val_before_train=false"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
@@ -101,15 +102,27 @@ def test_names_are_unique_and_say_what_differs() -> None:
     assert len({cell.name for cell in cells}) == len({cell.title for cell in cells}) == len(CREDITS)
 
 
+def test_cells_that_were_stored_when_the_coin_was_the_only_control_are_read() -> None:
+    stored = json.loads(Cell(control="coin").model_dump_json())
+    del stored["control"]
+    assert Cell.model_validate(stored | {"random_reward": True}) == Cell(control="coin")
+    assert Cell.model_validate(stored | {"random_reward": False}) == Cell()
+    assert Cell(control="permuted").name == "t3_c2048_write-rewrite_permuted-reward"
+    assert (Cell(control="permuted").label, Cell(control="coin", seed=2).label) == (
+        "nano (permuted reward)",
+        "nano (seed 2, random reward)",
+    )
+
+
 def test_the_full_grid_is_the_factorial_with_seeds_and_control() -> None:
     cells = GRIDS["full"].cells
-    plain = {(c.turns, c.context, c.agents) for c in cells if c.seed == 1 and not c.random_reward}
+    plain = {(c.turns, c.context, c.agents) for c in cells if c.seed == 1 and c.control is None}
     assert {turns for turns, _, _ in plain} == {1, 3}
     assert len({context for _, context, _ in plain}) == 2
     assert {agents for _, _, agents in plain} == {AGENTS, AGENTS_CHECK}
     assert len(plain) == 8
     assert sorted(c.seed for c in cells if c.title == Cell().title) == [1, 2, 3]
-    assert sum(c.random_reward for c in cells) == 1
+    assert [c.control for c in cells].count("coin") == 1
 
 
 def test_measure_counts_trained_transitions_of_scored_rollouts_only() -> None:
@@ -249,19 +262,23 @@ def test_the_discussion_claims_only_what_the_numbers_carry(bench: Bench) -> None
     finished(bench, Cell(), low, high)
     finished(bench, Cell(seed=2), low, high[1:] + "1")
     finished(bench, Cell(turns=1), low, high)
-    finished(bench, Cell(random_reward=True), low, low)
+    finished(bench, Cell(control="coin"), low, low)
     text = discuss(load_results(bench.folder))
     assert "over 2 seeds: mean +33.5 points, from +33.3 to +33.7" in text
     assert "does not rise" in text
     assert "1 → 3 turns" in text and "within chance" in text
     assert "`t3_c2048_write-rewrite_random-reward`: 33.3% → 33.3%" in text
+    assert "With rewards drawn by coin the policy does not rise" in text
+    finished(bench, Cell(control="permuted"), low, high)
+    text = discuss(load_results(bench.folder))
+    assert "With rewards permuted within each task the policy **rises" in text
     assert text.count("not distinguishable from no change") == 1
 
 
 def test_seeds_of_one_configuration_are_drawn_as_one(bench: Bench) -> None:
     for seed in (1, 2):
         finished(bench, Cell(seed=seed), "01", "11")
-    finished(bench, Cell(random_reward=True), "01", "01")
+    finished(bench, Cell(control="coin"), "01", "01")
     runs = training_runs(bench.folder)
     assert [len(folders) for folders in runs.values()] == [2, 1]
     assert len(accuracy_rows(load_results(bench.folder))) == 3
@@ -274,7 +291,7 @@ def test_the_headline_is_the_longest_trained_main_cell(bench: Bench) -> None:
     finished(bench, Cell(steps=15), "0011", "0011")
     finished(bench, Cell(), "0011", "0111")
     finished(bench, Cell(turns=1), "0011", "0000")
-    finished(bench, Cell(random_reward=True), "0011", "0000")
+    finished(bench, Cell(control="coin"), "0011", "0000")
     text = headline(load_results(bench.folder))
     assert text.startswith("accuracy on 4 headline tasks: 50.0% (95% CI 15.0 to 85.0) before training, 75.0% (95% CI")
     assert "after 40 steps" in text

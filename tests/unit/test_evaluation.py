@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+import random
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -140,6 +142,116 @@ def test_a_question_that_a_split_has_twice_is_run_twice_however_often_it_is_inte
             asked += left
     assert len(model.calls) == 8 - asked
     assert sorted(Counter(t.question for t in folder(data).trajectories()).values()) == [2] * 4
+
+
+class Sampler(Oracle):
+    """Answers at random, as its seed and the question say."""
+
+    def __init__(self, seed: int = 0, **options) -> None:
+        super().__init__(**options)
+        self.seed, self.temperature = seed, 1.0
+
+    def seeded(self, seed: int) -> Sampler:
+        other = copy.copy(self)  # the calls are counted together
+        other.seed = seed
+        return other
+
+    async def complete(self, messages) -> Completion:
+        answer = await super().complete(messages)
+        if messages[0].content.startswith("check"):
+            return answer
+        luck = random.Random(f"{self.seed} {messages[1].content}").random() < 0.5
+        return answer.model_copy(update={"text": COUNT if luck else "SELECT 0"})
+
+
+def answers(data: Path, name: str) -> dict[tuple[str, int], str]:
+    """The answer of each sample of each task."""
+    records = list(folder(data, name).trajectories())
+    found = {(t.task_id, t.sample): t.pred for t in records}
+    assert len(found) == len(records)
+    return found
+
+
+def test_samples_are_the_same_however_often_they_are_interrupted(data):
+    one = run(data, Sampler(seed=3), "one")
+    whole = run(data, Sampler(), "whole", samples=4, seed=3)
+    for stop_after in (7, 30, None):  # in the first sample of each task, in the second, and not at all
+        model = Sampler(stop_after=stop_after)
+        try:
+            summary = run(data, model, "parts", samples=4, seed=3, concurrency=3)
+        except KeyboardInterrupt:
+            assert not folder(data, "parts").finished
+    found = answers(data, "parts")
+    assert len(found) == 80 and found == answers(data, "whole")
+    assert {key: sql for key, sql in found.items() if key[1] == 0} == answers(data, "one")
+    assert summary.samples == whole.samples and one.samples is None
+    assert len({tuple(sql for (_, s), sql in sorted(found.items()) if s == sample) for sample in range(4)}) == 4
+    run(data, Sampler(), "other", samples=4, seed=4)
+    assert answers(data, "other") != found
+    right = Counter(task for (task, _), sql in found.items() if sql == COUNT)
+    (last,) = summary.samples.by_turn
+    assert (summary.score.n, summary.score.ex) == (80, right.total() / 80)
+    assert last["avg@4"].value == pytest.approx(right.total() / 80)
+    assert last["pass@4"].value == len(right) / 20 > last["pass@2"].value > last["pass@1"].value
+    ties = {str(i): found[str(i), 0] == COUNT for i in range(20)}
+    vote = sum(right[task] > 2 or (right[task] == 2 and first) for task, first in ties.items())
+    assert last["majority@4"].value == vote / 20
+    assert last["best@4"].value == sum(ties.values()) / 20  # every query runs
+    assert RunFolder(folder(data, "parts").root).summary()["samples"]["n"] == 4
+
+
+def test_a_failed_sample_runs_again_and_no_other(data):
+    broken = f"1: {COUNT}"
+    summary = run(data, Sampler(broken={broken}), samples=3)
+    assert (summary.failed, summary.score.n, summary.samples.by_turn[0]["avg@3"].tasks) == (3, 57, 19)
+    again = Sampler()
+    assert run(data, again, samples=3).failed == 0 and again.calls == [broken] * 3
+
+
+def test_a_query_that_was_replaced_is_judged_for_the_turn_it_stood(data):
+    class Mending(Sampler):
+        async def complete(self, messages) -> Completion:
+            if messages[0].content.startswith("check"):
+                wrong = "SELECT 0" in messages[1].content
+                return Completion(text=f"THE QUERY IS {'IN' * wrong}CORRECT")
+            if messages[0].content.startswith("rewrite"):
+                return Completion(text=COUNT)
+            return await super().complete(messages)
+
+    summary = run(data, Mending(), samples=2, max_turns=2)
+    first, last = summary.samples.by_turn
+    assert first["avg@2"].value < last["avg@2"].value == 1.0 == summary.score.ex
+    assert first["avg@2"].value == sum(t.executions[0].sql == COUNT for t in folder(data).trajectories()) / 40
+
+
+def test_a_missing_database_does_not_look_like_a_dead_model_to_many_samples(data):
+    (data / "database" / "b" / "b.sqlite").unlink()
+    (data / "database" / "b").rmdir()
+    assert run(data, Sampler(), limit=8, samples=9, concurrency=1).failed == 36
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 2}, "Cannot draw 2 samples at temperature 0: all are alike. Give a --temperature above 0."),
+        ({"seed": 1}, "Cannot seed openai:m: only a local model's samples repeat. Leave out --seed."),
+        ({"samples": 2, "temperature": 1.0, "seed": 1}, "Cannot seed openai:m"),
+    ],
+)
+def test_samples_that_cannot_be_drawn_are_refused(data, monkeypatch, options, message):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(ModelError) as refused:
+        run(data, "openai:m", **options)
+    assert str(refused.value).startswith(message) and not folder(data).root.exists()
+
+
+def test_the_reward_for_running_does_not_look_at_the_question(data):
+    tasks = DataSet(data).load("dev")[:4]  # answered by SELECT 0, right, SELECT 0, right
+    broken = tasks[3].model_copy(update={"question": "3: SELECT nothing"})
+    write_split(data, "dev", [*tasks[:3], broken])
+    summary = run(data, Oracle(), max_turns=1, reward="runs")
+    assert (summary.score.ex, summary.reward, summary.failed) == (1 / 4, 3 / 4, 0)
+    assert {t.task_id: t.reward for t in folder(data).trajectories()} == {"0": 1.0, "1": 1.0, "2": 1.0, "3": 0.0}
 
 
 def test_rollouts_of_another_data_set_are_not_continued(data):

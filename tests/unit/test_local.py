@@ -19,6 +19,7 @@ from sqlbench.data.tasks import DataSet
 from sqlbench.errors import ModelError, PromptTooLongError
 from sqlbench.evaluation import evaluate
 from sqlbench.models.local import LocalChatModel, TextPieces, encode_chat
+from sqlbench.runs import read_trajectories
 from verl_cpu.batching import BatchedEngine
 from verl_cpu.engine import EngineError, Generation, GenerationRequest, LocalEngine, shared_prefixes
 
@@ -344,6 +345,27 @@ def test_an_answer_cut_at_the_limit_is_counted_and_not_failed(
 
     summary = evaluate(pocket.root, "dev_unseen_pretrain", Silent(), "silent", **options)
     assert (summary.failed, summary.score.correct, summary.flaws) == (0, 0, {"empty: no text": 3})
+
+
+def test_samples_of_an_interrupted_evaluation_are_those_of_one_that_was_not(
+    checkpoint: Path, tmp_path: Path, pocket: DataSet
+) -> None:
+    model = LocalChatModel(checkpoint, max_tokens=4, temperature=1.0, seed=5)
+
+    def tokens(run: str, samples: int) -> dict[tuple[str, int], list[int]]:
+        options = {"results": tmp_path, "limit": 3, "max_turns": 2, "table_info_truncate": 50, "samples": samples}
+        evaluate(pocket.root, "dev_unseen_pretrain", model, run, **options)
+        records = read_trajectories(tmp_path / "laptop" / run)
+        return {(t.task_id, t.sample): [i for x in t.transitions for i in x.completion.response_ids] for t in records}
+
+    whole = tokens("whole", 3)
+    assert len(whole) == 9 and len({tuple(ids) for ids in whole.values()}) == 9
+    folder = tmp_path / "laptop" / "whole"
+    (folder / "summary.json").unlink()
+    lines = (folder / "trajectories.jsonl").read_text().splitlines(keepends=True)
+    (folder / "trajectories.jsonl").write_text("".join(lines[::2]))  # other samples are missing than the last ones
+    assert tokens("whole", 3) == whole
+    assert tokens("one", 1) == {key: ids for key, ids in whole.items() if key[1] == 0}
 
 
 def test_chat_model_records_the_tokens_it_used(checkpoint: Path) -> None:

@@ -346,8 +346,9 @@ def test_a_group_stands_side_by_side_with_its_advantages(tmp_path: Path) -> None
 
 
 def test_no_advantage_is_shown_where_it_is_not_known(tmp_path: Path) -> None:
-    coin = Inspector(training(tmp_path / "coin", random_reward=True)).filter(step=1)
-    assert "card" in coin.html() and "advantage" not in coin.html()
+    for name, control in (("coin", {"random_reward": True}), ("permuted", {"control": "permuted"})):
+        drawn = Inspector(training(tmp_path / name, **control)).filter(step=1)
+        assert "card" in drawn.html() and "advantage" not in drawn.html()
     validation = Inspector(training(tmp_path / "run")).filter(part="validation")
     assert "advantage" not in validation.html()
 
