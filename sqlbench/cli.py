@@ -50,7 +50,7 @@ Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 Track = Annotated[str | None, typer.Option(help="Send metrics to wandb, mlflow or tensorboard too.")]
 Model = Annotated[
     str,
-    typer.Option(help="nano, a folder, a Hugging Face name (owner/name), openai:NAME, or module:attribute of your own."),
+    typer.Option(help="nano, a folder, a Hugging Face name (owner/name), openai:NAME, or module:attribute."),
 ]
 Agent = Annotated[str, typer.Option(help="self-correcting, resampling, published, or module:attribute of your own.")]
 Reward = Annotated[str, typer.Option(help="execution-match, or module:attribute of your own.")]

@@ -5,7 +5,7 @@ Prompts of one agent on one database begin with the same instructions and schema
 
 from __future__ import annotations
 
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ class PromptCache:
         """Return how many of the prompt's first tokens are known, and the layers of these; one token is always left."""
         shared, best = 0, None
         for other in self._kept:
-            if (common := len(commonprefix([prompt[:-1], other]))) > shared:
+            pairs = zip(prompt[:-1], other, strict=False)
+            if (common := sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))) > shared:
                 shared, best = common, other
         if best is None:
             return 0, None
