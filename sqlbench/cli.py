@@ -49,7 +49,8 @@ Profile = Annotated[str, typer.Option(help="laptop or gpu.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 Track = Annotated[str | None, typer.Option(help="Send metrics to wandb, mlflow or tensorboard too.")]
 Model = Annotated[
-    str, typer.Option(help="nano, a checkpoint or run folder, openai:NAME, or module:attribute of your own.")
+    str,
+    typer.Option(help="nano, a folder, a Hugging Face name (owner/name), openai:NAME, or module:attribute."),
 ]
 Agent = Annotated[str, typer.Option(help="self-correcting, resampling, published, or module:attribute of your own.")]
 Reward = Annotated[str, typer.Option(help="execution-match, runs (a control), or module:attribute of your own.")]

@@ -17,7 +17,7 @@ class Profile:
 
     name: str
     model: str
-    """Default policy: ``nano``, a folder, or (GPU) a name on the Hugging Face hub."""
+    """Default policy: ``nano``, a folder, or a name on the Hugging Face hub."""
     data: str
     """Default data set folder."""
     environment: dict[str, str]

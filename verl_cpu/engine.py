@@ -4,7 +4,7 @@ Guarantees: the tokens returned are the tokens sampled, with their log-probabili
 sampled from (temperature and filters applied; at temperature 0 the plain softmax); a request with a seed gives the
 same tokens whatever else is in its batch, up to the rounding of floating-point sums; a prompt is never cut. Batches
 are static: each distinct prompt is computed once, what prompts share at their start once, and rows that are done leave
-the batch.
+the batch. A frozen engine keeps keys and values from batch to batch too (`verl_cpu.frozen`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from verl_cpu.decoder import Decoder
+from verl_cpu.frozen import PromptCache, half_precision, pack
 
 _COMPACT_BELOW = 0.75
 """Share of unfinished rows below which finished rows are taken out of the key-value cache (a copy of the cache)."""
@@ -87,6 +89,15 @@ class LocalEngine:
 
     Not thread-safe: one call at a time (`verl_cpu.batching.BatchedEngine` serialises calls).
 
+    Args:
+        path: the checkpoint folder.
+        device: where the model runs.
+        dtype: precision of the weights.
+        threads: of torch; 0 leaves torch's own number.
+        max_model_len: tokens of a prompt and its answer.
+        frozen: the weights never change, so they are packed in bfloat16 where this CPU computes in it, and the keys and
+            values of earlier prompts are kept. Such an engine loads no weights.
+
     Raises:
         EngineError: the checkpoint cannot be loaded.
     """
@@ -98,9 +109,12 @@ class LocalEngine:
         dtype: str = "float32",
         threads: int = 1,
         max_model_len: int = 1024,
+        frozen: bool = False,
     ) -> None:
-        if device == "cpu":
+        if device == "cpu" and threads:
             torch.set_num_threads(threads)
+        packed = frozen and device == "cpu" and half_precision()
+        dtype = "bfloat16" if packed else dtype
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.model = AutoModelForCausalLM.from_pretrained(
@@ -109,6 +123,11 @@ class LocalEngine:
         except Exception as error:
             raise EngineError(f"cannot load the checkpoint {path}: {type(error).__name__}: {error}") from error
         self.model.eval()
+        self._checksum = ""
+        if packed:
+            self._checksum = self.checksum()  # what is packed cannot be read any more
+            pack(self.model)
+        self._kept = PromptCache() if frozen else None
         self._decoder: Decoder | None = None
         self.device = torch.device(device)
         self.max_model_len = min(
@@ -196,7 +215,9 @@ class LocalEngine:
         """
         distinct = sorted(set(prompts))
         shares = shared_prefixes(distinct)
-        if min(shares) == 0:
+        if self._kept is not None:
+            logits, layers, mask = self._continue(distinct, self._kept)
+        elif min(shares) == 0:
             logits, layers, mask = self._forward(distinct)
         else:
             heads = list(dict.fromkeys(p[:n] for p, n in zip(distinct, shares, strict=True)))
@@ -210,6 +231,25 @@ class LocalEngine:
         for number, (keys, values) in enumerate(layers):
             cache.layers[number] = _RoomyLayer(keys[row], values[row], room)
         return logits[row], cache, torch.cat([mask, mask.new_zeros(len(distinct), room)], 1)[row]
+
+    def _continue(self, prompts: list[tuple[int, ...]], kept: PromptCache) -> tuple[Any, Any, Any]:
+        """Compute of each prompt what no earlier one began with, one after the other, and pad the results."""
+        logits, caches = [], []
+        for prompt in prompts:
+            shared, past = kept.find(prompt)
+            row = torch.zeros(1, dtype=torch.long, device=self.device)
+            before = torch.ones(1, shared, dtype=torch.long, device=self.device)
+            out, layers, _ = self._forward([prompt[shared:]], past, before, row)
+            kept.add(prompt, layers)
+            logits.append(out)
+            caches.append(layers)
+        width = max(map(len, prompts))
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        layers = []
+        for same in zip(*caches, strict=True):
+            padded = [[pad(t, (0, 0, width - t.shape[2], 0)) for t in pair] for pair in same]
+            layers.append(tuple(torch.cat(tensors) for tensors in zip(*padded, strict=True)))
+        return torch.cat(logits), layers, mask
 
     def _forward(
         self, pieces: list[tuple[int, ...]], layers: Any = None, past_mask: Any = None, past_row: Any = None
@@ -260,6 +300,8 @@ class LocalEngine:
 
     def checksum(self) -> str:
         """Hash of all weights; equal checksums mean equal models."""
+        if self._checksum:
+            return self._checksum
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
@@ -302,6 +344,15 @@ def _attend(
 
     The stock ``sdpa`` copies them for every query head where there is a mask: three times slower on a CPU.
     """
+    if query.shape[2] == 1 and query.dtype != torch.float32:
+        # The heads of one group read the same keys, so they stand as rows of one query: ten times faster.
+        grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
+        if attention_mask is not None:
+            attention_mask = attention_mask.expand(-1, -1, grouped.shape[2], -1)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            grouped, key, value, attn_mask=attention_mask, scale=scaling
+        )
+        return out.reshape(query.shape).transpose(1, 2).contiguous(), None
     causal = query.shape[2] > 1 and attention_mask is None
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=causal, enable_gqa=True

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def open_model(
     spec: str, *, temperature: float = 0.0, max_tokens: int | None = None, timeout: float | None = None
 ) -> Model:
-    """Open ``nano``, ``openai:NAME``, ``module:attribute`` or a path: a checkpoint folder or a run with a policy.
+    """Open ``nano``, ``openai:NAME``, ``module:attribute``, a checkpoint or run folder, or a Hugging Face name.
 
     Args:
         spec: which model.
@@ -41,20 +41,25 @@ def open_model(
 
     path = policy_folder(spec)
     if checkpoint_family(path) != "nano":  # long prompts, long answers, large weights
-        limits = {"max_tokens": 512, "max_model_len": 8192, "max_batch": 16} | limits
+        limits = {"max_tokens": 512, "max_model_len": 8192, "max_batch": 32, "threads": 0} | limits
     return LocalChatModel(path, name=spec, temperature=temperature, **limits)
 
 
 def policy_folder(spec: str) -> Path:
-    """The checkpoint folder that ``nano`` or a path means; of a training run, finished or not, its newest policy.
+    """The checkpoint folder that ``nano``, a path or a Hugging Face name means; of a training run, its newest policy.
 
     Raises:
         TrainingError: the run has no checkpoint yet.
+        ModelError: the model cannot be downloaded.
     """
     if spec == "nano":
         from pocket import NANO_PATH
 
         return NANO_PATH
+    from sqlbench.models.hub import hub_checkpoint, is_hub_name
+
+    if is_hub_name(spec):
+        return hub_checkpoint(spec)
     path = Path(spec)
     if (path / "policy").is_dir() or (path / "checkpoints").is_dir():
         from sqlbench.training.checkpoints import latest_checkpoint

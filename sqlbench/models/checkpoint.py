@@ -23,8 +23,8 @@ def check_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(
-            f"no checkpoint folder '{path}'; give 'nano' or a folder in Hugging Face format (an endpoint, where it "
-            "can be used, is openai:NAME)"
+            f"no checkpoint folder '{path}'; give 'nano', a folder in Hugging Face format or a name on the hub "
+            "(owner/name; an endpoint, where it can be used, is openai:NAME)"
         )
     missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if not list(folder.glob("*.safetensors")):

@@ -100,7 +100,9 @@ class LocalChatModel:
         self.temperature = temperature
         self.max_tokens = max_tokens
         try:
-            engine = LocalEngine(path, device, threads=threads, max_model_len=max_model_len)
+            # The embedded policy is so small that it gains nothing, and its published results are of float32.
+            frozen = self.family != "nano"
+            engine = LocalEngine(path, device, threads=threads, max_model_len=max_model_len, frozen=frozen)
         except EngineError as error:
             raise ModelError(str(error)) from error
         joined_roles(engine.tokenizer)  # what cannot be prompted is refused before any rollout

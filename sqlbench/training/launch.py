@@ -24,6 +24,7 @@ from sqlbench.errors import TrainingError
 from sqlbench.interfaces import is_plugin, load_plugin
 from sqlbench.models import policy_folder
 from sqlbench.models.checkpoint import check_checkpoint
+from sqlbench.models.hub import is_hub_name
 from sqlbench.profiles import Profile, find_profile
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, lock, read_trajectories, run_path
 from sqlbench.training import checkpoints, processes
@@ -86,7 +87,7 @@ def train(
         run=run,
         folder=folder,
         data=str(data) if is_plugin(data or "") else Path(data or chosen.data).absolute(),
-        model=_policy(model or chosen.model, chosen),
+        model=_policy(model or chosen.model, chosen, dry_run),
         overrides=overrides,
         recipe=recipe,
         control=control,
@@ -126,12 +127,13 @@ def train(
     return folder
 
 
-def _policy(model: str, profile: Profile) -> str:
-    if model == "nano":
-        model = str(policy_folder(model))
-    if Path(model).is_dir() or profile.device == "cpu" or model.startswith((".", "/")):
-        return str(check_checkpoint(model).absolute())
-    return model
+def _policy(model: str, profile: Profile, dry_run: bool) -> str:
+    """The checkpoint folder to train; on a GPU a name of the hub stays one, downloaded before verl looks for it."""
+    by_name = is_hub_name(model) and profile.device != "cpu"
+    if by_name and dry_run:
+        return model
+    folder = check_checkpoint(policy_folder(model))
+    return model if by_name else str(folder.absolute())
 
 
 class VerlTrainer:

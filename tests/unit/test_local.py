@@ -20,8 +20,10 @@ from sqlbench.errors import ModelError, PromptTooLongError
 from sqlbench.evaluation import evaluate
 from sqlbench.models.local import LocalChatModel, TextPieces, encode_chat
 from sqlbench.runs import read_trajectories
+from verl_cpu import engine as engine_module
 from verl_cpu.batching import BatchedEngine
 from verl_cpu.engine import EngineError, Generation, GenerationRequest, LocalEngine, shared_prefixes
+from verl_cpu.frozen import PromptCache, half_precision
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n {{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -137,6 +139,62 @@ def test_half_precision_agrees_with_a_plain_forward_pass_as_far_as_it_goes(check
             logp = engine.model(ids).logits[0, len(request.prompt_ids) - 1 : -1].float().log_softmax(-1)
         expected = logp.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         assert torch.allclose(expected, torch.tensor(answer.logprobs, dtype=torch.float32), atol=0.1)
+
+
+needs_bfloat16 = pytest.mark.skipif(not half_precision(), reason="this CPU does not compute in bfloat16")
+
+
+def conversation() -> list[GenerationRequest]:
+    """Prompts as one database brings them: a start for each agent, and ends of many lengths, some prompts again."""
+    start = tuple(range(3, 60))
+    prompts = [start + tuple(range(9, 9 + n)) for n in (4, 1, 30, 4)] + [start, start[:20], (7, *start), (5,), (5, 6)]
+    return [GenerationRequest(prompt, 12, seed=i) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("limit", [2**29, 100_000])  # the second holds a few prompts only
+def test_what_earlier_prompts_left_changes_no_token_and_no_log_probability(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+) -> None:
+    monkeypatch.setattr(engine_module, "half_precision", lambda: False)
+    plain, frozen = LocalEngine(checkpoint, max_model_len=128), LocalEngine(checkpoint, max_model_len=128, frozen=True)
+    frozen._kept = PromptCache(limit)
+    batches = [[request] for request in conversation()] + [conversation(), requests(0.0), requests(1.0)]
+    computed = []
+    forward = frozen._forward
+    monkeypatch.setattr(frozen, "_forward", lambda p, *a: computed.extend(map(len, p)) or forward(p, *a))
+    for batch in batches:
+        for ours, theirs in zip(frozen.generate(batch), plain.generate(batch), strict=True):
+            assert ours.token_ids == theirs.token_ids
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+    asked = sum(len(prompt) for batch in batches for prompt in {request.prompt_ids for request in batch})
+    assert sum(computed) < asked / 2
+    assert sum(t.nbytes for kept in frozen._kept._kept.values() for pair in kept for t in pair) <= limit
+
+
+@needs_bfloat16
+def test_packed_weights_give_the_log_probabilities_of_bfloat16_ones(checkpoint: Path) -> None:
+    plain = LocalEngine(checkpoint, dtype="bfloat16", max_model_len=128)
+    packed = LocalEngine(checkpoint, max_model_len=128, frozen=True)
+    assert packed.checksum() == plain.checksum() != ""
+    for _ in range(2):
+        for request, answer in zip(requests(1.0), packed.generate(requests(1.0)), strict=True):
+            ids = torch.tensor([[*request.prompt_ids, *answer.token_ids]])
+            with torch.inference_mode():
+                logp = plain.model(ids).logits[0, len(request.prompt_ids) - 1 : -1].float().log_softmax(-1)
+            expected = logp.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
+            assert torch.allclose(expected, torch.tensor(answer.logprobs, dtype=torch.float32), atol=0.1)
+
+
+def test_the_embedded_policy_stays_exact_and_others_are_frozen(checkpoint: Path, tmp_path: Path) -> None:
+    exact = LocalChatModel(checkpoint).batched.engine
+    assert exact.model.dtype == torch.float32 and exact._kept is None
+    shutil.copytree(checkpoint, tmp_path / "chat")
+    (tmp_path / "chat/sqlbench.json").unlink()
+    frozen = LocalChatModel(tmp_path / "chat").batched.engine
+    assert frozen._kept is not None
+    assert frozen.model.dtype == (torch.bfloat16 if half_precision() else torch.float32)
 
 
 def test_a_seeded_request_gives_the_same_tokens_in_any_batch(engine: LocalEngine) -> None:
