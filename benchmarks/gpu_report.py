@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_report.py [results/gpu] [--readme README.md]
 
-Every folder below with a ``config.json`` and a ``metrics.jsonl`` is a run (`compact_run.py` makes such a folder). The
+Every folder in it with a ``config.json`` and a ``metrics.jsonl`` is a run (`compact_run.py` makes such a folder). The
 tables replace what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->`` in the README of the folder and
 in ``--readme``; NAME is ``gpu-accuracy``, ``gpu-validation`` or ``gpu-time``. The figure is ``gpu.png`` in the folder.
 """
@@ -90,8 +90,8 @@ def read_run(folder: Path, root: Path) -> Run:
 
 
 def read_runs(root: Path) -> list[Run]:
-    """All runs below a folder, those that were validated first."""
-    folders = sorted(path.parent for path in root.rglob(METRICS) if (path.parent / CONFIG).is_file())
+    """All runs in a folder, those that were validated first."""
+    folders = sorted(path.parent for path in root.glob(f"*/{METRICS}") if (path.parent / CONFIG).is_file())
     return sorted((read_run(folder, root) for folder in folders), key=lambda run: not run.validations)
 
 
