@@ -61,7 +61,7 @@ def train(
         profile: ``laptop`` or ``gpu``.
         run: name of the run; the same name with the same settings resumes.
         data: data set folder; the profile's own by default.
-        model: policy to start from: ``nano``, a checkpoint folder, or a hub name on the GPU.
+        model: policy to start from: ``nano``, a checkpoint or run folder, or a Hugging Face name.
         overrides: ``key=value`` for verl's configuration, unchanged; ``sqlbench.key=value`` for ours.
         results: where run folders are.
         recipe: a named set of settings between the profile and `overrides`: a file of ``training/config/recipe``.

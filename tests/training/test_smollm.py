@@ -51,18 +51,8 @@ def test_it_is_evaluated(smollm: Path, pocket: DataSet, tmp_path: Path) -> None:
 
 
 def test_it_is_served(smollm: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "sqlbench",
-        "serve",
-        "--port",
-        "0",
-        "--engine",
-        "transformers",
-        "--model",
-        str(smollm),
-    ]
+    options = ["--port", "0", "--engine", "transformers", "--model", str(smollm)]
+    command = [sys.executable, "-m", "sqlbench", "serve", *options]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with (
         (tmp_path / "log").open("w") as log,
