@@ -78,8 +78,8 @@ class Card(w.VBox):
 
     @property
     def sql(self) -> str:
-        """The last query; empty where there is none."""
-        return self.exchange.history[-1][0] if self.exchange and self.exchange.history else ""
+        """The query that answers; empty where there is none."""
+        return self.exchange.answer[0] if self.exchange and self.exchange.answer else ""
 
     def html(self) -> Markup:
         """Transcript and verdict."""

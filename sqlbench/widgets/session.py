@@ -52,7 +52,7 @@ class Attempt:
     review: str = ""
     doing: str = WRITING
     repeats: bool = False
-    """An earlier query again, which was not executed: the answer is the one before."""
+    """An earlier query again, which was not executed once more."""
 
     def html(self) -> Markup:
         """The query with its strategy, and what the database and the review said to it."""
@@ -83,6 +83,7 @@ class Transcript:
         self.question, self.database, self.changed = question, database, changed
         self.attempts: list[Attempt] = []
         self.conclusion = ""
+        self.answer: Execution | None = None
 
     def _attempt(self, turn: int, **news: object) -> None:
         if turn > len(self.attempts):
@@ -116,17 +117,16 @@ class Transcript:
         """A query was executed."""
         self._attempt(execution.turn, execution=execution, doing="")
 
-    def conclude(self, text: str) -> None:
-        """How it ended."""
-        self.conclusion = text
+    def conclude(self, text: str, answer: Execution | None = None) -> None:
+        """How it ended, and with which query."""
+        self.conclusion, self.answer = text, answer
         for attempt in self.attempts:
             attempt.doing = ""
         self.changed()
 
     def html(self) -> Markup:
-        """Every attempt, and at the end the rows of the last one."""
-        own = [attempt for attempt in self.attempts if not attempt.repeats]
-        last = own[-1].execution if own and self.conclusion else None
+        """Every attempt, and at the end the rows of the answer, or of the last query where something broke after it."""
+        last = self.answer or (self.attempts[-1].execution if self.attempts and self.conclusion else None)
         rows = Markup("")
         if last is not None and last.answered:
             more = f", the first {len(last.rows)} are shown" if last.n_rows > len(last.rows) else ""
@@ -161,11 +161,18 @@ class Exchange:
         """Every query for this question so far, with the text of its result."""
         return list(self.context.history) if self.context is not None else []
 
+    @property
+    def answer(self) -> tuple[str, str] | None:
+        """The query that stands, with the text of its result: not the last one where a rewrite went back to another."""
+        done = self.history[::-1]
+        final = self.context.sql if self.context is not None else None
+        return next((pair for pair in done if pair[0] == final), done[0] if done else None)
+
     def feedback(self) -> Feedback | None:
         """What prompt evolution reads of it; None where there was no query."""
-        if not self.history:
+        if self.answer is None:
             return None
-        sql, result = self.history[-1]
+        sql, result = self.answer
         return Feedback(
             question=self.question,
             db=self.connection.name,
@@ -272,18 +279,20 @@ class ChatSession:
         exchange.context = context
         executions, seconds = context.executions, time.perf_counter() - started
         text = f"{len(executions)} attempt{'s' * (len(executions) != 1)}, {seconds:.1f} s"
+        answer = None
         if context.error is not None:
             text = f"stopped: {context.error}"
         else:
+            answer = next(execution for execution in executions[::-1] if execution.sql == context.sql)
             for attempt in transcript.attempts[len(executions) :]:
                 attempt.repeats = True
-        if context.error is None and not executions[-1].answered:
-            self._learn(exchange, 0.0)
-            text = f"gave up, the last query did not run; {text}"
+            if not answer.answered:
+                self._learn(exchange, 0.0)
+                text = f"gave up, the last query did not run; {text}"
         feedback = exchange.feedback()
         if feedback and feedback.key not in {f.key for f in evolution.store.all()}:
             evolution.record(feedback)
-        transcript.conclude(text)
+        transcript.conclude(text, answer)
         return exchange
 
     def judge(self, exchange: Exchange, right: bool, remark: str = "") -> None:

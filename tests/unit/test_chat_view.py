@@ -244,6 +244,24 @@ def test_a_rewrite_that_only_repeats_is_an_attempt_that_changed_nothing(
         assert lessons == [("no_such_column", 1, better), ("none", 2, solved)]
 
 
+def test_a_query_that_the_model_goes_back_to_is_the_answer(tmp_path: Path, shop: Path) -> None:
+    """Though the last one that was executed failed."""
+    queries = iter([SECOND, FIRST, SECOND])
+
+    async def steps(view: ChatView) -> None:
+        view.connect(str(shop))
+        await view.wait()
+        await ask(view, "Who?")
+
+    view = drive(
+        tmp_path, steps, lambda system, _: WRONG if "You review" in system else f"```sql\n{next(queries)}\n```"
+    )
+    html = view.cards[0].transcript.html()
+    assert view.cards[0].sql == SECOND and "Result: 2 rows" in html and "gave up" not in html
+    assert [f["sql"] for f in feedback(tmp_path)] == [SECOND]
+    assert view.session is not None and not view.session.bandit.lessons, "the verdict is the user's"
+
+
 def test_an_answer_that_never_runs_teaches_without_a_verdict(tmp_path: Path, shop: Path) -> None:
     async def steps(view: ChatView) -> None:
         view.connect(str(shop))
