@@ -72,6 +72,22 @@ def joined_roles(tokenizer: Any) -> tuple[str, ...]:
     raise ModelError(f"cannot use the chat template of {tokenizer.name_or_path}: {why}; choose a chat model")
 
 
+def check_chat_template(path: str | Path) -> None:
+    """Refuse a checkpoint folder that cannot be prompted.
+
+    Raises:
+        ModelError: its tokenizer cannot be loaded, or its chat template cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever the files hold
+        what = " ".join(str(error).split())[:200]
+        raise ModelError(f"cannot load the tokenizer of {path}: {what}; download the checkpoint again") from error
+    joined_roles(tokenizer)
+
+
 class LocalChatModel:
     """A checkpoint of this machine as a `sqlbench.interfaces.Model`.
 

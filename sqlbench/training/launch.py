@@ -87,7 +87,7 @@ def train(
         run=run,
         folder=folder,
         data=str(data) if is_plugin(data or "") else Path(data or chosen.data).absolute(),
-        model=_policy(model or chosen.model, chosen, dry_run),
+        model=_policy(model or chosen.model, chosen),
         overrides=overrides,
         recipe=recipe,
         control=control,
@@ -103,6 +103,8 @@ def train(
         return folder
     trainer = load_plugin("trainer", config.sqlbench.trainer)
     tasks, validation = preflight(chosen, config)
+    if is_hub_name(config.sqlbench.model):
+        check_checkpoint(policy_folder(config.sqlbench.model))  # downloaded here, with its progress shown
     record = {
         "kind": "training",
         "profile": chosen.name,
@@ -127,13 +129,11 @@ def train(
     return folder
 
 
-def _policy(model: str, profile: Profile, dry_run: bool) -> str:
-    """The checkpoint folder to train; on a GPU a name of the hub stays one, downloaded before verl looks for it."""
-    by_name = is_hub_name(model) and profile.device != "cpu"
-    if by_name and dry_run:
+def _policy(model: str, profile: Profile) -> str:
+    """The checkpoint folder to train; on a GPU a name of the hub stays one."""
+    if is_hub_name(model) and profile.device != "cpu":
         return model
-    folder = check_checkpoint(policy_folder(model))
-    return model if by_name else str(folder.absolute())
+    return str(check_checkpoint(policy_folder(model)).absolute())
 
 
 class VerlTrainer:

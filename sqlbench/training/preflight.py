@@ -107,7 +107,11 @@ def check(profile: Profile, config: DictConfig) -> None:
     """
     from omegaconf import OmegaConf
 
+    from sqlbench.models.local import check_chat_template  # takes torch and transformers with it
+
     settings = config.sqlbench
+    if Path(settings.model).is_dir():
+        check_chat_template(settings.model)
     for key, (value, reason) in FIXED.items():
         if (found := OmegaConf.select(config, key)) not in (value, None):
             raise TrainingError(f"{key}={found} cannot be trained with: {reason}")

@@ -222,6 +222,8 @@ class Trainer:
 def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any], type[SqlbenchError], str]]:
     broken = tmp_path / "broken"
     broken.mkdir()
+    mute = shutil.copytree(NANO_PATH, tmp_path / "mute")
+    (mute / "chat_template.jinja").unlink()
     finished = tmp_path / "results/laptop/finished"
     finished.mkdir(parents=True)
     (finished / "summary.json").write_text("{}")
@@ -229,8 +231,9 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
     return {
         "profile": ({"profile": "tpu", "data": data}, RunError, "no profile 'tpu'"),
         "data": ({"data": tmp_path / "none"}, DataError, "no data set in"),
-        "model": ({"data": data, "model": "no/such"}, ModelError, "no checkpoint folder"),
+        "model": ({"data": data, "model": "no/such/folder"}, ModelError, "no checkpoint folder"),
         "half model": ({"data": data, "model": str(broken)}, ModelError, "no complete Hugging Face checkpoint"),
+        "no template": ({"data": data, "model": str(mute)}, ModelError, "chat template .* it has none"),
         "agents": ({"data": data, "overrides": ["sqlbench.trained_agents=reader"]}, TrainingError, "trains nothing"),
         "turns": (
             {"data": data, "overrides": ["sqlbench.trained_agents='check|^rewrite'", "sqlbench.max_turns=1"]},
@@ -354,8 +357,20 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
 
 
 STATE = ["data", "finished"]  # of this machine: a dry run says it, or leaves it
-ALWAYS = ["profile", "model", "half model", "agents", "turns", "regex", "bracket", "number", "batch", "samples"]
-ALWAYS += ["epochs", "own agent", "own trainer", "credit", "change", "credit name", "control", "permuted", "resampling"]
+ALWAYS = ["profile", "model", "half model", "no template", "agents", "turns", "regex", "bracket", "number", "batch"]
+ALWAYS += ["samples"]
+ALWAYS += [
+    "samples",
+    "epochs",
+    "own agent",
+    "own trainer",
+    "credit",
+    "change",
+    "credit name",
+    "control",
+    "permuted",
+    "resampling",
+]
 ALWAYS += ["recipe", "rows", "repetition", "tokens", "log-prob tokens", "switch", "length"]
 ALWAYS += ["model length", "no policy", "no saving", "async", "reward", "new reward", "lora"]
 
