@@ -111,7 +111,7 @@ def test_without_data_only_queries_like_the_last_are_judged(run: Path, tmp_path:
     import gpu_report
 
     compact_run.compact(run, tmp_path / "small")
-    (found,) = gpu_report.read_runs(tmp_path / "small")
+    found = gpu_report.read_run(tmp_path / "small", tmp_path)
     loop = gpu_report.loop(found.validations[0])
     assert (loop.unknown, loop.compared, loop.mended, loop.repeated) == (2, 2, 0, 2)
 
