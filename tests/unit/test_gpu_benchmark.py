@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,7 +110,8 @@ def test_a_tiny_random_checkpoint_takes_the_tokenizer_of_a_large_model(tmp_path:
 
 
 TRAINING = """
-import json, sys, time
+import json, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 run, steps = sys.argv[1:]
 for step in range(1, int(steps) + 1):
     with open(run + "/metrics.jsonl", "a") as file:
@@ -126,9 +128,19 @@ def test_when_the_time_is_over_a_training_is_interrupted_and_its_steps_count(
 ) -> None:
     import gpu
 
-    monkeypatch.setattr(gpu, "STOP_SECONDS", 5)
+    looks: list[Path] = []
+
+    def clock() -> float:
+        """The time; it is over when the training has made its steps."""
+        metrics = tmp_path / "metrics.jsonl"
+        if metrics.is_file() and metrics.read_text().count("\n") == 4:
+            looks.append(metrics)
+        return time.monotonic() + (3600 if len(looks) > 1 else 0)
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    monkeypatch.setattr(gpu, "STOP_SECONDS", 120)
     command = [sys.executable, "-c", TRAINING, str(tmp_path), "4"]
-    assert gpu.follow(command, tmp_path, time.monotonic() + 15, tmp_path / "log") is not None
+    assert gpu.follow(command, tmp_path, time.monotonic() + 1800, tmp_path / "log") is not None
     assert (tmp_path / "stopped").is_file()
     assert len(gpu.measured(tmp_path)) == 3  # all but the first
     (tmp_path / "summary.json").write_text("{}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -548,7 +549,8 @@ def test_a_server_that_hangs_is_an_error_and_holds_up_no_other_deadline(tmp_path
     processes = [psutil.Process(*postmaster), *psutil.Process(*postmaster).children()]
     try:
         for process in processes:
-            process.suspend()
+            with suppress(psutil.NoSuchProcess):  # the session of the question above may just have ended
+                process.suspend()
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(database.execute, "SELECT pg_sleep(9)")
             for _ in range(3):
@@ -558,7 +560,8 @@ def test_a_server_that_hangs_is_an_error_and_holds_up_no_other_deadline(tmp_path
                 waiting.result(timeout=120)
     finally:
         for process in processes:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
     assert database.execute("SELECT 1").rows == [(1,)]
 
 
