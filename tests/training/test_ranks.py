@@ -37,6 +37,7 @@ OVERRIDES = (
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
     f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={MICRO}",
     f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={MICRO}",
+    "actor_rollout_ref.actor.policy_loss.loss_mode=token_mean",  # by rollout a loss is about 0, whatever is compared
     "actor_rollout_ref.rollout.n=4",
     "sqlbench.trained_agents=write|rewrite|check",
     "sqlbench.max_failed_share=0.9",
