@@ -213,7 +213,7 @@ def train(
     track: Track = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train with GRPO through verl; goes on at the last checkpoint."""
+    """Train with GRPO through verl; resumes from the last checkpoint."""
     from sqlbench.training.launch import train as launch
 
     short = {"seed": seed, "query_timeout": query_timeout}
@@ -428,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, OSError) and (error.filename or error.errno in (*FULL, errno.ENOENT)):
             where = f"{error.filename or 'a file'}: {error.strerror}"
             what = "write" if error.errno in FULL else "use"
-            _say(f"error: cannot {what} {where}; see to it and give the same command again: what is written is kept")
+            _say(f"error: cannot {what} {where}; mend that and give the same command again")
             sys.exit(1)
         with tempfile.NamedTemporaryFile("w", prefix="sqlbench-error-", suffix=".log", delete=False) as file:
             traceback.print_exc(file=file)

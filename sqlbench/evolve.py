@@ -398,7 +398,7 @@ class Evolution:
         try:
             lock = open(self.folder / ".lock", "a")  # noqa: SIM115
         except OSError as error:
-            raise RunError(f"cannot write {self.folder}: {error.strerror}; see to it and try again") from error
+            raise RunError(f"cannot write {self.folder}: {error.strerror}; make it writable and try again") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -82,7 +82,7 @@ class RolloutContext:
     """Whether the policy's own answers made a prompt too long, which is no failure."""
 
     @property
-    def samples(self) -> bool:
+    def takes_temperature(self) -> bool:
         """Whether the model can be asked at another temperature; one of your own may not."""
         return "temperature" in inspect.signature(self.model.complete).parameters
 
@@ -95,13 +95,13 @@ class RolloutContext:
             agent: name of the sub-agent.
             messages: the prompt.
             strategy: the repair strategy that the prompt asks for.
-            temperature: of this answer; None is the model's own. A model that `samples` nothing else keeps its own.
+            temperature: of this answer; None is the model's own, and so is any where it does not take one.
         """
         turn = len(self.executions) + (agent != "check")
         options: dict[str, Any] = {}
         if self.observer is not None:
             options["on_text"] = partial(self.observer.text, agent, turn)
-        if temperature is not None and self.samples:
+        if temperature is not None and self.takes_temperature:
             options["temperature"] = temperature
         with self.boundary("model", self.transitions):
             completion = await self.model.complete(messages, **options)

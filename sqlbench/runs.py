@@ -191,7 +191,7 @@ def append_line(path: Path, record: BaseModel | dict[str, Any]) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
     return RunError(
-        f"cannot write {path}: {error.strerror}; see to it and give the same command again: what is written is kept"
+        f"cannot write {path}: {error.strerror}; make room or make it writable, and give the same command again"
     )
 
 

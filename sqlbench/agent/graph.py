@@ -97,7 +97,7 @@ async def _rewrite(state: State, runtime: Runtime) -> Command[Literal["execute_q
     )
     before = {normal(earlier) for earlier, _ in ctx.history}
     ran = {normal(execution.sql): execution.sql for execution in ctx.executions if execution.answered}
-    for temperature in (None, *(AGAIN if ctx.samples else ())):
+    for temperature in (None, *(AGAIN if ctx.takes_temperature else ())):
         sql = extract_sql(await ctx.ask("rewrite", prompt, strategy, temperature=temperature))
         if normal(sql) in ran:
             return Command(update={"sql": ran[normal(sql)]}, goto=END)

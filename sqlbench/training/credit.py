@@ -17,8 +17,8 @@ compared with the transitions of the same sub-agent in the rollouts of the same 
   baseline.
 - A rewrite that repeats an earlier query: 0 where the query before failed, which is the least that can be earned there.
   Elsewhere it has no reward and is not trained on: a change of a right query mostly loses something, beside which doing
-  nothing would pay, and a policy does not see whether the query was right. As repetitions are sampled again, what
-  remains is the gradient of the policy that does not repeat.
+  nothing would pay, and a policy does not see whether the query was right. What remains is the gradient of the policy
+  that does not repeat.
 - A check: whether its verdict is right, less the mean of all checks of the step on queries of the same kind (right or
   wrong ones), with both kinds weighing the same in sum (`balanced`). What it answers whatever the query is earns 0.
 

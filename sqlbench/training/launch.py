@@ -1,7 +1,7 @@
 """A training run from its first call to its last: verl's own trainer on a run folder, followed and resumed.
 
 Guarantees: the configuration in ``config.json`` is complete and is what ran; whatever would fail for a reason known
-beforehand is refused in one line before anything starts; the same call again goes on at the last checkpoint; nothing
+beforehand is refused in one line before anything starts; the same call again resumes from the last checkpoint; nothing
 is left running when the call returns, however it returns. verl runs in a process of its own
 (`verl_cpu.forkserver`) with its output in ``logs/train.log``; call from a thread that lives as long as the
 training.
@@ -123,8 +123,8 @@ def train(
             run_folder.finish(trainer.fit(run_folder, config, tasks, validation))
         except OSError as error:
             raise TrainingError(
-                f"training stopped: {error.strerror}: {error.filename or folder}; see to it and give the same "
-                "command again: it goes on at the last checkpoint"
+                f"training stopped: {error.strerror}: {error.filename or folder}; mend that and give the same "
+                "command again: it resumes from the last checkpoint"
             ) from error
     return folder
 

@@ -90,18 +90,16 @@ class TaskSampler:
         if partition_id == "val" or self.most <= 1:
             return batch, metrics
         keys, tags, asked = list(batch.keys), list(batch.tags), batch_size
-        rewards = scores(batch)
-        dividing = {task_of(group) for group in dividing_groups(rewards)}
+        dividing = {task_of(group) for group in dividing_groups(scores(batch))}
         while more := further(batch_size, len(dividing), asked, int(self.most * batch_size)):
             self.submit(more)
             extra, _ = self.buffer.sample(global_steps, partition_id, more)
             asked += more
             keys, tags = keys + extra.keys, tags + extra.tags
-            found = scores(extra)
-            rewards |= found
-            dividing |= {task_of(group) for group in dividing_groups(found)}
+            dividing |= {task_of(group) for group in dividing_groups(scores(extra))}
         metrics |= {"sqlbench/tasks_sampled": asked, "sqlbench/tasks_dividing": len(dividing)}
-        kept = choose(batch_size, [t for t in self.tasks if t in {task_of(key) for key in keys}], dividing)
+        scored = {task_of(key) for key in keys}
+        kept = choose(batch_size, [task for task in self.tasks if task in scored], dividing)
         if surplus := [key for key in keys if task_of(key) not in kept]:
             tq.kv_clear(keys=surplus, partition_id=partition_id)
         rows = [(key, tag) for key, tag in zip(keys, tags, strict=True) if task_of(key) in kept]

@@ -73,7 +73,8 @@ class SqlTrainer(PPOTrainerSync):
         self.replay_buffer: Any = TaskSampler(buffer, self._add_prompts_to_generate, most)
         folder = Path(self.settings.run_folder)
         self.reader = TrajectoryReader(folder / TRAJECTORIES)
-        self.rates = SuccessRates(read_trajectories(folder), self.settings.seed)
+        known = read_trajectories(folder) if self.settings.sampling == "success-rate" else ()
+        self.rates = SuccessRates(known, self.settings.seed)
 
     def fit(self, agent_loop_manager: Any) -> None:  # noqa: D102
         ended = threading.Event()
