@@ -55,6 +55,7 @@ PROFILES = {
             "HF_HUB_OFFLINE": "1",
             "RAY_prestart_worker_first_driver": "0",
             "RAY_raylet_start_wait_time_s": "300",  # 60 is not enough on a busy laptop
+            "RAY_worker_niceness": "0",  # by default 15: beside two other busy programs a training hardly moves
         },
     ),
     "gpu": Profile(

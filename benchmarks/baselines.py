@@ -1,0 +1,187 @@
+"""What RL has to beat: trains and measures baselines and controls beside GRPO, with equal numbers of rollouts.
+
+    python benchmarks/baselines.py --out DIR [--data DATA_SET] [--seeds N] [--turns N] [--only ARM ...]
+
+Every arm starts from nano and sees at most ``steps x 16 x 8`` rollouts, or the tasks of as many steps:
+
+- ``grpo``: the profile's defaults; ``dynamic`` and ``success-rate``: the same with other tasks per step
+  (`sqlbench.training.sampling`); ``token_mean`` and ``transition``: with another loss, or credit.
+- ``permuted``: rewards of each task's rollouts, shuffled among them; ``runs``: a reward for queries that run.
+- ``sft``: the gold queries of the training split, as many answers as GRPO sees rollouts.
+- ``rejection``: rollouts of nano on as many training tasks as GRPO sees, of which the right ones are imitated.
+
+Each policy is measured greedily on the headline split and on unseen schemas in the wording of pretraining, and by
+eight samples at temperature 1 (``--samples``, first seed only): avg@8, pass@8, a majority vote and the first query that
+runs. That of ``before`` says what nano gives without training at the same calls. Everything is written below DIR as it
+is measured, and the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pandas as pd
+
+from sqlbench.errors import SqlbenchError
+from sqlbench.evaluation import Summary, evaluate
+from sqlbench.runs import RunFolder
+from sqlbench.tables import write_table
+from sqlbench.training.launch import train
+from sqlbench.training.sft import sft
+
+TASKS, GROUP = 16, 8
+"""Tasks per step, and rollouts per task, of the laptop profile."""
+LEARNED = "dev_unseen_pretrain"
+ARMS: dict[str, tuple[str, ...]] = {
+    "before": (),
+    "grpo": (),
+    "dynamic": ("sqlbench.sampling=dynamic",),
+    "success-rate": ("sqlbench.sampling=success-rate",),
+    "token_mean": ("actor_rollout_ref.actor.policy_loss.loss_mode=token_mean",),
+    "transition": ("sqlbench.credit=transition",),
+    "permuted": ("sqlbench.control=permuted",),
+    "runs": ("sqlbench.reward=runs",),
+    "sft": (),
+    "rejection": (),
+}
+
+
+class Bench:
+    """Where the arms run, and with what."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+
+    def policy(self, arm: str, seed: int) -> str:
+        """Train an arm where that was not done yet, and return its policy."""
+        options = self.options
+        run = f"{arm}-s{seed}"
+        root = self.out / "laptop" / run
+        if arm == "before":
+            return "nano"
+        if RunFolder(root).finished:
+            return str(root)
+        rollouts = options.steps * TASKS * GROUP
+        if arm == "sft":
+            place = {"steps": rollouts // 32, "batch_size": 32, "seed": seed, "results": self.out}
+            return str(sft(options.data, run, lr=options.sft_lr, **place))
+        if arm == "rejection":
+            own = f"{run}-rollouts"
+            if not RunFolder(self.out / "laptop" / own).finished:
+                self.evaluate(
+                    own, "nano", "train", samples=GROUP, temperature=1.0, seed=seed, limit=options.steps * TASKS
+                )
+            place = {"source": self.out / "laptop" / own, "steps": rollouts // 32, "seed": seed, "results": self.out}
+            return str(sft(options.data, run, lr=options.sft_lr, **place))
+        steps = [f"trainer.total_training_steps={options.steps}", f"sqlbench.max_turns={options.turns}"]
+        quiet = ["trainer.test_freq=-1", "trainer.val_before_train=False", f"sqlbench.seed={seed}"]
+        return str(
+            train("laptop", run, options.data, None, [*steps, *quiet, *ARMS[arm], *options.set], results=self.out)
+        )
+
+    def evaluate(self, run: str, model: str, split: str, **settings: Any) -> Summary:
+        """Evaluate a policy, or read what was found when that was done."""
+        root = self.out / "laptop" / run
+        if RunFolder(root).finished:
+            return Summary(**RunFolder(root).summary())
+        return evaluate(
+            self.options.data, split, model, run, results=self.out, max_turns=self.options.turns, **settings
+        )
+
+    def measure(self, arm: str, seed: int) -> dict[str, Any]:
+        """Everything about one policy."""
+        model = self.policy(arm, seed)
+        run = f"{arm}-s{seed}"
+        headline = self.evaluate(f"{run}-headline", model, "headline")
+        found: dict[str, Any] = {"arm": arm, "seed": seed, "ex": headline.score.ex}
+        found["trained_wording"] = mean(s.ex or 0.0 for name, s in headline.by_phrasing.items() if name in "BC")
+        found["other_wording"] = mean(s.ex or 0.0 for name, s in headline.by_phrasing.items() if name not in "BC")
+        found["pretrained_wording"] = self.evaluate(f"{run}-learned", model, LEARNED).score.ex
+        rows = [row["data"] for row in RunFolder(self.out / "laptop" / run).metrics()] if arm != "before" else []
+        steps = [row for row in rows if "sqlbench/seconds" in row]
+        if steps:
+            asked = [row.get("sqlbench/tasks_sampled", TASKS) * GROUP for row in steps]
+            found |= {"rollouts": sum(asked), "seconds": sum(row["sqlbench/seconds"] for row in steps)}
+            found["zero_variance"] = mean(row["sqlbench/zero_variance_groups"] for row in steps)
+        if seed == 1 and self.options.samples:
+            several = self.evaluate(f"{run}-samples", model, "headline", samples=GROUP, temperature=1.0)
+            assert several.samples is not None
+            found |= {name: estimate.value for name, estimate in several.samples.by_turn[-1].items()}
+        return found
+
+
+def table(found: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each arm: means over the seeds, and what each seed gave."""
+    rows = []
+    before = next((one["ex"] for one in found if one["arm"] == "before"), None)
+    for arm in ARMS:
+        runs = [one for one in found if one["arm"] == arm]
+        if not runs:
+            continue
+
+        def average(name: str, runs: list[dict[str, Any]] = runs) -> float | None:
+            values = [one[name] for one in runs if one.get(name) is not None]
+            return mean(values) if values else None
+
+        row: dict[str, Any] = {"Arm": arm, "Seeds": len(runs)}
+        row["Headline EX (%)"] = percent(average("ex"))
+        row["By seed"] = " / ".join(percent(one["ex"]) for one in runs)
+        for name, title in (
+            ("trained_wording", "Wording of training (%)"),
+            ("other_wording", "Wording never trained (%)"),
+            ("pretrained_wording", "Wording of pretraining (%)"),
+            *((f"{kind}@{GROUP}", f"{kind}@{GROUP} (%)") for kind in ("avg", "pass", "majority", "best")),
+            ("zero_variance", "Zero-variance groups (%)"),
+        ):
+            row[title] = percent(average(name))
+        rollouts, seconds, ex = average("rollouts"), average("seconds"), average("ex")
+        gain = 100 * (ex - before) if ex is not None and before is not None else None
+        row["Rollouts"] = "" if rollouts is None else f"{rollouts:.0f}"
+        row["Points per 1,000 rollouts"] = "" if not rollouts or gain is None else f"{1000 * gain / rollouts:.2f}"
+        row["Points per minute"] = "" if not seconds or gain is None else f"{60 * gain / seconds:.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def percent(share: float | None) -> str:
+    """A share as percent, empty where it was not measured."""
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def main() -> None:
+    """Run what is missing, and write the table after each policy."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--data", type=Path, default=Path("data/pocket"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--sft-lr", type=float, default=2e-4)
+    parser.add_argument("--samples", action="store_true", help="measure eight samples per task too")
+    parser.add_argument("--set", nargs="*", default=[], help="key=value for every training")
+    options = parser.parse_args()
+    bench = Bench(options)
+    file = options.out / "baselines.json"
+    for seed in options.seeds:
+        for arm in options.only:
+            if arm == "before" and seed != options.seeds[0]:
+                continue
+            try:
+                one = bench.measure(arm, seed)
+            except SqlbenchError as error:
+                sys.exit(f"error: {arm}, seed {seed}: {error}")
+            found = json.loads(file.read_text()) if file.is_file() else []
+            found = [row for row in found if (row["arm"], row["seed"]) != (arm, seed)] + [one]
+            file.write_text(json.dumps(found, indent=1) + "\n")
+            write_table(table(found), options.out, "baselines")
+            print(one, flush=True)
+
+
+if __name__ == "__main__":
+    main()

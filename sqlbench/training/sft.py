@@ -1,0 +1,251 @@
+"""Supervised fine-tuning of a policy: the baseline beside RL, and the warm-up before it.
+
+It imitates answers that are right, from one of two sources: the gold queries of a split, or rollouts that a run has on
+record. The second is rejection sampling: evaluate the policy on the training split with several samples per task, then
+imitate the answers that were right. Both are trajectories, so the prompts are those of the agent, rewrites included.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from sqlbench.agent.prompts import Prompts, extract_sql, prompts_for
+from sqlbench.agent.trajectory import Completion, Message, Trajectory
+from sqlbench.config import RolloutConfig
+from sqlbench.data.tasks import Task, open_dataset
+from sqlbench.database.engine import cached_database
+from sqlbench.errors import DataError
+from sqlbench.evaluation import run_sync
+from sqlbench.interfaces import Dataset
+from sqlbench.models import policy_folder
+from sqlbench.models.checkpoint import check_checkpoint, checkpoint_family
+from sqlbench.models.local import encode_chat
+from sqlbench.rollout import rollout
+from sqlbench.runs import METRICS, RunFolder, read_trajectories, run_path
+
+SAVE_EVERY = 100
+"""Optimizer steps between two states on disk, from which an interrupted run resumes."""
+
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt and of the answer to imitate, end-of-sequence token included."""
+
+
+def sft(
+    data: str | Path,
+    run: str,
+    *,
+    model: str = "nano",
+    source: str | Path | None = None,
+    split: str = "train",
+    steps: int = 300,
+    batch_size: int = 32,
+    lr: float = 2e-4,
+    seed: int = 1,
+    table_info_truncate: int = 2048,
+    sample_rows: int = 0,
+    profile: str = "laptop",
+    results: str | Path = "results",
+    overwrite: bool = False,
+) -> Path:
+    """Fine-tune a policy on right answers and return the run folder, whose ``policy`` is the new checkpoint.
+
+    The same call resumes an interrupted run.
+
+    Args:
+        data: data set folder, or ``module:attribute``.
+        run: name of the run.
+        model: policy to start from.
+        source: run folder whose right rollouts are imitated; None imitates the gold queries of `split`.
+        split: the split whose tasks are used, with either source.
+        steps: optimizer steps.
+        batch_size: answers per step.
+        lr: learning rate of AdamW, constant.
+        seed: of the order of the answers.
+        table_info_truncate: characters of schema text in the prompts of gold queries.
+        sample_rows: rows of each table in these prompts.
+        profile: ``laptop`` or ``gpu``: the folder below `results`.
+        results: folder of all results.
+        overwrite: discard what the run folder holds.
+
+    Raises:
+        DataError: there is nothing to imitate.
+        ModelError: the policy cannot be loaded.
+        RunError: the run folder cannot be used.
+    """
+    start = check_checkpoint(policy_folder(model))
+    dataset = open_dataset(data)
+    tasks = [task for task in dataset.load(split) if task.scorable]
+    folder = RunFolder(run_path(results, profile, run))
+    settings = RolloutConfig(max_turns=1, table_info_truncate=table_info_truncate, sample_rows=sample_rows)
+    config = {
+        "kind": "sft",
+        "data": str(data),
+        "split": split,
+        "model": str(model),
+        "source": None if source is None else str(source),
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "rollout": settings.model_dump(),
+    }
+    with folder.open(config, overwrite=overwrite):
+        if source is None:
+            prompts = prompts_for(checkpoint_family(start))
+            rollouts: Iterable[Trajectory] = run_sync(lambda: _gold_rollouts(dataset, tasks, prompts, settings))
+        else:
+            wanted = {task.key for task in tasks}
+            rollouts = (t for t in read_trajectories(Path(source)) if t.task_key in wanted)
+        answers = right_answers(rollouts)
+        if not answers:
+            raise DataError(f"No right answer to imitate in {source or split}. Choose another --source or --split.")
+        loss = _fit(folder, start, answers, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+        folder.finish({"steps": steps, "answers": len(answers), "loss": loss, "policy": "policy"})
+    return folder.root
+
+
+def right_answers(rollouts: Iterable[Trajectory]) -> list[tuple[list[Message], str]]:
+    """Return each different prompt and answer that wrote the final query of a right rollout."""
+    found: dict[str, tuple[list[Message], str]] = {}
+    for record in rollouts:
+        if not record.correct or not record.pred:
+            continue
+        for made in reversed(record.transitions):
+            if made.agent != "check" and extract_sql(made.completion.text) == record.pred:
+                found.setdefault(f"{made.messages!r} {made.completion.text}", (made.messages, made.completion.text))
+                break
+    return list(found.values())
+
+
+class _Gold:
+    """A model that answers with a task's gold query."""
+
+    name = "gold"
+
+    def __init__(self, family: str, sql: str) -> None:
+        self.family, self.text = family, sql if family == "nano" else f"```sql\n{sql}\n```"
+
+    async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
+        return Completion(text=self.text)
+
+
+async def _gold_rollouts(
+    dataset: Dataset, tasks: list[Task], prompts: Prompts, config: RolloutConfig
+) -> list[Trajectory]:
+    return [
+        await rollout(
+            task,
+            cached_database(dataset.database(task.db_id), config.limits),
+            _Gold(prompts.family, task.gold),
+            prompts,
+            config,
+        )
+        for task in tqdm(tasks, desc="gold queries", unit="task", mininterval=0.5)
+    ]
+
+
+def answer_loss(model: Any, rows: list[Row]) -> Any:
+    """Return the mean cross-entropy of the answers' tokens, given their prompts."""
+    import torch
+
+    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -100)
+    attention = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids[i, :end] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) : end] = torch.tensor(answer)
+        attention[i, :end] = 1
+    device = model.device
+    logits = model(ids.to(device), attention_mask=attention.to(device), use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(device))
+
+
+def _fit(
+    folder: RunFolder,
+    start: Path,
+    answers: list[tuple[list[Message], str]],
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+) -> float:
+    """Train, write the policy, and return the mean loss of the last 20 steps."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    rows: list[Row] = []
+    for messages, text in answers:
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append((encode_chat(tokenizer, [m.model_dump() for m in messages]), answer))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    state, done = folder.root / "checkpoints/sft.pt", 0
+    if state.is_file():
+        saved = torch.load(state, map_location=device)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["step"]
+    kept = [row for row in folder.metrics() if row["step"] <= done]
+    folder.rewrite(METRICS, kept)
+    losses = [row["data"]["sft/loss"] for row in kept]
+    model.train()
+    with tqdm(total=steps, initial=done, desc="sft", unit="step", mininterval=0.5) as bar:
+        for step in range(done + 1, steps + 1):
+            optimizer.zero_grad()
+            loss = answer_loss(model, [rows[i] for i in batch(len(rows), batch_size, step, seed)])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            folder.append(METRICS, {"step": step, "data": {"sft/loss": losses[-1]}})
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.update()
+            if step % SAVE_EVERY == 0:
+                state.parent.mkdir(exist_ok=True)
+                whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                torch.save(whole, state.with_suffix(".new"))
+                os.replace(state.with_suffix(".new"), state)
+    policy = folder.root / "policy"
+    shutil.rmtree(policy, ignore_errors=True)
+    model.save_pretrained(policy)
+    for file in start.iterdir():
+        if file.is_file() and ("token" in file.name or file.name in ("sqlbench.json", "chat_template.jinja")):
+            shutil.copy2(file, policy / file.name)
+    shutil.rmtree(state.parent, ignore_errors=True)
+    last = losses[-20:]
+    return sum(last) / len(last)
+
+
+def batch(rows: int, size: int, step: int, seed: int) -> list[int]:
+    """Return which rows a step trains on: all of them once, in an order of its own, before one comes again.
+
+    Args:
+        rows: number of rows.
+        size: of a batch.
+        step: from 1.
+        seed: of the orders.
+    """
+    chosen: list[int] = []
+    for position in range((step - 1) * size, step * size):
+        epoch, place = divmod(position, rows)
+        chosen.append(_order(rows, seed, epoch)[place])
+    return chosen
+
+
+@lru_cache(maxsize=2)
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(rows))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
