@@ -26,7 +26,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sqlbench.config import RolloutConfig
+from sqlbench.config import AblateConfig, RolloutConfig, takes
 from sqlbench.curves import read_metrics, time_shares
 from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evaluation import evaluate
@@ -45,59 +45,39 @@ from sqlbench.tables import (
 )
 
 
-def ablate(
-    profile: str = "laptop",
-    grid: str | None = None,
-    overrides: Iterable[str] = (),
-    *,
-    data: Path | str | None = None,
-    run: str | None = None,
-    results: Path | str = "results",
-    only: str | None = None,
-    dry_run: bool = False,
-    parallel: int = 1,
-    track: str | None = None,
-) -> pd.DataFrame:
+@takes(AblateConfig, "profile", "grid", "overrides")
+def ablate(settings: AblateConfig) -> pd.DataFrame:
     """Run or resume the cells of a grid, write both tables, and return the state of every cell.
 
-    Args:
-        profile: training profile.
-        grid: one of `GRIDS`; when None, ``seed`` with the profile ``gpu`` and ``short`` otherwise.
-        overrides: ``key=value`` for every training, as in `sqlbench.training.launch.train`.
-        data: data set folder; the profile's own when None.
-        run: run folder below ``<results>/<profile>/``; the grid's name when None.
-        results: where run folders are.
-        only: name of one cell to run, as a dry run lists them.
-        dry_run: only say what there is to do; for one cell, print its resolved configuration and what it needs; for
-            grid ``seed``, print what there is beside the published figures.
-        parallel: cells trained at the same time, each in its own process with its output in its ``cell.log``.
-        track: where else to send metrics, see `sqlbench.training.launch.train`.
+    A dry run of the grid ``seed`` prints what there is beside the published figures.
 
     Raises:
         RunError: unknown profile, grid or cell; or a cell failed, after the others were run.
     """
-    grid = grid or ("seed" if profile == "gpu" else "short")
+    profile, only = settings.profile, settings.only
+    grid = settings.grid or ("seed" if profile == "gpu" else "short")
     if grid not in GRIDS:
         raise RunError(f"unknown grid '{grid}'; choose one of {', '.join(GRIDS)}")
     rows = {name: cell for name, cell in GRIDS[grid].rows.items() if only in (None, name, cell.name)}
     cells = list(rows.values())
     if not cells:
         raise RunError(f"grid '{grid}' has no cell '{only}'; it has: {', '.join(GRIDS[grid].rows)}")
-    bench = Bench(profile, run or grid, str(data or find_profile(profile).data), str(results))
-    chosen = replace(GRIDS[grid], overrides=(*GRIDS[grid].overrides, *overrides))
-    if track:
+    data = settings.data or find_profile(profile).data
+    bench = Bench(profile, settings.run or grid, str(data), str(settings.results))
+    chosen = replace(GRIDS[grid], overrides=(*GRIDS[grid].overrides, *settings.overrides))
+    if settings.track:
         from sqlbench.training.compose import tracking
 
-        chosen = replace(chosen, overrides=(*chosen.overrides, *tracking(track)))
-    if dry_run and only:
+        chosen = replace(chosen, overrides=(*chosen.overrides, *tracking(settings.track)))
+    if settings.dry_run and only:
         train_cell(cells[0], bench, chosen, dry_run=True)
-    elif dry_run and grid == "seed":
+    elif settings.dry_run and grid == "seed":
         print(*(table.to_string(index=False) for table in seed_comparison(bench.folder)), sep="\n\n", end="\n\n")
-    elif not dry_run:
+    elif not settings.dry_run:
         with ExitStack() as locks:
             for cell in cells:
                 locks.enter_context(lock(bench.cell(cell)))
-            failed = _run_cells(cells, chosen, bench, parallel)
+            failed = _run_cells(cells, chosen, bench, settings.parallel)
         if any(bench.state(cell) == "finished" for cell in cells):
             write_tables(bench.folder)
             if grid == "seed":

@@ -1,8 +1,17 @@
-"""Frozen settings that are written to disk with every run; each default is the one the tables report."""
+"""Settings. An option exists once: as a field, with its name, type, bounds, default and description.
+
+The command line (`sqlbench.cli`), the arguments of the functions that `takes` decorates and the ``config.json`` of an
+evaluation are generated from these models. What no number depends on has ``exclude`` and is not stored there. Each
+default is the one that the tables report.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, Signature, getdoc
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +19,27 @@ from sqlbench.database.types import LONGEST_QUERY, Limits
 
 MOST_ROWS = 20
 """Sample rows of a table that a prompt can show."""
+POCKET, RESULTS = Path("data/pocket"), Path("results")
+Result = TypeVar("Result")
+
+# What several commands have. "flags" are an option's names on the command line where they are not the field's own;
+# without any, its values stand there alone. The heading of a model is that of its fields in a help text.
+Data = Annotated[Path, Field(description="Data set folder, or module:attribute.")]
+OwnData = Annotated[Path | None, Field(description="Data set folder, or module:attribute; the profile's by default.")]
+MODEL = "nano, a folder, a Hugging Face name (owner/name), openai:NAME, or module:attribute."
+Model = Annotated[str, Field(description=MODEL)]
+Agent = Annotated[str, Field(description="self-correcting, resampling, published, or module:attribute of your own.")]
+Reward = Annotated[str, Field(description="execution-match, runs (a control), or module:attribute of your own.")]
+QueryTimeout = Annotated[float, Field(ge=0.01, le=LONGEST_QUERY, description="Seconds a query may take, gold or not.")]
+Profile = Annotated[str, Field(description="laptop or gpu.", exclude=True)]
+Run = Annotated[str, Field(description="Name of the run: results/<profile>/<run>/.", exclude=True)]
+Results = Annotated[Path, Field(description="Folder of all results.", exclude=True)]
+Overwrite = Annotated[bool, Field(description="Discard what the run folder holds.", exclude=True)]
+Overrides = Annotated[list[str], Field(description="For verl, passed on unchanged.", json_schema_extra={"flags": []})]
+Track = Annotated[str | None, Field(description="Send metrics to wandb, mlflow or tensorboard too.")]
+Seed = Annotated[int, Field(description="Equal seeds give equal results.")]
+Port = Annotated[int, Field(ge=0, le=65535, description="0 takes a free one.")]
+Host = Annotated[str, Field(description="Address to listen on; the default is this machine alone.")]
 
 
 class Settings(BaseModel):
@@ -21,18 +51,13 @@ class Settings(BaseModel):
 class RolloutConfig(Settings):
     """What shapes one rollout besides the task, the model and the prompts."""
 
-    max_turns: int = Field(3, ge=1)
-    """Write-or-rewrite calls at most."""
-    table_info_truncate: int = Field(2048, ge=1)
-    """Characters of schema text in a prompt."""
-    sample_rows: int = Field(0, ge=0, le=MOST_ROWS)
-    """Rows of each table that the schema text shows; they count as its characters."""
-    execution_truncate: int = Field(2048, ge=1)
-    """Characters of an execution result in a prompt."""
-    strict: bool = True
-    """Close the reference evaluator's holes (`sqlbench.reward.score`)."""
-    query_timeout: float = Field(5.0, gt=0, le=LONGEST_QUERY)
-    """Seconds that a query may take: the agent's, the gold one and the prediction that is scored."""
+    heading: ClassVar = "Rollout"
+    max_turns: int = Field(3, ge=1, description="Queries the agent may write.")
+    table_info_truncate: int = Field(2048, ge=1, description="Characters of schema in a prompt.")
+    sample_rows: int = Field(0, ge=0, le=MOST_ROWS, description="Rows of each table in the schema's characters.")
+    execution_truncate: int = Field(2048, ge=1, description="Characters of a result in a prompt.")
+    strict: bool = Field(True, description="Close the reference evaluator's holes.")
+    query_timeout: QueryTimeout = 5.0
 
     @property
     def limits(self) -> Limits:
@@ -40,28 +65,160 @@ class RolloutConfig(Settings):
         return Limits(seconds=self.query_timeout)
 
 
-class EvalConfig(Settings):
-    """Everything an evaluation's numbers depend on; two evaluations with equal configs may be continued as one."""
+class SamplingConfig(Settings):
+    """How answers are drawn; a model object, or one of ``module:attribute``, samples as it is set itself."""
 
-    kind: str = "eval"
-    data: str
-    split: str
-    limit: int | None = None
-    """Only the first so many scorable tasks of the split."""
-    model: str
-    weights: str | None = None
-    """Checksum of a local model's weights."""
-    temperature: float = 0.0
-    samples: int = Field(1, ge=1)
-    """Rollouts a task."""
-    seed: int | None = None
-    """Of the samples of a local model; None is the model's own."""
-    max_tokens: int | None = None
-    """Tokens of an answer at most; None is the model's own default."""
-    request: dict[str, Any] = {}
-    """Further request fields for an endpoint (`sqlbench.models.chat`)."""
-    rollout: RolloutConfig = RolloutConfig()
-    prompts: dict[str, str]
-    family: str
-    agent: str = "self-correcting"
-    reward: str = "execution-match"
+    heading: ClassVar = "Sampling"
+
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+    samples: int = Field(1, ge=1, description="Rollouts a task, for avg@n, pass@k, majority and best of n.")
+    seed: int | None = Field(None, description="Of a local model's samples; 0 by default.")
+    max_tokens: int | None = Field(None, ge=1, description="Tokens of an answer at most; the model's own by default.")
+
+
+class EvalConfig(RolloutConfig, SamplingConfig):
+    """Run the agent over a split and write trajectories and a summary; resumes where it was interrupted."""
+
+    data: Data = POCKET
+    split: str = Field("headline", description="A split, or 'headline'.")
+    model: Any = Field("nano", description=MODEL)  # or a model object
+    run: Run
+    agent: Agent = "self-correcting"
+    reward: Reward = "execution-match"
+    limit: int | None = Field(None, ge=1, description="Only the first so many scorable tasks.")
+    prompts: Any = Field(None, description="Prompt family if not the model's own: nano or chat.")  # or Prompts
+    timeout: float | None = Field(None, ge=0.01, description="Seconds a call to an endpoint may take.", exclude=True)
+    concurrency: int | None = Field(None, ge=1, description="Rollouts at a time.", exclude=True)
+    profile: Profile = "laptop"
+    results: Results = RESULTS
+    overwrite: Overwrite = False
+
+
+class TrainConfig(Settings):
+    """Train with GRPO through verl; resumes from the last checkpoint."""
+
+    run: Run
+    overrides: Overrides = []
+    profile: Profile = "laptop"
+    data: OwnData = None
+    model: str | None = Field(None, description="Policy to start from: nano, or a checkpoint folder.")
+    recipe: str | None = Field(None, description="Settings between profile and key=value: seed, as the published run.")
+    control: str | None = Field(
+        None, description="Rewards to learn nothing from: coin flips, or permuted in each task."
+    )
+    seed: int | None = Field(None, description="Short for sqlbench.seed=N.")
+    query_timeout: float | None = Field(None, description="Short for sqlbench.query_timeout=SECONDS.")
+    track: Track = None
+    results: Results = RESULTS
+    dry_run: bool = Field(False, description="Print the resolved config and what it needs.")
+    overwrite: Overwrite = False
+
+
+class AblateConfig(Settings):
+    """Run or resume a grid of trainings and write the accuracy and efficiency tables."""
+
+    overrides: Overrides = []
+    profile: Profile = "laptop"
+    grid: str | None = Field(None, description="short (default), full or smoke; seed (default of the profile gpu).")
+    data: OwnData = None
+    run: str | None = Field(None, description="Name of the run; the grid's name by default.")
+    only: str | None = Field(None, description="One cell by name, as a dry run lists them.")
+    parallel: int = Field(1, ge=1, description="Cells trained at the same time, each with its output in its cell.log.")
+    track: Track = None
+    results: Results = RESULTS
+    dry_run: bool = Field(False, description="Only say what there is to do; with --only, the cell's config and needs.")
+
+
+class ScoreConfig(Settings):
+    """Score pairs of gold and predicted queries, by default with the reference evaluator's verdicts."""
+
+    data: Path = Field(description="Data set folder; a prediction has to match on each database/<db_id>/*.sqlite.")
+    pairs: Path = Field(description="JSON lines with db_id, gold, pred (.jsonl or .jsonl.gz).")
+    out: Path = Field(description="JSON lines to write: one verdict a pair.")
+    keep_distinct: bool = Field(False, description="Do not drop DISTINCT.")
+    strict: bool = Field(False, description="Close the reference evaluator's holes.")
+    query_timeout: QueryTimeout = 10.0
+    workers: int | None = Field(None, ge=1, description="Processes; by default one a core where there are many pairs.")
+
+
+class NotebooksConfig(Settings):
+    """Execute the ordered notebooks and keep them with their results."""
+
+    profile: str = Field(
+        "laptop", description="laptop, gpu, or smoke: as laptop, with everything as small as it can be."
+    )
+    run: Run = "demo"
+    only: list[str] = Field([], description="A notebook by number or name; repeatable.")
+    parameters: list[str] = Field(
+        [],
+        description="name=value for the parameters cells; repeatable.",
+        json_schema_extra={"flags": ["--parameter", "-p"]},
+    )
+    folder: Path = Field(Path("notebooks"), description="Where the notebooks are.")
+    results: Results = RESULTS
+    force: bool = Field(False, description="Run again what is done.")
+
+
+class EnvConfig(Settings):
+    """Serve the task as an OpenEnv environment."""
+
+    data: Data = POCKET
+    port: Port = 8000
+    host: Host = "127.0.0.1"
+    split: str = Field("train", description="Whose tasks are served.")
+    model: Model = "nano"
+    reward: Reward = "execution-match"
+    query_timeout: QueryTimeout = 5.0
+
+
+class ServeConfig(Settings):
+    """Serve a policy to any OpenAI client."""
+
+    model: str = Field(description="nano, a checkpoint folder, or the folder of a training run.")
+    port: Port = 8000
+    host: Host = "127.0.0.1"
+    engine: str | None = Field(None, description="vllm or transformers; vllm by default where it is installed.")
+
+
+class ChatConfig(Settings):
+    """Serve the chat as a web page, on this machine alone."""
+
+    data: Data = POCKET
+    model: Model = "nano"
+    port: Port = 8866
+    run: Run = "chat"
+    results: Results = RESULTS
+    reflection: str | None = Field(None, description="Endpoint for prompt evolution, openai:NAME; or else --model's.")
+    agent: Agent = "self-correcting"
+
+
+def takes(model: type[Settings], *positional: str) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
+    """Let a function of settings be called with their fields instead; the `positional` ones need no name.
+
+    A positional field before a required one has no default in a call. Signature and ``Args`` are what `help` shows.
+    """
+    fields = {name: model.model_fields[name] for name in (*positional, *model.model_fields)}
+    needed = max((n for n, name in enumerate(positional) if fields[name].is_required()), default=-1)
+    parameters = [
+        Parameter(
+            name,
+            Parameter.POSITIONAL_OR_KEYWORD if name in positional else Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if n <= needed or field.is_required() else field.default,
+            annotation=field.annotation,
+        )
+        for n, (name, field) in enumerate(fields.items())
+    ]
+    arguments = "".join(f"\n    {name}: {field.description}" for name, field in fields.items())
+
+    def decorate(function: Callable[[Any], Result]) -> Callable[..., Result]:
+        @wraps(function)
+        def call(*given: Any, **named: Any) -> Result:
+            if given and isinstance(given[0], model):
+                return function(*given, **named)
+            return function(model(**Signature(parameters).bind(*given, **named).arguments))
+
+        call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        call.__doc__ = f"{getdoc(function)}\n\nArgs:{arguments}\n"
+        return call
+
+    return decorate

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from sqlbench.agent.prompts import Prompts, prompts_for
 from sqlbench.agent.trajectory import Record, Trajectory
-from sqlbench.config import EvalConfig, RolloutConfig
+from sqlbench.config import EvalConfig, RolloutConfig, takes
 from sqlbench.data.tasks import Task, headline_split, open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, ModelError, RunError
@@ -132,62 +132,13 @@ class Summary(Record):
         )
 
 
-def evaluate(
-    data: str | Path,
-    split: str,
-    model: str | Model,
-    run: str,
-    *,
-    agent: str = "self-correcting",
-    reward: str = "execution-match",
-    results: str | Path = "results",
-    profile: str = "laptop",
-    max_turns: int = 3,
-    table_info_truncate: int = 2048,
-    sample_rows: int = 0,
-    execution_truncate: int = 2048,
-    strict: bool = True,
-    query_timeout: float = 5.0,
-    temperature: float = 0.0,
-    samples: int = 1,
-    seed: int | None = None,
-    max_tokens: int | None = None,
-    timeout: float | None = None,
-    prompts: str | Prompts | None = None,
-    concurrency: int | None = None,
-    limit: int | None = None,
-    overwrite: bool = False,
-) -> Summary:
+@takes(EvalConfig, "data", "split", "model", "run")
+def evaluate(settings: EvalConfig) -> Summary:
     """Run one split of a data set and leave the run folder ``<results>/<profile>/<run>``.
 
     Works in scripts and notebooks alike. Interrupting loses nothing: call it again with the same arguments. The same
-    call on a finished run with failed rollouts runs these again.
-
-    Args:
-        data: data set folder, or ``module:attribute`` of your own (`sqlbench.interfaces`).
-        split: name of a split; ``headline`` is the one that the data set calls so.
-        model: ``nano``, a path, ``openai:NAME``, ``module:attribute``, or a model object; the last two sample as they
-            are set themselves.
-        run: name of the run.
-        agent: the built-in one, or ``module:attribute``.
-        reward: the built-in one, or ``module:attribute``; execution match is reported in any case.
-        results: folder of all results.
-        profile: ``laptop`` or ``gpu``.
-        max_turns: queries the agent may write.
-        table_info_truncate: characters of schema text in a prompt.
-        sample_rows: rows of each table that the schema text shows.
-        execution_truncate: characters of an execution result in a prompt.
-        strict: close the reference evaluator's holes.
-        query_timeout: seconds that a query may take, the agent's and the gold one alike.
-        temperature: 0 is greedy.
-        samples: rollouts a task.
-        seed: of a local model's samples; None is the model's own, which is 0 for one given by name.
-        max_tokens: tokens of an answer at most; None is the model's own default.
-        timeout: seconds one call to an endpoint may take.
-        prompts: a prompt family or edited components; None is the model's own family.
-        concurrency: rollouts at a time; None is 128 for a model in this process (they share its batches), else 16.
-        limit: only the first so many scorable tasks.
-        overwrite: discard what the run folder holds.
+    call on a finished run with failed rollouts runs these again. `model` may be a model object, and `prompts` edited
+    `Prompts`.
 
     Raises:
         DataError: no such data set or split.
@@ -195,59 +146,49 @@ def evaluate(
         PluginError: a ``module:attribute`` cannot be loaded.
         RunError: the run folder cannot be written, is in use, finished, or belongs to other settings.
     """
-    folder = RunFolder(run_path(results, profile, run))
-    dataset = open_dataset(data)
+    folder = RunFolder(run_path(settings.results, settings.profile, settings.run))
+    dataset, split, samples = open_dataset(settings.data), settings.split, settings.samples
     tasks = dataset.load(headline_split(dataset) if split == "headline" else split)
-    chosen = [task for task in tasks if task.scorable][:limit]
+    chosen = [task for task in tasks if task.scorable][: settings.limit]
     if not chosen:
-        raise DataError(f"split '{split}' of {data} has no scorable task")
+        raise DataError(f"split '{split}' of {settings.data} has no scorable task")
+    model, prompts = settings.model, settings.prompts
     name = model if isinstance(model, str) else model.name
     if isinstance(model, str):
-        model = open_model(model, temperature=temperature, max_tokens=max_tokens, timeout=timeout)
+        how = {name: getattr(settings, name) for name in ("temperature", "max_tokens", "timeout")}
+        model = open_model(model, **how)
     if not isinstance(prompts, Prompts):
         prompts = prompts_for(prompts or model.family)
-    config = EvalConfig(
-        data=_name(data),
-        split=split,
-        limit=limit,
-        model=name,
-        weights=_weights(model),
-        temperature=temperature,
-        samples=samples,
-        seed=seed,
-        max_tokens=max_tokens,
-        request=getattr(model, "request", {}),
-        rollout=RolloutConfig(
-            max_turns=max_turns,
-            table_info_truncate=table_info_truncate,
-            sample_rows=sample_rows,
-            execution_truncate=execution_truncate,
-            strict=strict,
-            query_timeout=query_timeout,
-        ),
-        prompts=prompts.components,
-        family=prompts.family,
-        agent=agent,
-        reward=reward,
-    )
-    models = _samplers(model, samples, seed)
-    parts = load_plugin("agent", agent), load_plugin("reward", reward)
-    concurrency = concurrency or (16 if name.startswith("openai:") else 128)
+    shape = set(RolloutConfig.model_fields)
+    config = {
+        "kind": "eval",
+        **settings.model_dump(exclude={*shape, "model", "prompts"}),
+        "data": _name(settings.data),
+        "model": name,
+        "weights": _weights(model),
+        "request": getattr(model, "request", {}),
+        "rollout": settings.model_dump(include=shape),
+        "prompts": prompts.components,
+        "family": prompts.family,
+    }
+    models = _samplers(model, samples, settings.seed)
+    parts = load_plugin("agent", settings.agent), load_plugin("reward", settings.reward)
+    concurrency = settings.concurrency or (16 if name.startswith("openai:") else 128)
     started = time.perf_counter()
-    with folder.open(config, overwrite=overwrite):
+    with folder.open(config, overwrite=settings.overwrite):
         left = _not_yet_run(chosen, samples, folder)
-        work = dataset, models, prompts, config.rollout, *parts
+        work = dataset, models, prompts, settings, *parts
         run_sync(lambda: _run(left, work, folder, concurrency, samples * len(chosen)))
         summary = summarise(
             folder.trajectories(),
             tasks,
-            model=config.model,
-            data=config.data,
+            model=name,
+            data=_name(settings.data),
             split=split,
             seconds=time.perf_counter() - started,
         )
         if samples > 1:
-            found = estimate_samples(folder.trajectories(), samples, _verdicts(dataset, config.rollout))
+            found = estimate_samples(folder.trajectories(), samples, _verdicts(dataset, settings))
             summary = summary.model_copy(update={"samples": found})
         folder.finish(summary)
     return summary

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from pathlib import Path
 import nbformat
 
 from sqlbench.checks import versions
+from sqlbench.config import NotebooksConfig, takes
 from sqlbench.errors import DataError, NotebookError
 from sqlbench.home import ensure_folders
 from sqlbench.runs import METRICS, TRAJECTORIES, lock, run_path
@@ -210,36 +211,20 @@ class NotebookRun:
         return "\n".join(lines)
 
 
-def run_notebooks(
-    profile: str = "laptop",
-    run: str = "demo",
-    *,
-    only: Iterable[str] = (),
-    parameters: Iterable[str] = (),
-    folder: Path | str = "notebooks",
-    results: Path | str = "results",
-    force: bool = False,
-) -> NotebookRun:
+@takes(NotebooksConfig, "profile", "run")
+def run_notebooks(settings: NotebooksConfig) -> NotebookRun:
     """Execute the ordered notebooks into ``<results>/<profile>/<run>/notebooks/``.
-
-    Args:
-        profile: ``laptop``, ``gpu``, or ``smoke``: the laptop profile with everything as small as it can be.
-        run: name of the run folder.
-        only: notebooks to run, by number or name (``02``, ``04_reward_curves``, ``02,04``); all of them when empty.
-        parameters: ``name=value`` texts; each must be known to one of the chosen notebooks at least.
-        folder: where the notebooks are.
-        results: where run folders are.
-        force: run again what is done.
 
     Raises:
         NotebookError: refused before anything ran, or a cell failed.
     """
+    profile, results = settings.profile, settings.results
     if profile not in PRESETS:
         raise NotebookError(f"unknown profile '{profile}'; choose one of {', '.join(PRESETS)}")
-    paths = _select(Path(folder), [name for item in only for name in item.split(",")])
-    root = Path(results) / "smoke" if profile == "smoke" else Path(results)
-    base = run_path(root, "gpu" if profile == "gpu" else "laptop", run)
-    plan = _plan(paths, {"run": run, "results": str(root)}, PRESETS[profile], list(parameters))
+    paths = _select(settings.folder, [name for item in settings.only for name in item.split(",")])
+    root = results / "smoke" if profile == "smoke" else results
+    base = run_path(root, "gpu" if profile == "gpu" else "laptop", settings.run)
+    plan = _plan(paths, {"run": settings.run, "results": str(root)}, PRESETS[profile], settings.parameters)
     try:
         (base / "notebooks").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -254,7 +239,7 @@ def run_notebooks(
             output = base / "notebooks" / path.name
             # A notebook reads what the ones before it left: once one has run, in this call or in one that was killed
             # after it, those after it run too.
-            stale = force or any(not e.skipped for e in done) or _started(output) < newest
+            stale = settings.force or any(not e.skipped for e in done) or _started(output) < newest
             title = f"[{number}/{len(plan)}] {path.stem}"
             done.append(run_notebook(path, output, values, force=stale, title=title))
             newest = max(newest, _started(output))

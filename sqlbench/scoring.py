@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from sqlbench.config import ScoreConfig, takes
 from sqlbench.database.engine import cached_database
 from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError, DataError
@@ -31,30 +32,14 @@ from sqlbench.text import clean
 FIELDS = ("db_id", "gold", "pred")
 
 
-def score_pairs(
-    data: Path,
-    pairs: Path,
-    out: Path,
-    keep_distinct: bool = False,
-    strict: bool = False,
-    workers: int | None = None,
-    query_timeout: float = 10.0,
-) -> dict[str, int]:
-    """Score every row of `pairs` on the databases under `data` and return how often each reason occurred.
-
-    Args:
-        data: A folder with ``database/<db_id>/*.sqlite``; a prediction has to match on each file of its folder.
-        pairs: JSON lines with ``db_id``, ``gold``, ``pred``; gzip if its name ends in ``.gz``.
-        out: JSON lines to write.
-        keep_distinct: Compare with DISTINCT as written.
-        strict: Close the reference evaluator's holes (`sqlbench.reward.Strictness`).
-        workers: Processes; by default one per core where there are many pairs and the process has no threads.
-
-        query_timeout: Seconds that a query may take, gold or predicted.
+@takes(ScoreConfig, "data", "pairs", "out")
+def score_pairs(settings: ScoreConfig) -> dict[str, int]:
+    """Score every row of a file of pairs and return how often each reason occurred.
 
     Raises:
         DataError: an input is missing, or no line of it is a pair.
     """
+    data, pairs, out, workers = settings.data, settings.pairs, settings.out, settings.workers
     folder = data / "database"
     if not folder.is_dir():
         raise DataError(f"no databases in {data}: it has no folder 'database' with <db_id>/<db_id>.sqlite in it")
@@ -76,8 +61,8 @@ def score_pairs(
         sink = out.open("w", encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from error
-    limits = Limits(seconds=query_timeout)
-    jobs = ((str(folder), fault, [row.get(k) for k in FIELDS], keep_distinct, strict, limits) for row, fault in rows)
+    how = settings.keep_distinct, settings.strict, Limits(seconds=settings.query_timeout)
+    jobs = ((str(folder), fault, [row.get(k) for k in FIELDS], *how) for row, fault in rows)
     with sink, tqdm(total=len(rows), desc="score", unit="pair", mininterval=0.5) as progress:
         for (row, _), verdict in zip(rows, _verdicts(jobs, workers), strict=True):
             row |= {"match": verdict.match, "reason": verdict.reason}

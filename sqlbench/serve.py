@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+from sqlbench.config import ServeConfig
 from sqlbench.errors import ModelError, ServerError
 from sqlbench.models import policy_folder
 from sqlbench.models.checkpoint import check_checkpoint, checkpoint_family
@@ -25,25 +26,21 @@ ENGINES = {"vllm": "vllm.entrypoints.cli.main", "transformers": "transformers.cl
 NEEDS = {"vllm": ["vllm"], "transformers": ["transformers", "torch", "fastapi", "uvicorn"]}
 
 
-def serve(model: str, port: int = 8000, host: str = "127.0.0.1", engine: str | None = None) -> NoReturn:
+def serve(settings: ServeConfig) -> NoReturn:
     """Become a server; one line on standard output says where, under which name, and how to use it.
-
-    Args:
-        model: ``nano``, a checkpoint folder, or the folder of a training run (its newest policy).
-        port: 0 takes a free one.
-        engine: one of `ENGINES`; vLLM by default where it is installed.
 
     Raises:
         ServerError: the engine is missing, or the address cannot be used.
         ModelError, TrainingError: there is no such checkpoint.
     """
+    model, host = settings.model, settings.host
     folder, name = find_policy(model)
-    engine = engine or ("vllm" if importlib.util.find_spec("vllm") else "transformers")
+    engine = settings.engine or ("vllm" if importlib.util.find_spec("vllm") else "transformers")
     if engine not in ENGINES:
         raise ServerError(f"no engine '{engine}'; there are: {', '.join(ENGINES)}")
     if missing := " ".join(package for package in NEEDS[engine] if importlib.util.find_spec(package) is None):
         raise ServerError(f"the engine {engine} needs what is not installed; run 'pip install {missing}'")
-    with listen(host, port) as free:
+    with listen(host, settings.port) as free:
         port = free.getsockname()[1]
     import torch
 

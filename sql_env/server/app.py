@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -24,6 +23,7 @@ from sql_env.server.episodes import Episodes, RequestError
 from sql_env.server.sql_environment import DESCRIPTION, SqlEnvironment
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.repair import GENERATE
+from sqlbench.config import EnvConfig
 from sqlbench.serve import listen
 
 MAX_SESSIONS = 100
@@ -95,24 +95,17 @@ def __getattr__(name: str) -> FastAPI:
     return create(Episodes(data, get("SQLBENCH_SPLIT", "train"), get("SQLBENCH_MODEL", "nano"), reward=reward))
 
 
-def serve(
-    data: str | Path,
-    port: int,
-    host: str = "127.0.0.1",
-    split: str = "train",
-    model: str = "nano",
-    reward: str = "execution-match",
-    query_timeout: float = 5.0,
-) -> None:
-    """Serve until interrupted; port 0 takes a free one. Standard output carries the episodes' lines and nothing else.
+def serve(settings: EnvConfig) -> None:
+    """Serve until interrupted. Standard output carries the episodes' lines and nothing else.
 
     Raises:
         ServerError: the address is in use or no address of this machine.
         DataError: there is no such data set or split.
         ModelError: there is no such model.
     """
-    with listen(host, port) as listener:
-        made = create(Episodes(data, split, model, reward=reward, query_timeout=query_timeout))
+    data, host = settings.data, settings.host
+    with listen(host, settings.port) as listener:
+        made = create(Episodes(**settings.model_dump(exclude={"host", "port"})))
         print(f"serving {data} on http://{host}:{listener.getsockname()[1]}; Ctrl-C stops", file=sys.stderr, flush=True)
         config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         # OpenEnv closes sockets once more that the client closed; that is no error.

@@ -78,14 +78,7 @@ class SqlAgentLoop(AgentLoopBase):
         if self.rollout_config.name == "vllm":
             sampling |= stop_repetition(settings.stop_repetition)
         model = _ServerModel(self, sampling, settings.family, seed if settings.seed_sampling else None)
-        limits = RolloutConfig(
-            max_turns=settings.max_turns,
-            table_info_truncate=settings.table_info_truncate,
-            sample_rows=settings.sample_rows,
-            execution_truncate=settings.execution_truncate,
-            strict=settings.strict,
-            query_timeout=settings.query_timeout,
-        )
+        limits = RolloutConfig(**{name: settings[name] for name in RolloutConfig.model_fields})
         try:
             database = cached_database(_dataset(settings.data).database(task.db_id), limits.limits)
         except SqlbenchError as error:

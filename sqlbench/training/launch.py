@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from sqlbench.config import TrainConfig, takes
 from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
 from sqlbench.interfaces import is_plugin, load_plugin
@@ -41,36 +42,13 @@ FULL = 1 << 20
 """A disk with fewer free bytes is full."""
 
 
-def train(
-    profile: str,
-    run: str,
-    data: str | Path | None = None,
-    model: str | None = None,
-    overrides: list[str] | tuple[str, ...] = (),
-    *,
-    results: str | Path = "results",
-    recipe: str | None = None,
-    control: str | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    track: str | None = None,
-) -> Path:
-    """Train, or go on training, and return the run folder ``<results>/<profile>/<run>``.
+@takes(TrainConfig, "profile", "run", "data", "model", "overrides")
+def train(settings: TrainConfig) -> Path:
+    """Train, or resume training, and return the run folder ``<results>/<profile>/<run>``.
 
-    Args:
-        profile: ``laptop`` or ``gpu``.
-        run: name of the run; the same name with the same settings resumes.
-        data: data set folder; the profile's own by default.
-        model: policy to start from: ``nano``, a checkpoint or run folder, or a Hugging Face name.
-        overrides: ``key=value`` for verl's configuration, unchanged; ``sqlbench.key=value`` for ours.
-        results: where run folders are.
-        recipe: a named set of settings between the profile and `overrides`: a file of ``training/config/recipe``.
-        control: one of `sqlbench.training.credit.CONTROLS`: rewards from which nothing can be learned.
-        overwrite: start again where the run exists.
-        dry_run: let verl check the resolved configuration, print it and what it needs; run nothing.
-        track: one of `sqlbench.training.compose.TRACKERS`, to send metrics there too, with what its own environment
-            variables say; without them tensorboard and mlflow write into the run folder. Keys belong into the
-            environment and are never written.
+    With `track`, metrics go to one of `sqlbench.training.compose.TRACKERS` too, as its own environment variables say;
+    without them tensorboard and mlflow write into the run folder. Keys belong into the environment and are never
+    written.
 
     Raises:
         TrainingError: the run cannot be composed or started, or had to be stopped; the message names the reason.
@@ -78,22 +56,24 @@ def train(
     """
     from omegaconf import OmegaConf
 
-    chosen = find_profile(profile)
-    if track:
-        overrides = [*tracking(track), *overrides]
-    folder = run_path(results, profile, run).absolute()
+    chosen = find_profile(settings.profile)
+    short = {"seed": settings.seed, "query_timeout": settings.query_timeout}
+    overrides = [*(tracking(settings.track) if settings.track else ()), *settings.overrides]
+    overrides += [f"sqlbench.{key}={value}" for key, value in short.items() if value is not None]
+    folder = run_path(settings.results, settings.profile, settings.run).absolute()
+    data = settings.data or Path(chosen.data)
     config = compose(
         chosen,
-        run=run,
+        run=settings.run,
         folder=folder,
-        data=str(data) if is_plugin(data or "") else Path(data or chosen.data).absolute(),
-        model=_policy(model or chosen.model, chosen),
+        data=str(data) if is_plugin(data) else data.absolute(),
+        model=_policy(settings.model or chosen.model, chosen),
         overrides=overrides,
-        recipe=recipe,
-        control=control,
+        recipe=settings.recipe,
+        control=settings.control,
     )
     chosen = chosen.on(config.trainer.device)
-    if dry_run:
+    if settings.dry_run:
         check(chosen, config)
         if warning := too_small(config):
             print(f"# warning: {warning}")
@@ -108,8 +88,8 @@ def train(
     record = {
         "kind": "training",
         "profile": chosen.name,
-        "recipe": recipe,
-        "overrides": list(overrides),
+        "recipe": settings.recipe,
+        "overrides": overrides,
         "tasks": _digest(t.key for t in tasks),
         "validation_tasks": _digest(t.key for t in validation),
         "model_files": _model_digest(config.sqlbench.model),
@@ -118,7 +98,7 @@ def train(
     run_folder = RunFolder(folder)
     with lock(folder):  # so nobody waits any more for what an earlier attempt left running, and still writes
         processes.end_earlier(folder / VERL_CONFIG)
-    with run_folder.open(record, overwrite=overwrite):
+    with run_folder.open(record, overwrite=settings.overwrite):
         try:
             run_folder.finish(trainer.fit(run_folder, config, tasks, validation))
         except OSError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 from traitlets.config import Config
 
+from sqlbench.config import ChatConfig
 from sqlbench.errors import ServerError
 from sqlbench.home import ensure_folders
 
@@ -18,9 +19,7 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-
 """What the page may load: nothing from elsewhere (Voila's template would ask a CDN for icons and wait for it)."""
 
 
-def serve_chat(
-    data: Path, model: str, folder: Path, port: int, reflection: str | None = None, agent: str = "self-correcting"
-) -> None:
+def serve_chat(settings: ChatConfig, folder: Path) -> None:
     """Serve the chat until it is interrupted.
 
     Raises:
@@ -31,13 +30,15 @@ def serve_chat(
     except ImportError as error:
         raise ServerError("the chat page needs Voila: pip install 'sqlbench[notebooks]'") from error
     try:
-        with socket.create_server((HOST, port)) as free:
+        with socket.create_server((HOST, settings.port)) as free:
             port = free.getsockname()[1]
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise ServerError(f"cannot listen on port {port}: {reason}; choose another with --port") from error
+        raise ServerError(f"cannot listen on port {settings.port}: {reason}; choose another with --port") from error
     ensure_folders()
-    options = {"data": str(data), "model": model, "folder": str(folder), "reflection": reflection, "agent": agent}
+    options = settings.model_dump(mode="json", include={"data", "model", "reflection", "agent"}) | {
+        "folder": str(folder)
+    }
     code = f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench.widgets.chat import ChatView\nChatView(**{options!r})"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -45,7 +46,7 @@ def serve_chat(
         page = Path(home) / "chat.ipynb"
         nbformat.write(notebook, page)
         print(f"sqlbench chat is at http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
-        settings = {
+        server = {
             "ip": HOST,
             "port": port,
             "port_retries": 0,
@@ -54,4 +55,4 @@ def serve_chat(
             "tornado_settings": {"headers": {"Content-Security-Policy": POLICY}},
         }
         sockets = {"transport": "ipc"}  # between server and kernels: files of this user instead of open ports
-        Voila.launch_instance([str(page)], config=Config({"Voila": settings, "KernelManager": sockets}))
+        Voila.launch_instance([str(page)], config=Config({"Voila": server, "KernelManager": sockets}))

@@ -11,7 +11,6 @@ import pytest
 
 from sqlbench.ablation import Bench, ablate, before_name, run_cell
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
-from sqlbench.config import EvalConfig
 from sqlbench.correction import correction_table
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, RunError
@@ -61,9 +60,7 @@ def rollouts(outcomes: str, agents: str = "write", tokens: int = 30) -> list[Tra
 
 
 def evaluation(place: Path, cell: Cell, records: list[Trajectory], limit: int | None = None) -> None:
-    config = EvalConfig(
-        data="d", split="headline", limit=limit, model="m", rollout=cell.rollout, prompts={}, family="nano"
-    )
+    config = {"kind": "eval", "split": "headline", "limit": limit, "rollout": cell.rollout.model_dump()}
     with RunFolder(place).open(config) as folder:
         for record in records:
             folder.append(TRAJECTORIES, record)

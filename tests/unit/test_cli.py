@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from sqlbench import __version__
 from sqlbench.cli import main
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.home import FOLDERS
@@ -98,6 +99,8 @@ def test_wrong_inputs_end_in_one_line(data, capsys, monkeypatch, options, messag
         (evaluate("--limit", "0"), "not '0'"),
         (evaluate("--timeout", "nan"), "not 'nan'"),
         (evaluate("--nosuch"), "--nosuch"),
+        (evaluate("--max-turn", "1"), "did you mean --max-turns?"),
+        (["eval", "loose", "--run", "r"], "loose"),
         (["train", "--run", "r", "--seed", "many"], "not 'many'"),
         (["env", "--port", "70000"], "not '70000'"),
         (["nano", "train", "--out", "x", "--minutes", "nan"], "not 'nan'"),
@@ -111,6 +114,19 @@ def test_a_wrong_option_is_one_line_with_the_value_and_where_help_is(capsys, arg
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.count("\n") == 1
     assert line.startswith("error: ") and seen in line and "--help'" in line
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["eval", "-h"], ["data", "spider", "-h"]])
+def test_help_is_asked_for_in_short(capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: sqlbench ")
+
+
+def test_the_command_says_its_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"sqlbench {__version__}\n"
 
 
 def test_a_command_without_its_command_shows_help(capsys):
@@ -203,7 +219,7 @@ def interrupted(code: str) -> tuple[int, str]:
 def test_an_interruption_that_is_lost_ends_the_command_all_the_same():
     code = """
 import time
-from sqlbench.cli import stop_when_told
+from sqlbench.interrupt import stop_when_told
 stop_when_told()
 while True:
     try:
@@ -219,7 +235,7 @@ while True:
 def test_an_interruption_that_python_drops_is_raised_again():
     code = """
 import time
-from sqlbench.cli import stop_when_told
+from sqlbench.interrupt import stop_when_told
 class Slow:
     def __del__(self):
         print("ready", flush=True)

@@ -78,6 +78,35 @@ def folder(data: Path, name: str = "run") -> RunFolder:
     return RunFolder(data.parent / "results" / "laptop" / name)
 
 
+def test_all_that_the_numbers_depend_on_is_stored(data):
+    run(data, Oracle(), max_turns=1, limit=2, temperature=1, timeout=3, concurrency=1)
+    config = folder(data).config()
+    assert config.pop("prompts") and config.pop("data").endswith("data")
+    assert config == {
+        "kind": "eval",
+        "split": "dev",
+        "limit": 2,
+        "model": "oracle",
+        "weights": None,
+        "temperature": 1.0,
+        "samples": 1,
+        "seed": None,
+        "max_tokens": None,
+        "request": {},
+        "rollout": {
+            "max_turns": 1,
+            "table_info_truncate": 2048,
+            "sample_rows": 0,
+            "execution_truncate": 2048,
+            "strict": True,
+            "query_timeout": 5.0,
+        },
+        "family": "nano",
+        "agent": "self-correcting",
+        "reward": "execution-match",
+    }
+
+
 def test_the_summary_counts_every_task_once(data):
     summary = run(data, Oracle())
     assert (summary.score.n, summary.score.correct, summary.score.ex) == (20, 10, 0.5)

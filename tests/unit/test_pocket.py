@@ -6,12 +6,12 @@ import itertools
 import json
 import re
 import sqlite3
-from contextlib import closing
+from contextlib import closing, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from random import Random
 
 import pytest
-from typer.testing import CliRunner
 
 import pocket
 from pocket.dataset import CELLS, SEALED_TASKS, VERSION, digest, write_pocket
@@ -19,7 +19,7 @@ from pocket.domains import NOVEL_WORDS, Inventor, fill, read_domains
 from pocket.phrasing import FAMILIES, FRAMES, LEXICON, article, plural
 from pocket.pretraining import Examples, held_out
 from pocket.questions import CONSTRUCTS, draw
-from sqlbench.cli import app
+from sqlbench.cli import data_pocket
 from sqlbench.data.mutation import unchanged_by
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import open_database
@@ -39,8 +39,9 @@ def tasks(pocket: DataSet) -> list[Task]:
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     """The sealed split; only its wording, its golds and its hash may be looked at, never a policy's answers to it."""
     root = tmp_path_factory.mktemp("sealed") / "sealed"
-    result = CliRunner().invoke(app, ["data", "pocket", "--sealed", "--out", str(root)])
-    assert "sealed: 800 tasks, 800 scorable" in result.stdout
+    with redirect_stdout(StringIO()) as shown:
+        data_pocket(root, sealed=True)
+    assert "sealed: 800 tasks, 800 scorable" in shown.getvalue()
     return DataSet(root)
 
 

@@ -1,0 +1,118 @@
+"""A command line made of settings: each field is an option, and pydantic checks what is given for it."""
+
+from __future__ import annotations
+
+import sys
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from inspect import get_annotations, signature
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast, get_args, get_origin
+
+from pydantic import ValidationError, create_model
+
+from sqlbench import __version__
+from sqlbench.config import Settings
+
+Function = TypeVar("Function", bound=Callable[..., None])
+COMMANDS: dict[str, tuple[type[Settings], Callable[..., None]]] = {}
+"""Options and function of each command, by its name."""
+UNSAID = ("None", "False", "[]", "PydanticUndefined")
+"""Defaults that go without saying."""
+
+
+class Parser(ArgumentParser):
+    """Refuses a command line in one line, with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process."""
+        self.exit(2, f"error: {' '.join(message.split())}; see '{self.prog} --help'\n")
+
+
+def command(name: str) -> Callable[[Function], Function]:
+    """Make a function a command: its options are its parameters and the fields of the one that is called `settings`.
+
+    What its help says is the docstring of the settings, or where there are none of the function.
+    """
+
+    def add(function: Function) -> Function:
+        parameters = dict(signature(function, eval_str=True).parameters)
+        base = parameters.pop("settings").annotation if "settings" in parameters else Settings
+        own: Any = {n: (p.annotation, ... if p.default is p.empty else p.default) for n, p in parameters.items()}
+        text = function.__doc__ or base.__doc__
+        model = create_model(function.__name__, __base__=base, __doc__=text, **own)
+        COMMANDS[name] = cast(type[Settings], model), function
+        return function
+
+    return add
+
+
+def run_command(groups: Mapping[str, str], arguments: Sequence[str] | None) -> None:
+    """Run the command that is asked for; end the process for a help text and for what is wrong in itself.
+
+    Args:
+        groups: what each group of commands is for; the program itself is the group ``""``, and the first.
+        arguments: what is given; None for the process's own.
+    """
+    root = Parser(prog="sqlbench", description=groups[""], allow_abbrev=False)
+    root.add_argument("-V", "--version", action="version", version=f"sqlbench {__version__}")
+    below: dict[str, Any] = {}
+    for group, text in groups.items():
+        parser = below[""].add_parser(group, help=text, description=text) if group else root
+        parser.set_defaults(_parser=parser, _command=None)
+        below[group] = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, (model, _) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        parser = below[group].add_parser(last, help=model.__doc__, description=model.__doc__, allow_abbrev=False)
+        parser.set_defaults(_parser=parser, _command=name)
+        _add_options(parser, model)
+    known, rest = root.parse_known_args(arguments)
+    given = vars(known)
+    parser, name = given.pop("_parser"), given.pop("_command")
+    if name is None:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    model, function = COMMANDS[name]
+    if "overrides" in model.model_fields and not any(text.startswith("-") for text in rest):
+        given["overrides"] = given.get("overrides", []) + rest  # argparse itself takes only those that stand together
+    elif rest:
+        near = get_close_matches(rest[0], [flag for name in model.model_fields for flag in _flags(model, name)], 1)
+        parser.error(f"unknown argument: {' '.join(rest)}{f'; did you mean {near[0]}?' if near else ''}")
+    try:
+        settings = model(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = next(iter(_flags(model, str(first["loc"][0]))), "overrides")
+        value = "" if first["type"] == "missing" else f", not {first['input']!r}"
+        parser.error(f"'{flag}': {first['msg'][0].lower()}{first['msg'][1:]}{value}")
+    function(**{name: getattr(settings, name, settings) for name in signature(function).parameters})
+
+
+def _add_options(parser: Parser, model: type[Settings]) -> None:
+    sections: dict[str | None, Any] = {None: parser}
+    for name, field in model.model_fields.items():
+        flags, kinds = _flags(model, name), {field.annotation, *get_args(field.annotation)}
+        how: dict[str, Any] = {"metavar": "N" if kinds & {int, float} else "PATH" if Path in kinds else "TEXT"}
+        if not flags:
+            how = {"metavar": "KEY=VALUE", "nargs": "*"}
+        elif field.annotation is bool:
+            how = {"action": BooleanOptionalAction if field.default else "store_true"}
+        elif get_origin(field.annotation) is list:
+            how["action"] = "append"
+        notes = ["required"] * field.is_required()
+        notes += [f"default: {field.default}"] * (str(field.default) not in UNSAID)
+        notes += [f"at least {bound.ge}" for bound in field.metadata if hasattr(bound, "ge")]
+        notes += [f"at most {bound.le:g}" for bound in field.metadata if hasattr(bound, "le")]
+        text = " ".join([field.description or "", f"[{', '.join(notes)}]" if notes else ""]).strip().replace("%", "%%")
+        title = next(vars(owner).get("heading") for owner in model.__mro__ if name in get_annotations(owner))
+        if title not in sections:
+            sections[title] = parser.add_argument_group(title)
+        if flags:
+            how["dest"] = name
+        sections[title].add_argument(*(flags or [name]), default=SUPPRESS, help=text, **how)
+
+
+def _flags(model: type[Settings], name: str) -> list[str]:
+    extra: Any = model.model_fields[name].json_schema_extra
+    return extra["flags"] if extra else ["--" + name.replace("_", "-")]
