@@ -55,19 +55,7 @@ def run_command(groups: Mapping[str, str], arguments: Sequence[str] | None) -> N
         groups: what each group of commands is for; the program itself is the group ``""``, and the first.
         arguments: what is given; None for the process's own.
     """
-    root = Parser(prog="sqlbench", description=groups[""], allow_abbrev=False)
-    root.add_argument("-V", "--version", action="version", version=f"sqlbench {__version__}")
-    below: dict[str, Any] = {}
-    for group, text in groups.items():
-        parser = below[""].add_parser(group, help=text, description=text) if group else root
-        parser.set_defaults(_parser=parser, _command=None)
-        below[group] = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (model, _) in COMMANDS.items():
-        group, _, last = name.rpartition(" ")
-        parser = below[group].add_parser(last, help=model.__doc__, description=model.__doc__, allow_abbrev=False)
-        parser.set_defaults(_parser=parser, _command=name)
-        _add_options(parser, model)
-    known, rest = root.parse_known_args(arguments)
+    known, rest = _parser(groups).parse_known_args(arguments)
     given = vars(known)
     parser, name = given.pop("_parser"), given.pop("_command")
     if name is None:
@@ -83,10 +71,26 @@ def run_command(groups: Mapping[str, str], arguments: Sequence[str] | None) -> N
         settings = model(**given)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = next(iter(_flags(model, str(first["loc"][0]))), "overrides")
         value = "" if first["type"] == "missing" else f", not {first['input']!r}"
+        flag = _flags(model, str(first["loc"][0]))[0]
         parser.error(f"'{flag}': {first['msg'][0].lower()}{first['msg'][1:]}{value}")
     function(**{name: getattr(settings, name, settings) for name in signature(function).parameters})
+
+
+def _parser(groups: Mapping[str, str]) -> Parser:
+    root = Parser(prog="sqlbench", description=groups[""], allow_abbrev=False)
+    root.add_argument("-V", "--version", action="version", version=f"sqlbench {__version__}")
+    below: dict[str, Any] = {}
+    for group, text in groups.items():
+        parser = below[""].add_parser(group, help=text, description=text) if group else root
+        parser.set_defaults(_parser=parser, _command=None)
+        below[group] = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, (model, _) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        parser = below[group].add_parser(last, help=model.__doc__, description=model.__doc__, allow_abbrev=False)
+        parser.set_defaults(_parser=parser, _command=name)
+        _add_options(parser, model)
+    return root
 
 
 def _add_options(parser: Parser, model: type[Settings]) -> None:
