@@ -31,6 +31,8 @@ Model = Annotated[str, Field(description=MODEL)]
 Agent = Annotated[str, Field(description="self-correcting, resampling, published, or module:attribute of your own.")]
 Reward = Annotated[str, Field(description="execution-match, runs (a control), or module:attribute of your own.")]
 QueryTimeout = Annotated[float, Field(ge=0.01, le=LONGEST_QUERY, description="Seconds a query may take, gold or not.")]
+SchemaCharacters = Annotated[int, Field(ge=1, description="Characters of schema in a prompt.")]
+SampleRows = Annotated[int, Field(ge=0, le=MOST_ROWS, description="Rows of each table in the schema's characters.")]
 Profile = Annotated[str, Field(description="laptop or gpu.", exclude=True)]
 Run = Annotated[str, Field(description="Name of the run: results/<profile>/<run>/.", exclude=True)]
 Results = Annotated[Path, Field(description="Folder of all results.", exclude=True)]
@@ -53,8 +55,8 @@ class RolloutConfig(Settings):
 
     heading: ClassVar = "Rollout"
     max_turns: int = Field(3, ge=1, description="Queries the agent may write.")
-    table_info_truncate: int = Field(2048, ge=1, description="Characters of schema in a prompt.")
-    sample_rows: int = Field(0, ge=0, le=MOST_ROWS, description="Rows of each table in the schema's characters.")
+    table_info_truncate: SchemaCharacters = 2048
+    sample_rows: SampleRows = 0
     execution_truncate: int = Field(2048, ge=1, description="Characters of a result in a prompt.")
     strict: bool = Field(True, description="Close the reference evaluator's holes.")
     query_timeout: QueryTimeout = 5.0
@@ -113,6 +115,25 @@ class TrainConfig(Settings):
     track: Track = None
     results: Results = RESULTS
     dry_run: bool = Field(False, description="Print the resolved config and what it needs.")
+    overwrite: Overwrite = False
+
+
+class SftConfig(Settings):
+    """Fine-tune a policy on right answers; resumes where it was interrupted."""
+
+    data: Data = POCKET
+    run: Run
+    model: str = Field("nano", description="Policy to start from: nano, or a checkpoint folder.")
+    source: Path | None = Field(None, description="Run whose right rollouts are imitated, instead of gold queries.")
+    split: str = Field("train", description="The split whose tasks are used, with either source.")
+    steps: int = Field(300, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(32, ge=1, description="Answers a step.")
+    lr: float = Field(2e-4, ge=0, description="Learning rate of AdamW, constant.")
+    seed: int = Field(1, description="Of the order of the answers.")
+    table_info_truncate: SchemaCharacters = 2048
+    sample_rows: SampleRows = 0
+    profile: Profile = "laptop"
+    results: Results = RESULTS
     overwrite: Overwrite = False
 
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from sqlbench.agent.prompts import Prompts, extract_sql, prompts_for
 from sqlbench.agent.trajectory import Completion, Message, Trajectory
-from sqlbench.config import RolloutConfig
+from sqlbench.config import RolloutConfig, SftConfig, takes
 from sqlbench.data.tasks import Task, open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError
@@ -38,77 +38,42 @@ Row = tuple[list[int], list[int]]
 """Token ids of a prompt and of the answer to imitate, end-of-sequence token included."""
 
 
-def sft(
-    data: str | Path,
-    run: str,
-    *,
-    model: str = "nano",
-    source: str | Path | None = None,
-    split: str = "train",
-    steps: int = 300,
-    batch_size: int = 32,
-    lr: float = 2e-4,
-    seed: int = 1,
-    table_info_truncate: int = 2048,
-    sample_rows: int = 0,
-    profile: str = "laptop",
-    results: str | Path = "results",
-    overwrite: bool = False,
-) -> Path:
+@takes(SftConfig, "data", "run")
+def sft(settings: SftConfig) -> Path:
     """Fine-tune a policy on right answers and return the run folder, whose ``policy`` is the new checkpoint.
 
     The same call resumes an interrupted run.
-
-    Args:
-        data: data set folder, or ``module:attribute``.
-        run: name of the run.
-        model: policy to start from.
-        source: run folder whose right rollouts are imitated; None imitates the gold queries of `split`.
-        split: the split whose tasks are used, with either source.
-        steps: optimizer steps.
-        batch_size: answers per step.
-        lr: learning rate of AdamW, constant.
-        seed: of the order of the answers.
-        table_info_truncate: characters of schema text in the prompts of gold queries.
-        sample_rows: rows of each table in these prompts.
-        profile: ``laptop`` or ``gpu``: the folder below `results`.
-        results: folder of all results.
-        overwrite: discard what the run folder holds.
 
     Raises:
         DataError: there is nothing to imitate.
         ModelError: the policy cannot be loaded.
         RunError: the run folder cannot be used.
     """
-    start = check_checkpoint(policy_folder(model))
-    dataset = open_dataset(data)
+    source, split = settings.source, settings.split
+    start = check_checkpoint(policy_folder(settings.model))
+    dataset = open_dataset(settings.data)
     tasks = [task for task in dataset.load(split) if task.scorable]
-    folder = RunFolder(run_path(results, profile, run))
-    settings = RolloutConfig(max_turns=1, table_info_truncate=table_info_truncate, sample_rows=sample_rows)
+    folder = RunFolder(run_path(settings.results, settings.profile, settings.run))
+    prompted = {"table_info_truncate", "sample_rows"}
+    shape = RolloutConfig(max_turns=1, **settings.model_dump(include=prompted))
     config = {
         "kind": "sft",
-        "data": str(data),
-        "split": split,
-        "model": str(model),
-        "source": None if source is None else str(source),
-        "steps": steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "seed": seed,
-        "rollout": settings.model_dump(),
+        **settings.model_dump(mode="json", exclude=prompted),
+        "rollout": shape.model_dump(),
     }
-    with folder.open(config, overwrite=overwrite):
+    with folder.open(config, overwrite=settings.overwrite):
         if source is None:
             prompts = prompts_for(checkpoint_family(start))
-            rollouts: Iterable[Trajectory] = run_sync(lambda: _gold_rollouts(dataset, tasks, prompts, settings))
+            rollouts: Iterable[Trajectory] = run_sync(lambda: _gold_rollouts(dataset, tasks, prompts, shape))
         else:
             wanted = {task.key for task in tasks}
-            rollouts = (t for t in read_trajectories(Path(source)) if t.task_key in wanted)
+            rollouts = (t for t in read_trajectories(source) if t.task_key in wanted)
         answers = right_answers(rollouts)
         if not answers:
             raise DataError(f"No right answer to imitate in {source or split}. Choose another --source or --split.")
-        loss = _fit(folder, start, answers, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
-        folder.finish({"steps": steps, "answers": len(answers), "loss": loss, "policy": "policy"})
+        how = settings.model_dump(include={"steps", "batch_size", "lr", "seed"})
+        loss = _fit(folder, start, answers, **how)
+        folder.finish({"steps": settings.steps, "answers": len(answers), "loss": loss, "policy": "policy"})
     return folder.root
 
 
