@@ -7,7 +7,7 @@ default is the one that the tables report.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature, getdoc
 from pathlib import Path
@@ -61,6 +61,11 @@ class RolloutConfig(Settings):
     strict: bool = Field(True, description="Close the reference evaluator's holes.")
     query_timeout: QueryTimeout = 5.0
 
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> RolloutConfig:
+        """Read them from the section ``sqlbench`` of a training's configuration."""
+        return cls(**{name: section[name] for name in cls.model_fields})
+
     @property
     def limits(self) -> Limits:
         """What every statement of the rollout may use."""
@@ -71,7 +76,6 @@ class SamplingConfig(Settings):
     """How answers are drawn; a model object, or one of ``module:attribute``, samples as it is set itself."""
 
     heading: ClassVar = "Sampling"
-
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     samples: int = Field(1, ge=1, description="Rollouts a task, for avg@n, pass@k, majority and best of n.")
     seed: int | None = Field(None, description="Of a local model's samples; 0 by default.")

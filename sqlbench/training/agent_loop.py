@@ -78,7 +78,7 @@ class SqlAgentLoop(AgentLoopBase):
         if self.rollout_config.name == "vllm":
             sampling |= stop_repetition(settings.stop_repetition)
         model = _ServerModel(self, sampling, settings.family, seed if settings.seed_sampling else None)
-        limits = RolloutConfig(**{name: settings[name] for name in RolloutConfig.model_fields})
+        limits = RolloutConfig.of(settings)
         try:
             database = cached_database(_dataset(settings.data).database(task.db_id), limits.limits)
         except SqlbenchError as error:

@@ -12,8 +12,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlbench.config import MOST_ROWS
-from sqlbench.database.types import LONGEST_QUERY
+from pydantic import ValidationError
+
+from sqlbench.config import RolloutConfig
 from sqlbench.errors import TrainingError
 from sqlbench.estimate import GPU_BYTES, SAVINGS, estimate, gpu_bytes
 from sqlbench.models.checkpoint import checkpoint_family
@@ -34,9 +35,6 @@ COUNTS = {
     "data.max_prompt_length",
     "data.max_response_length",
     "data.train_batch_size",
-    "sqlbench.execution_truncate",
-    "sqlbench.max_turns",
-    "sqlbench.table_info_truncate",
     "sqlbench.validation_tasks",
     "trainer.n_gpus_per_node",
     "trainer.nnodes",
@@ -167,10 +165,11 @@ def _check_values(config: DictConfig, given: dict[str, Any]) -> None:
             raise TrainingError(f"{key}={value}: give a whole number of at least 1")
         if type(value) not in (int, float):
             raise TrainingError(f"{key}={value} is no number")
-    if not 0 < (seconds := config.sqlbench.query_timeout) <= LONGEST_QUERY:
-        raise TrainingError(f"sqlbench.query_timeout={seconds}: give seconds between 0 and {LONGEST_QUERY:g}")
-    if not isinstance(rows := config.sqlbench.sample_rows, int) or not 0 <= rows <= MOST_ROWS:
-        raise TrainingError(f"sqlbench.sample_rows={rows}: give a whole number from 0 to {MOST_ROWS}")
+    try:
+        RolloutConfig.of(config.sqlbench)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TrainingError(f"sqlbench.{first['loc'][0]}={first['input']}: {first['msg']}") from error
     copies = config.sqlbench.stop_repetition
     if copies is not None and (type(copies) is not int or copies < 2):
         raise TrainingError(f"sqlbench.stop_repetition={copies}: give a whole number of at least 2, or null")

@@ -280,7 +280,13 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
         ),
         "own trainer": ({"data": data, "overrides": ["sqlbench.trainer=json:loads"]}, PluginError, "without fit"),
         "recipe": ({"data": data, "recipe": "speed"}, TrainingError, "no recipe 'speed'. Give one of: .*seed"),
-        "rows": ({"data": data, "overrides": ["sqlbench.sample_rows=-1"]}, TrainingError, "number from 0 to 20"),
+        "rows": (
+            {"data": data, "overrides": ["sqlbench.sample_rows=-1"]},
+            TrainingError,
+            "sample_rows=-1: .* equal to 0",
+        ),
+        "no turn": ({"data": data, "overrides": ["sqlbench.max_turns=0"]}, TrainingError, "max_turns=0: .* equal to 1"),
+        "no time": ({"data": data, "overrides": ["sqlbench.query_timeout=0"]}, TrainingError, "query_timeout=0: "),
         "repetition": (
             {"data": data, "overrides": ["sqlbench.stop_repetition=1"]},
             TrainingError,
@@ -371,7 +377,7 @@ ALWAYS += [
     "permuted",
     "resampling",
 ]
-ALWAYS += ["recipe", "rows", "repetition", "tokens", "log-prob tokens", "switch", "length"]
+ALWAYS += ["recipe", "rows", "no turn", "no time", "repetition", "tokens", "log-prob tokens", "switch", "length"]
 ALWAYS += ["model length", "no policy", "no saving", "async", "reward", "new reward", "lora"]
 
 
