@@ -162,7 +162,7 @@ def evaluate(settings: EvalConfig) -> Summary:
     shape = set(RolloutConfig.model_fields)
     config = {
         "kind": "eval",
-        **settings.model_dump(include=set(EvalConfig.model_fields) - {*shape, "model", "prompts"}),
+        **settings.model_dump(exclude={*shape, "model", "prompts"}),
         "data": _name(settings.data),
         "model": name,
         "weights": _weights(model),

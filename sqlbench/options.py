@@ -68,13 +68,17 @@ def run_command(groups: Mapping[str, str], arguments: Sequence[str] | None) -> N
         near = get_close_matches(rest[0], [flag for name in model.model_fields for flag in _flags(model, name)], 1)
         parser.error(f"unknown argument: {' '.join(rest)}{f'; did you mean {near[0]}?' if near else ''}")
     try:
-        settings = model(**given)
+        checked = model(**given)
     except ValidationError as error:
         first = error.errors()[0]
         value = "" if first["type"] == "missing" else f", not {first['input']!r}"
         flag = _flags(model, str(first["loc"][0]))[0]
         parser.error(f"'{flag}': {first['msg'][0].lower()}{first['msg'][1:]}{value}")
-    function(**{name: getattr(settings, name, settings) for name in signature(function).parameters})
+    own = signature(function, eval_str=True).parameters
+    call = {name: getattr(checked, name) for name in own if name != "settings"}
+    if "settings" in own:
+        call["settings"] = own["settings"].annotation(**{name: text for name, text in given.items() if name not in own})
+    function(**call)
 
 
 def _parser(groups: Mapping[str, str]) -> Parser:

@@ -93,10 +93,10 @@ def test_overrides_may_stand_anywhere_among_the_options(monkeypatch: pytest.Monk
 
     @options.command("try")
     def attempt(settings: TrainConfig, times: Annotated[int, Field(description="How often.")] = 2) -> None:
-        seen.append((settings.run, settings.dry_run, settings.overrides, times))
+        seen.append((type(settings), settings.run, settings.dry_run, settings.overrides, times))
 
     options.run_command({"": "Try."}, ["try", *shlex.split(line)])
-    assert seen == [("r", True, ["a=[1,2]", "b={c: 1}"], 2)]
+    assert seen == [(TrainConfig, "r", True, ["a=[1,2]", "b={c: 1}"], 2)]
 
 
 def test_help_shows_the_settings_of_a_function() -> None:
