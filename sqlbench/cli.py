@@ -30,6 +30,7 @@ from sqlbench.config import (
     ScoreConfig,
     Seed,
     ServeConfig,
+    SftConfig,
     TrainConfig,
 )
 from sqlbench.errors import DataError, SqlbenchError
@@ -125,6 +126,13 @@ def _train(settings: TrainConfig) -> None:
     folder = train(settings)
     if not settings.dry_run:
         print(f"wrote {folder}")
+
+
+@command("sft")
+def _sft(settings: SftConfig) -> None:
+    from sqlbench.training.sft import sft
+
+    print(f"wrote {sft(settings)}")
 
 
 @command("score")
