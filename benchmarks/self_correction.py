@@ -40,11 +40,11 @@ from pocket.pretraining import Example, Examples, connect, execute, same_result,
 from sqlbench.ablation import Bench, run_cell
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
 from sqlbench.agent.trajectory import Message
-from sqlbench.correction import correction, row
 from sqlbench.errors import SqlbenchError
 from sqlbench.grid import AGENTS, AGENTS_CHECK, Cell, Grid
 from sqlbench.models.local import encode_chat
 from sqlbench.runs import RunFolder
+from sqlbench.self_correction import correction, row
 from sqlbench.tables import markdown
 from verl_cpu.engine import GenerationRequest, LocalEngine
 

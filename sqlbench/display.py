@@ -15,7 +15,7 @@ from IPython.display import Markdown
 from sqlbench.agent.trajectory import Execution, Trajectory
 from sqlbench.data.audit import audit_dataset, read_audit
 from sqlbench.data.tasks import DataSet, Task
-from sqlbench.evaluation import Score, Summary
+from sqlbench.results import Rollouts, Score, Summary
 from sqlbench.sqltree import HARDNESS
 
 SHOWN_ROWS = 3
@@ -80,14 +80,7 @@ def task_frame(tasks: Iterable[Task]) -> pd.DataFrame:
 def score_table(scores: Mapping[str, Score], name: str) -> pd.DataFrame:
     """Accuracies with their intervals, in percent."""
     rows = [
-        {
-            name: key,
-            "tasks": s.n,
-            "EX (%)": 100 * s.ex,
-            "95% CI": f"{100 * (s.low or 0):.1f} to {100 * (s.high or 0):.1f}",
-        }
-        for key, s in scores.items()
-        if s.ex is not None
+        {name: key, "tasks": s.n, "EX (%)": s.percent, "95% CI": s.interval_text} for key, s in scores.items() if s.n
     ]
     return pd.DataFrame(rows, columns=[name, "tasks", "EX (%)", "95% CI"]).round(1)
 
@@ -118,22 +111,12 @@ def error_table(summary: Summary) -> pd.DataFrame:
 
 def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataFrame:
     """Tasks whose verdict changed between two evaluations, gained ones first."""
-    old = {(t.task_key, t.sample): t for t in before}
-    pairs = [(old[t.task_key, t.sample], t) for t in after if (t.task_key, t.sample) in old]
-    rows = [
-        {
-            "change": "gained" if new.correct else "lost",
-            "hardness": new.hardness,
-            "question": new.question,
-            "before": first.pred,
-            "after": new.pred,
-            "gold": new.gold,
-        }
-        for first, new in pairs
-        if None not in (first.correct, new.correct) and first.correct != new.correct
-    ]
-    frame = pd.DataFrame(rows, columns=["change", "hardness", "question", "before", "after", "gold"])
-    return frame.sort_values(["change", "question"], ignore_index=True)
+    old, new = (Rollouts.of(side).rollouts.set_index(["task", "sample"]) for side in (before, after))
+    both = new.join(old[["correct", "pred"]], rsuffix=" before", how="inner").rename(columns={"pred before": "before"})
+    change = (both["correct"] - both["correct before"]).map({1.0: "gained", -1.0: "lost"})
+    changed = both.assign(change=change, after=both["pred"])[change.notna()]
+    columns = ["change", "hardness", "question", "before", "after", "gold"]
+    return changed[columns].sort_values(["change", "question"], ignore_index=True)
 
 
 def story(trajectory: Trajectory) -> Markdown:

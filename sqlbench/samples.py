@@ -13,14 +13,24 @@ interval that resamples tasks: rollouts of one task are not independent. Failed 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
 from hashlib import sha256
 from math import comb, fsum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from sqlbench.agent.trajectory import OVERLONG, Execution, Record, Trajectory
+import pandas as pd
+
+from sqlbench.agent.trajectory import OVERLONG, Execution, Record
+from sqlbench.config import RolloutConfig
+from sqlbench.database.engine import cached_database
+from sqlbench.interfaces import Dataset
+from sqlbench.reward import score
 from sqlbench.statistics import bootstrap
+
+if TYPE_CHECKING:
+    from sqlbench.results import Rollouts
 
 
 class Estimate(Record):
@@ -58,16 +68,25 @@ class Query(NamedTuple):
     """See `result_of`."""
 
 
-Verdict = Callable[[Trajectory, str], bool | None]
-"""Whether a query answers the task of a rollout; None where that cannot be said."""
+Judge = Callable[[str, str, str], bool | None]
+"""Whether a query answers a question, from database, gold query and query; None where that cannot be said."""
 
 
-def standing(record: Trajectory) -> list[Execution]:
-    """Return the query that stands after each turn; the last one is the rollout's answer."""
-    if not record.executions:
-        return []
-    answer = next((e for e in reversed(record.executions) if e.sql == record.pred), record.executions[-1])
-    return [*record.executions[:-1], answer]
+def judge(dataset: Dataset, config: RolloutConfig) -> Judge:
+    """Judge queries of rollouts as their answers were judged, by running each once."""
+
+    @cache
+    def right(db_id: str, gold: str, sql: str) -> bool | None:
+        match = score(gold, sql, cached_database(dataset.database(db_id), config.limits), strict=config.strict).match
+        return None if match is None else match == 1
+
+    return right
+
+
+def by_turn(values: pd.Series) -> pd.DataFrame:
+    """Spread values of queries, indexed by rollout, over a column for each turn; the last one stands until the end."""
+    turns = values.groupby(level=0).cumcount()
+    return values.set_axis(pd.MultiIndex.from_arrays([values.index, turns])).unstack().ffill(axis=1)
 
 
 def result_of(execution: Execution) -> bytes | None:
@@ -108,44 +127,29 @@ def first_ran(queries: Sequence[Query]) -> Query:
     return next((query for query in queries if query.result is not None), queries[0])
 
 
-def estimate_samples(trajectories: Iterable[Trajectory], n: int, verdict: Verdict) -> Samples:
+def estimate_samples(found: Rollouts, n: int, judge: Judge) -> Samples:
     """Estimate everything from the rollouts of an evaluation.
 
     Args:
-        trajectories: n rollouts of each task.
+        found: n rollouts of each task.
         n: rollouts a task.
-        verdict: judges the queries that a rollout replaced; its answer was judged already.
+        judge: tells of the queries that a rollout replaced; its answer was judged already.
     """
-    tasks: dict[tuple[str, int], list[tuple[int, list[Query]]]] = defaultdict(list)
-    seen: Counter[tuple[str, int]] = Counter()  # a split may hold a task twice
-    for t in trajectories:
-        if t.correct is not None and (queries := _queries(t, verdict)):
-            tasks[t.task_key, seen[t.task_key, t.sample]].append((t.sample, queries))
-            seen[t.task_key, t.sample] += 1
-    groups = [[queries for _, queries in sorted(some, key=lambda pair: pair[0])] for some in tasks.values()]
-    turns = max((len(queries) for group in groups for queries in group), default=0)
-    return Samples(
-        n=n,
-        by_turn=[
-            _estimates([[queries[min(turn, len(queries) - 1)] for queries in group] for group in groups], n)
-            for turn in range(turns)
-        ],
-    )
-
-
-def _queries(record: Trajectory, verdict: Verdict) -> list[Query]:
-    """The queries that stand after each turn; nothing where one of them cannot be judged."""
-    stands = standing(record)
-    if not stands:
-        return [Query(record.correct is True, None)]
-    found = []
-    for execution in stands[:-1]:
-        right = record.correct if execution.sql == record.pred else verdict(record, execution.sql)
-        if right is None:
-            return []
-        found.append(Query(right, result_of(execution)))
-    answer = None if record.reason == OVERLONG else result_of(stands[-1])
-    return [*found, Query(record.correct is True, answer)]
+    scored = found.rollouts[found.rollouts["correct"].notna()].sort_values("sample", kind="stable")
+    asked = scored.join(found.queries.set_index("rollout")[["sql", "stands"]])  # also a rollout without any query
+    answer = ~asked.index.duplicated(keep="last")
+    asked["result"] = found.queries["result"].reindex(asked["stands"]).to_numpy()
+    asked.loc[answer & (asked["reason"] == OVERLONG), "result"] = None
+    known = answer | (asked["sql"] == asked["pred"])
+    keys = zip(asked["db_id"], asked["gold"], asked["sql"], strict=True)
+    right = [c == 1 if k else judge(*key) for c, k, key in zip(asked["correct"], known, keys, strict=True)]
+    pairs = zip(right, asked["result"].fillna(b""), strict=True)
+    asked["query"] = [None if one is None else Query(one, result or None) for one, result in pairs]
+    unknown = asked.index[asked["query"].isna()].unique()
+    stands = by_turn(asked["query"].drop(unknown))
+    tasks = [rows.index for _, rows in scored.drop(unknown).groupby("task")]
+    groups = [[[turn[number] for number in task] for task in tasks] for _, turn in stands.items()]
+    return Samples(n=n, by_turn=[_estimates(some, n) for some in groups])
 
 
 def _estimates(groups: Sequence[Sequence[Query]], n: int) -> dict[str, Estimate]:

@@ -1,6 +1,7 @@
 """Intervals and tests between evaluations over the same tasks, through statsmodels and scipy.
 
-Outcomes are one number a task (1 right, 0 wrong), in the same order on both sides of a paired comparison.
+Outcomes are one number a task (1 right, 0 wrong; the mean of several rollouts), in the same order on both sides of a
+paired comparison.
 """
 
 from __future__ import annotations
@@ -43,15 +44,13 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def mcnemar(a: Sequence[int], b: Sequence[int]) -> float:
+def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided p-value of McNemar's exact test: are the tasks that changed split evenly between better and worse?"""
     from statsmodels.stats.contingency_tables import mcnemar as test
 
     _check(a, b)
-    counts = [[0, 0], [0, 0]]
-    for x, y in zip(a, b, strict=True):
-        counts[int(x)][int(y)] += 1
-    return float(test(counts, exact=True).pvalue)
+    better, worse = (sum(sign * (y - x) > 0 for x, y in zip(a, b, strict=True)) for sign in (1, -1))
+    return float(test([[0, better], [worse, 0]], exact=True).pvalue)
 
 
 def _check(a: Sequence[float], b: Sequence[float]) -> None:

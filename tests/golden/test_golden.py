@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sqlbench.evaluation import Summary
+from sqlbench.results import Summary
 from sqlbench.training.metrics import read_rows
 
 HERE = Path(__file__).parent

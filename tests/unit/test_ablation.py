@@ -11,12 +11,12 @@ import pytest
 
 from sqlbench.ablation import Bench, ablate, before_name, run_cell
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
-from sqlbench.correction import correction_table
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, RunError
 from sqlbench.grid import AGENTS, AGENTS_CHECK, GRIDS, Cell, Grid
 from sqlbench.notebooks import run_notebooks
 from sqlbench.runs import TRAJECTORIES, RunFolder
+from sqlbench.self_correction import correction_table
 from sqlbench.tables import (
     CELL,
     accuracy_rows,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 
 import pytest
 
 from sqlbench.agent.trajectory import OVERLONG, Execution, Trajectory
 from sqlbench.display import flips, sample_table
-from sqlbench.evaluation import Summary, summarise
-from sqlbench.samples import Query, Samples, estimate_samples, first_ran, majority, pass_at, result_of, standing
+from sqlbench.results import Rollouts, Summary, summarise
+from sqlbench.samples import Judge, Query, Samples, estimate_samples, first_ran, majority, pass_at, result_of
 from sqlbench.statistics import bootstrap
 
 FAILED = Execution(turn=1, sql="bad", status="error", error="no such column")
@@ -27,7 +28,15 @@ def rollout(task: str, sample: int, right: bool | None, *executions: Execution, 
     return Trajectory(**{"pred": pred, "reward": reward, "error": error} | given, sample=sample, executions=executions)
 
 
-def never(record: Trajectory, sql: str) -> bool:
+def summary_of(records: Iterable[Trajectory]) -> Summary:
+    return summarise(Rollouts.of(records))
+
+
+def estimated(records: Iterable[Trajectory], n: int, judge: Judge) -> Samples:
+    return estimate_samples(Rollouts.of(records), n, judge)
+
+
+def never(db_id: str, gold: str, sql: str) -> bool:
     raise AssertionError(f"{sql} was judged")
 
 
@@ -84,7 +93,7 @@ def test_estimates_of_known_rollouts() -> None:
         *(rollout("c", i, False, FAILED) for i in range(3)),
         rollout("c", 3, None),
     ]
-    found = estimate_samples(reversed(made), 4, never)  # in any order
+    found = estimated(reversed(made), 4, never)  # in any order
     assert values(found) == {
         "avg@4": round((2 / 4 + 1 / 4 + 0) / 3, 6), "pass@1": 0.25,
         "pass@2": round((5 / 6 + 1 / 2 + 0) / 3, 6),
@@ -102,70 +111,67 @@ def test_what_was_cut_off_by_its_own_length_has_no_vote() -> None:
         rollout("a", 0, False, ran(1), reason=OVERLONG),
         rollout("a", 1, True, ran(1)),
     ]
-    assert (
-        values(estimate_samples(made, 2, never))["best@2"]
-        == values(estimate_samples(made, 2, never))["majority@2"]
-        == 1
-    )
+    assert values(estimated(made, 2, never))["best@2"] == values(estimated(made, 2, never))["majority@2"] == 1
 
 
 def test_every_turn_has_its_estimates_and_an_answer_stands_until_the_end() -> None:
     judged = []
 
-    def verdict(record: Trajectory, sql: str) -> bool:
-        judged.append((record.task_key, sql))
+    def verdict(db_id: str, gold: str, sql: str) -> bool:
+        judged.append((gold, sql))
         return sql == "right"
 
     made = [
-        rollout("a", 0, True, ran(0, "wrong"), ran(1, "right", 2)),  # mended
-        rollout("a", 1, False, ran(1, "right"), ran(2, "wrong", 2)),  # spoilt
-        rollout("b", 0, True, ran(1, "right")),  # one turn
-        rollout("b", 1, False, FAILED, ran(3, "other", 2), ran(3, "bad", 3), pred="other"),  # goes back
+        rollout("a", 0, True, ran(0, "wrong"), ran(1, "right", 2), gold="a"),  # mended
+        rollout("a", 1, False, ran(1, "right"), ran(2, "wrong", 2), gold="a"),  # spoilt
+        rollout("b", 0, True, ran(1, "right"), gold="b"),  # one turn
+        rollout("b", 1, False, FAILED, ran(3, "other", 2), ran(3, "bad", 3), gold="b", pred="other"),  # goes back
     ]
-    assert [e.sql for e in standing(made[-1])] == ["bad", "other", "other"]
-    found = estimate_samples(made, 2, verdict)
+    queries = Rollouts.of(made[-1:]).queries
+    assert queries["sql"][queries["stands"]].tolist() == ["bad", "other", "other"]
+    found = estimated(made, 2, verdict)
     assert judged == [("a", "wrong"), ("a", "right"), ("b", "bad")]  # answers have their verdict
     assert [values(found, turn)["avg@2"] for turn in range(3)] == [0.5, 0.5, 0.5]
     assert [values(found, turn)["pass@2"] for turn in range(3)] == [1.0, 1.0, 1.0]
     assert [values(found, turn)["best@2"] for turn in range(3)] == [0.5, 1.0, 1.0]
-    assert values(estimate_samples(made[:3], 2, lambda record, sql: None)) == {
+    assert values(estimated(made[:3], 2, lambda *_: None)) == {
         "avg@2": 1.0, "pass@1": 1.0, "majority@2": 1.0, "best@2": 1.0,
     }  # fmt: skip  # what cannot be judged is left out
 
 
 def test_a_task_that_a_split_has_twice_is_two_tasks() -> None:
     made = [rollout("a", sample, sample == 0, ran(sample)) for sample in (0, 1, 0, 1)]
-    assert estimate_samples(made, 2, never).by_turn[0]["avg@2"].tasks == 2
+    assert estimated(made, 2, never).by_turn[0]["avg@2"].tasks == 2
 
 
 def test_intervals_of_several_rollouts_a_task_do_not_count_them_as_tasks() -> None:
     """Eight equal rollouts of each of 20 tasks say no more than one of each."""
     one = [rollout(str(i), 0, i % 2 == 0, ran(0)) for i in range(20)]
     eight = [t.model_copy(update={"sample": sample}) for t in one for sample in range(8)]
-    score = summarise(eight).score
+    score = summary_of(eight).score
     assert (score.n, score.ex) == (160, 0.5)
     assert (score.low, score.high) == bootstrap([0.0] * 10 + [1.0] * 10)
-    assert summarise(reversed(eight)).score == score
-    average = estimate_samples(eight, 8, never).by_turn[0]["avg@8"]
+    assert summary_of(reversed(eight)).score == score
+    average = estimated(eight, 8, never).by_turn[0]["avg@8"]
     assert (average.value, average.low, average.high) == (score.ex, score.low, score.high)
-    assert score.high - score.low == pytest.approx(summarise(one).score.high - summarise(one).score.low, abs=0.05)
+    assert score.high - score.low == pytest.approx(summary_of(one).score.high - summary_of(one).score.low, abs=0.05)
 
 
 def test_execution_match_with_failed_rollouts_as_wrong_stands_beside_it() -> None:
-    summary = summarise(
+    summary = summary_of(
         [rollout("a", 0, True, ran(1)), rollout("b", 0, False, ran(1)), *(rollout(x, 0, None) for x in "cd")]
     )
     assert (summary.score.n, summary.score.ex, summary.failed) == (2, 0.5, 2)
     assert (summary.score_with_failed.n, summary.score_with_failed.ex) == (4, 0.25)
     assert "EX 50.0%" in summary.text() and ", with failed rollouts as wrong 25.0% (95% " in summary.text()
-    assert "as wrong" not in summarise([rollout("a", 0, True, ran(1))]).text()
+    assert "as wrong" not in summary_of([rollout("a", 0, True, ran(1))]).text()
 
 
 def test_the_table_has_a_row_a_turn_and_the_calls_of_the_whole() -> None:
     made = [rollout("a", 0, True, FAILED, ran(1, "x", 2)), rollout("a", 1, False, ran(2))]
-    found = estimate_samples(made, 2, lambda record, sql: False)
-    summary = summarise(made).model_copy(update={"samples": found, "transitions": 1.5})
-    table = sample_table({"vote": Summary.model_validate_json(summary.model_dump_json()), "greedy": summarise(made)})
+    found = estimated(made, 2, lambda *_: False)
+    summary = summary_of(made).model_copy(update={"samples": found, "transitions": 1.5})
+    table = sample_table({"vote": Summary.model_validate_json(summary.model_dump_json()), "greedy": summary_of(made)})
     assert table[["run", "turn", "calls a task"]].values.tolist() == [["vote", 1, ""], ["vote", 2, 3.0]]
     assert table["avg@2"].tolist() == ["0.0 (0.0 to 0.0)", "50.0 (50.0 to 50.0)"]
     assert "2 rollouts a task, 95% intervals over tasks:\nafter turn 1: avg@2 0.0%" in summary.text()

@@ -13,15 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from sqlbench.agent.prompts import parse_verdict
-from sqlbench.agent.repair import repeated
 from sqlbench.agent.trajectory import Trajectory
-from sqlbench.config import Settings
+from sqlbench.config import RolloutConfig, Settings
 from sqlbench.data.tasks import open_dataset
-from sqlbench.database.engine import cached_database
-from sqlbench.reward import score
+from sqlbench.results import Rollouts, balanced_accuracy, mean
 from sqlbench.runs import RunFolder
-from sqlbench.samples import standing
+from sqlbench.samples import by_turn, judge
 from sqlbench.statistics import mcnemar, paired_bootstrap
 from sqlbench.tables import load_results
 
@@ -31,14 +28,14 @@ class Correction(Settings):
 
     tasks: int
     first: float
-    """Execution match of the first queries."""
+    """Execution match of the first queries, a mean over tasks."""
     last: float
     """Execution match of the last ones."""
     gain_low: float
     gain_high: float
     """95% interval of ``last - first``, by bootstrap over tasks."""
     p: float
-    """McNemar's test of first against last."""
+    """McNemar's test of first against last, over tasks."""
     flagged: int
     """Checks that called a query wrong."""
     precision: float
@@ -71,60 +68,41 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
     Raises:
         DataError: a database of the data set is missing.
     """
-    dataset = open_dataset(data)
-    first: list[int] = []
-    last: list[int] = []
-    checks: list[tuple[bool, bool, bool]] = []
-    steps: list[tuple[bool, bool]] = []
-    stands: list[list[bool]] = []
-    again: list[bool] = []
-    calls = 0
-    for record in trajectories:
-        if record.reward is None or not record.executions:
-            continue
-        database = cached_database(dataset.database(record.db_id))
-        verdicts = {e.turn: score(record.gold, e.sql, database).match for e in record.executions}
-        if None in verdicts.values():  # gold did not run this time, which says nothing of the queries
-            continue
-        right = {turn: match == 1 for turn, match in verdicts.items()}
-        ran = {e.turn: e.status == "ok" for e in record.executions}
-        first.append(right[record.executions[0].turn])
-        stood = [right[e.turn] for e in standing(record)]
-        last.append(stood[-1])
-        checks += [
-            (not parse_verdict(t.completion.text), right[t.turn], ran[t.turn])
-            for t in record.transitions
-            if t.agent == "check"
-        ]
-        steps += [(right[a.turn], right[b.turn]) for a, b in pairwise(record.executions)]
-        stands.append(stood)
-        same = repeated(record.transitions, record.executions)
-        again += [x for t, x in zip(record.transitions, same, strict=True) if t.agent == "rewrite"]
-        calls += len(record.transitions)
-    low, high = paired_bootstrap(first, last) if first else (0.0, 0.0)
-    flagged = [right for flag, right, _ in checks if flag]
-    wrong = [flag for flag, right, _ in checks if not right]
-    passed = [not flag for flag, right, _ in checks if right]
-    turns = max(map(len, stands), default=0)
-    wrong_ran = [flag for flag, right, ran in checks if not right and ran]
+    rollouts, calls, queries = Rollouts.of(trajectories)
+    right = judge(open_dataset(data), RolloutConfig())
+    scored = rollouts.loc[rollouts["reward"].notna(), ["db_id", "gold"]]
+    queries = queries.join(scored, on="rollout", how="inner")
+    keys = zip(queries["db_id"], queries["gold"], queries["sql"], strict=True)
+    queries["right"] = pd.Series([right(*key) for key in keys], queries.index, dtype=float)
+    unknown = queries.loc[queries["right"].isna(), "rollout"]  # gold did not run this time: nothing about the queries
+    queries = queries[~queries["rollout"].isin(unknown)]
+    turns = by_turn(queries["right"].reindex(queries["stands"]).set_axis(queries["rollout"]))
+    tasks = turns.groupby(rollouts["task"], sort=False).mean()  # rollouts of one task are not independent
+    first, last = (tasks[tasks.columns[[0, -1]]] if len(tasks) else pd.DataFrame({0: [0.0], 1: [0.0]})).to_numpy().T
+    low, high = paired_bootstrap(first, last)
+    calls = calls[calls["rollout"].isin(queries["rollout"])]
+    checks = calls[calls["agent"] == "check"].merge(queries, on=["rollout", "turn"])
+    says, correct = checks["says"].astype(bool), checks["right"] == 1
+    change = queries["right"] - queries.groupby("rollout")["right"].shift()
+    rewrites = calls.loc[calls["agent"] == "rewrite", "repeats"]
     return Correction(
-        tasks=len(first),
-        first=_mean(first),
-        last=_mean(last),
+        tasks=len(tasks),
+        first=first.mean(),
+        last=last.mean(),
         gain_low=low,
         gain_high=high,
-        p=mcnemar(first, last) if first else 1.0,
-        flagged=len(flagged),
-        precision=_mean([not right for right in flagged]),
-        recall=_mean(wrong) if wrong else None,
-        recall_ran=_mean(wrong_ran) if wrong_ran else None,
-        balanced_accuracy=(_mean(wrong) + _mean(passed)) / 2 if wrong and passed else None,
-        mended=sum(not a and b for a, b in steps),
-        spoilt=sum(a and not b for a, b in steps),
-        repeated=sum(again),
-        rewrites=len(again),
-        by_turn=[_mean([one[min(turn, len(one) - 1)] for one in stands]) for turn in range(turns)],
-        transitions=calls / max(1, len(first)),
+        p=mcnemar(first, last),
+        flagged=(~says).sum(),
+        precision=mean(~correct[~says]) or 0.0,
+        recall=mean(~says[~correct]),
+        recall_ran=mean(~says[~correct & checks["ran"]]),
+        balanced_accuracy=balanced_accuracy(says, correct),
+        mended=(change == 1).sum(),
+        spoilt=(change == -1).sum(),
+        repeated=rewrites.sum(),
+        rewrites=len(rewrites),
+        by_turn=tasks.mean().tolist(),
+        transitions=len(calls) / max(1, len(turns)),
     )
 
 
@@ -159,7 +137,3 @@ def row(found: Correction) -> dict[str, object]:
 
 def _percent(share: float | None) -> float | str:
     return "" if share is None else round(100 * share, 1)
-
-
-def _mean(values: list[int] | list[bool]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -3,8 +3,8 @@
 import pytest
 
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
-from sqlbench.correction import correction, row
 from sqlbench.data.tasks import DataSet, Task
+from sqlbench.self_correction import correction, row
 
 RIGHT, WRONG = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
 OTHER, BROKEN = "SELECT 'no such answer'", "SELECT nothing FROM nowhere"
@@ -60,6 +60,18 @@ def test_repetitions_that_were_sampled_again_count(pocket: DataSet) -> None:
     found = correction([mended, ended], pocket.root)
     assert (found.repeated, found.rewrites, found.mended) == (3, 4, 1)
     assert found.by_turn == [0.0, 0.5] and found.transitions == (5 + 2) / 2
+
+
+def test_several_rollouts_of_a_task_are_one_task(pocket: DataSet) -> None:
+    """Four equal rollouts of each of two tasks say no more than one of each."""
+    tasks = [t for t in pocket.load("train") if t.scorable][:2]
+    one = [record(tasks[0], [OTHER, tasks[0].gold], [WRONG]), record(tasks[1], [OTHER], [RIGHT])]
+    four = [t.model_copy(update={"sample": sample}) for t in one for sample in range(4)]
+    alone, found = correction(one, pocket.root), correction(four, pocket.root)
+    assert (found.rewrites, found.mended, found.flagged) == (4, 4, 4)
+    counted = {"flagged", "mended", "rewrites"}
+    assert found.model_dump(exclude=counted) == alone.model_dump(exclude=counted)
+    assert (found.tasks, found.first, found.last, found.p) == (2, 0.0, 0.5, 1.0)
 
 
 def test_nothing_to_judge(pocket: DataSet) -> None:
