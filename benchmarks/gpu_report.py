@@ -30,9 +30,10 @@ from compact_run import VALIDATION
 from matplotlib.figure import Figure
 
 from sqlbench.curves import COLOURS, DASHES, MARKERS, STYLE, png
+from sqlbench.results import difference
 from sqlbench.runs import CONFIG, METRICS, RunFolder
 from sqlbench.sqltree import HARDNESS
-from sqlbench.tables import Side, difference, markdown
+from sqlbench.tables import Side, markdown
 from sqlbench.training.metrics import read_rows
 
 PARTS = {
@@ -183,15 +184,15 @@ def accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
             continue
         first_step, last_step = min(run.validations), max(run.validations)
         before, after = side(run.validations[first_step]), side(run.validations[last_step])
-        found = difference(before, after)
+        found = difference(before.right, after.right)
         rows.append(
             {
                 "run": f"`{run.name}`",
                 "model": run.model,
                 "trained": run.settings,
-                "tasks": after.n,
-                "EX before": f"{before.accuracy:.1f}% ({before.interval_text})",
-                "EX after": f"{after.accuracy:.1f}% ({after.interval_text})",
+                "tasks": after.score.n,
+                "EX before": f"{before.score.percent:.1f}% ({before.score.interval_text})",
+                "EX after": f"{after.score.percent:.1f}% ({after.score.interval_text})",
                 "steps": last_step,
                 "gain": f"{found.points:+.1f} ({found.interval_text})",
                 "McNemar p": found.p_text,
@@ -207,7 +208,7 @@ def validation_table(runs: Sequence[Run]) -> pd.DataFrame:
         for step, records in run.validations.items():
             found = loop(records)
             row = {"run": f"`{run.name}`", "step": step}
-            row["EX"] = f"{side(records).accuracy:.1f}%"
+            row["EX"] = f"{side(records).score.percent:.1f}%"
             for level in HARDNESS:
                 row[level] = f"{share([r['right'] is True for r in records if r['hardness'] == level]):.0f}"
             row["first → last query"] = f"{found.first:.1f} → {found.last:.1f}%, {found.compared} tasks"
@@ -289,11 +290,11 @@ def figure(runs: Sequence[Run]) -> Figure:
     with plt.rc_context(STYLE):
         drawn, ((ex, hardness), (repeats, time)) = plt.subplots(2, 2, figsize=(9.9, 6.6), layout="constrained")
         for number, run in enumerate(validated):
-            steps, sides = list(run.validations), [side(records) for records in run.validations.values()]
+            steps, scores = list(run.validations), [side(records).score for records in run.validations.values()]
             loops = [loop(records) for records in run.validations.values()]
             colour, dash, marker = (kind[number % len(kind)] for kind in (COLOURS, DASHES, MARKERS))
-            values = [one.accuracy for one in sides]
-            spread = [[s.accuracy - s.interval[0] for s in sides], [s.interval[1] - s.accuracy for s in sides]]
+            values = [s.percent for s in scores]
+            spread = [[s.percent - s.interval[0] for s in scores], [s.interval[1] - s.percent for s in scores]]
             look = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
             ex.errorbar(steps, values, yerr=spread, capsize=3, label=run.name, **look)
             again = [100 * one.repeated / one.rewrites if one.rewrites else float("nan") for one in loops]

@@ -32,13 +32,14 @@ from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evaluation import evaluate
 from sqlbench.grid import GRIDS, Cell, Grid, slug
 from sqlbench.profiles import find_profile
+from sqlbench.results import Rollouts
 from sqlbench.runs import RunFolder, differences, lock, run_path, write_whole
 from sqlbench.tables import (
     CELL,
     CellResult,
-    difference,
     measure,
     model_size,
+    paired,
     seed_comparison,
     write_seed_tables,
     write_tables,
@@ -177,10 +178,12 @@ def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:
         return CellResult.model_validate_json((place / CELL).read_text(encoding="utf-8"))
     if bench.profile == "gpu":
         train_cell(cell, bench, grid)
-        checks = [t for t in RunFolder(place / "train").trajectories() if t.validation]
         ends = (0, read_metrics(place / "train").index.max())
-        sides = [[t for t in checks if t.step == step] for step in ends]
-        if not all(sides):
+        checks = [
+            Rollouts.of(t for t in RunFolder(place / "train").trajectories() if t.validation and t.step == step)
+            for step in ends
+        ]
+        if any(side.rollouts.empty for side in checks):
             raise RunError(
                 f"the training {place / 'train'} was not validated before its first step and after its last; leave "
                 "trainer.val_before_train and trainer.test_freq on, and choose another run name"
@@ -189,15 +192,15 @@ def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:
         before = evaluate_before(cell, bench, grid)
         train_cell(cell, bench, grid)
         after = evaluate_after(cell, bench, grid)
-        sides = [list(before.trajectories()), list(after.trajectories())]
+        checks = [Rollouts.of(folder.trajectories()) for folder in (before, after)]
     metrics, trainer = read_metrics(place / "train"), RunFolder(place / "train").config()["config"]["trainer"]
     times = time_shares(metrics)
     result = CellResult(
         cell=cell,
         size=model_size(cell.model),
         split=grid.split,
-        initial=measure(sides[0], cell.agents),
-        final=measure(sides[1], cell.agents),
+        initial=measure(checks[0], cell.agents),
+        final=measure(checks[1], cell.agents),
         gpus=0 if trainer["device"] == "cpu" else trainer["n_gpus_per_node"] * trainer["nnodes"],
         steps=int(metrics.index.max()),
         hours=metrics.filter(["timing_s/step", "timing_s/testing"]).sum().sum() / 3600,
@@ -289,22 +292,9 @@ def compare_splits(cell: Cell, bench: Bench, splits: Iterable[str], limit: int |
     rows = []
     for split in splits:
         grid = Grid((cell,), split=split, limit=limit)
-        initial, final = (
-            measure(make(cell, bench, grid).trajectories(), cell.agents) for make in (evaluate_before, evaluate_after)
+        before, after = (
+            measure(Rollouts.of(make(cell, bench, grid).trajectories()), cell.agents)
+            for make in (evaluate_before, evaluate_after)
         )
-        change = difference(initial, final)
-        rows.append(
-            {
-                "Split": split,
-                "Tasks": final.n,
-                "Acc (Initial)": round(initial.accuracy, 1),
-                "95% CI (Initial)": initial.interval_text,
-                "Acc (Final)": round(final.accuracy, 1),
-                "95% CI (Final)": final.interval_text,
-                "Gain": round(change.points, 1),
-                "95% CI (Gain)": change.interval_text,
-                "Gained / lost": f"{change.gained} / {change.lost}",
-                "McNemar p": change.p_text,
-            }
-        )
+        rows.append({"Split": split} | paired(before, after))
     return pd.DataFrame(rows)

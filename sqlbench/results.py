@@ -130,7 +130,7 @@ class Score(Record):
     @property
     def percent(self) -> float:
         """The share in percent; NaN where there is none."""
-        return math.nan if self.ex is None else 100 * self.ex
+        return 100 * self.correct / self.n if self.n else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:

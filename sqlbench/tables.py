@@ -1,4 +1,4 @@
-"""The two tables of the seed experiment, and what their numbers do and do not say, from finished cells.
+"""The two tables of the seed experiment, and the paired differences that say what they show, from finished cells.
 
 A finished cell is a ``cell.json``. It holds the outcome of every task before and after training, so that cells can be
 compared task by task from what is kept in version control, without the rollouts themselves.
@@ -9,20 +9,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import permutations, product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sqlbench.agent.trajectory import Trajectory
 from sqlbench.config import Settings
 from sqlbench.errors import DataError
 from sqlbench.grid import GRIDS, Cell
 from sqlbench.models import policy_folder
-from sqlbench.statistics import mcnemar, paired_bootstrap, wilson
+from sqlbench.results import Difference, Rollouts, Score, difference
 
 CELL = "cell.json"
 
@@ -39,32 +38,14 @@ class Side(Settings):
     response_tokens: float
 
     @property
-    def n(self) -> int:
-        """Scored rollouts."""
-        return len(self.outcomes) - self.outcomes.count("x")
+    def right(self) -> pd.Series:
+        """Outcomes as numbers: 1, 0, NaN where the rollout failed."""
+        return pd.Series([{"1": 1.0, "0": 0.0}.get(mark, math.nan) for mark in self.outcomes], dtype=float)
 
     @property
-    def hits(self) -> int:
-        """Right ones."""
-        return self.outcomes.count("1")
-
-    @property
-    def accuracy(self) -> float:
-        """Percent of the scored rollouts."""
-        return 100 * self.hits / self.n if self.n else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson interval at 95%, in percent."""
-        if not self.n:
-            return math.nan, math.nan
-        low, high = wilson(self.hits, self.n)
-        return 100 * low, 100 * high
-
-    @property
-    def interval_text(self) -> str:
-        """The interval as tables show it."""
-        return "{:.1f} to {:.1f}".format(*self.interval)
+    def score(self) -> Score:
+        """Execution match with its interval."""
+        return Score.of(self.right, self.right.index)
 
 
 class CellResult(Settings):
@@ -82,24 +63,24 @@ class CellResult(Settings):
     rollout_percent: float
     update_percent: float
 
+    @property
+    def gain(self) -> Difference:
+        """What training changed, task by task."""
+        return difference(self.initial.right, self.final.right)
 
-def measure(trajectories: Iterable[Trajectory], agents: str) -> Side:
+
+def measure(found: Rollouts, agents: str) -> Side:
     """What the tables say about one evaluation, counting the transitions of sub-agents that `agents` matches."""
-    ordered = sorted(trajectories, key=lambda t: (t.task_key, t.task_id))
-    marks = {None: "x", False: "0", True: "1"}
-    scored = [t for t in ordered if t.correct is not None]
-    calls = [x.completion for t in scored for x in t.transitions if re.search(agents, x.agent)]
+    frame = found.rollouts.sort_values(["task_key", "task_id"], kind="stable")
+    scored = frame.index[frame["correct"].notna()]
+    counted = found.calls["agent"].map(re.compile(agents).search).notna()
+    calls = found.calls[counted & found.calls["rollout"].isin(scored)]
     return Side(
-        outcomes="".join(marks[t.correct] for t in ordered),
-        transitions=len(calls) / len(scored) if scored else math.nan,
-        prompt_tokens=_mean([c.prompt_tokens for c in calls]),
-        response_tokens=_mean([c.response_tokens for c in calls]),
+        outcomes="".join(frame["correct"].map({1.0: "1", 0.0: "0"}).fillna("x")),
+        transitions=len(calls) / len(scored) if len(scored) else math.nan,
+        prompt_tokens=calls["prompt"].mean(),
+        response_tokens=calls["response"].mean(),
     )
-
-
-def _mean(values: Sequence[int | None]) -> float:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else math.nan
 
 
 def model_size(model: str) -> str:
@@ -152,14 +133,14 @@ def accuracy_table(results: Sequence[CellResult]) -> pd.DataFrame:
     """The seed experiment's accuracy table, with 95% intervals and the number of tasks beside it."""
     rows = [
         {
-            "Acc (Initial)": round(r.initial.accuracy, 1),
-            "95% CI (Initial)": r.initial.interval_text,
-            "Acc (Final)": round(r.final.accuracy, 1),
-            "95% CI (Final)": r.final.interval_text,
+            "Acc (Initial)": round(r.initial.score.percent, 1),
+            "95% CI (Initial)": r.initial.score.interval_text,
+            "Acc (Final)": round(r.final.score.percent, 1),
+            "95% CI (Final)": r.final.score.interval_text,
             "Transitions": f"{r.initial.transitions:.2f} → {r.final.transitions:.2f}",
             "Prompt Length": round(r.final.prompt_tokens, 1),
             "Response Length": f"{r.initial.response_tokens:.1f} → {r.final.response_tokens:.1f}",
-            "Tasks": r.final.n,
+            "Tasks": r.final.score.n,
         }
         for r in results
     ]
@@ -202,20 +183,13 @@ def efficiency_table(results: Sequence[CellResult]) -> pd.DataFrame:
 
 def accuracy_rows(results: Sequence[CellResult]) -> pd.DataFrame:
     """What `sqlbench.curves.before_after` draws."""
-    return pd.DataFrame(
-        [
-            {
-                "label": r.cell.title + f", seed {r.cell.seed}" * (r.cell.seed != 1),
-                "initial": r.initial.accuracy,
-                "initial_low": r.initial.interval[0],
-                "initial_high": r.initial.interval[1],
-                "final": r.final.accuracy,
-                "final_low": r.final.interval[0],
-                "final_high": r.final.interval[1],
-            }
-            for r in results
-        ]
-    )
+    rows = []
+    for r in results:
+        row: dict[str, Any] = {"label": r.cell.title + f", seed {r.cell.seed}" * (r.cell.seed != 1)}
+        for name, score in (("initial", r.initial.score), ("final", r.final.score)):
+            row |= {name: score.percent, f"{name}_low": score.interval[0], f"{name}_high": score.interval[1]}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def headline(results: Sequence[CellResult]) -> str:
@@ -223,12 +197,37 @@ def headline(results: Sequence[CellResult]) -> str:
     main = max(
         results, key=lambda r: (r.cell.control is None, r.cell.title == Cell().title, r.cell.steps, -r.cell.seed)
     )
-    initial, final = main.initial, main.final
+    initial, final = main.initial.score, main.final.score
     return (
-        f"accuracy on {final.n} {main.split} tasks: {initial.accuracy:.1f}% (95% CI {initial.interval_text}) before "
-        f"training, {final.accuracy:.1f}% (95% CI {final.interval_text}) after {main.steps} steps: "
-        f"{difference(initial, final)}"
+        f"accuracy on {final.n} {main.split} tasks: {initial.percent:.1f}% (95% CI {initial.interval_text}) before "
+        f"training, {final.percent:.1f}% (95% CI {final.interval_text}) after {main.steps} steps: {main.gain}"
     )
+
+
+def paired(first: Side, second: Side, names: tuple[str, str] = ("Initial", "Final")) -> dict[str, Any]:
+    """Two evaluations over the same tasks and what differs between them, as the columns of a table."""
+    row: dict[str, Any] = {"Tasks": second.score.n}
+    for name, score in zip(names, (first.score, second.score), strict=True):
+        row |= {f"Acc ({name})": round(score.percent, 1), f"95% CI ({name})": score.interval_text}
+    change = difference(first.right, second.right)
+    return row | {
+        "Gain": round(change.points, 1),
+        "95% CI (Gain)": change.interval_text,
+        "Gained / lost": f"{change.gained} / {change.lost}",
+        "McNemar p": change.p_text,
+    }
+
+
+def difference_table(results: Sequence[CellResult]) -> pd.DataFrame:
+    """Paired differences: every cell before and after training, then trained cells that differ in one setting."""
+    pairs = [(r.cell.name, "before → after training", r.initial, r.final) for r in results]
+    for setting, (one, two) in product(("turns", "context", "agents"), permutations(results, 2)):
+        values = getattr(one.cell, setting), getattr(two.cell, setting)
+        alike = one.cell.model_copy(update={setting: values[1]}) == two.cell and one.split == two.split
+        if alike and values[0] < values[1] and len(one.final.outcomes) == len(two.final.outcomes):
+            pairs.append((two.cell.name, f"{setting} {values[0]} → {values[1]}", one.final, two.final))
+    names = ("First", "Second")
+    return pd.DataFrame([{"Cell": cell, "Change": change} | paired(a, b, names) for cell, change, a, b in pairs])
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -292,131 +291,3 @@ def write_seed_tables(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
     accuracy, efficiency = seed_comparison(folder)
     tables = Path(folder) / "tables"
     return write_table(accuracy, tables, "seed_accuracy"), write_table(efficiency, tables, "seed_efficiency")
-
-
-# --- what the numbers say -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired comparison on the same tasks."""
-
-    points: float
-    """Accuracy of the second minus the first, in percentage points."""
-    low: float
-    high: float
-    """95% interval of `points`, by paired bootstrap over the tasks."""
-    p: float
-    """Two-sided exact McNemar test."""
-    gained: int
-    lost: int
-
-    def __str__(self) -> str:
-        counts = f"{self.gained} gained, {self.lost} lost"
-        return f"{self.points:+.1f} points ({self.interval_text}; McNemar p {self.p_text}; {counts})"
-
-    @property
-    def interval_text(self) -> str:
-        """The interval as tables show it."""
-        return f"{self.low:+.1f} to {self.high:+.1f}"
-
-    @property
-    def p_text(self) -> str:
-        """The p-value as tables show it."""
-        return "< 0.001" if self.p < 0.001 else f"{self.p:.3f}"
-
-    @property
-    def clear(self) -> bool:
-        """Whether chance alone would seldom give it (p < 0.05)."""
-        return self.p < 0.05
-
-
-def difference(first: Side, second: Side) -> Difference:
-    """Compare two evaluations over the same tasks; tasks that failed in either are left out.
-
-    Raises:
-        DataError: they are not over the same tasks.
-    """
-    if len(first.outcomes) != len(second.outcomes):
-        raise DataError(
-            f"evaluations of {len(first.outcomes)} and {len(second.outcomes)} tasks cannot be compared task by task"
-        )
-    pairs = [(int(a), int(b)) for a, b in zip(first.outcomes, second.outcomes, strict=True) if "x" not in a + b]
-    gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
-    if not pairs:
-        return Difference(0.0, 0.0, 0.0, 1.0, 0, 0)
-    before, after = [a for a, _ in pairs], [b for _, b in pairs]
-    low, high = paired_bootstrap(before, after)
-    points = 100 * (gained - lost) / len(pairs)
-    return Difference(points, 100 * low, 100 * high, mcnemar(before, after), gained, lost)
-
-
-def discuss(results: Sequence[CellResult]) -> str:
-    """Markdown that says what the finished cells show and what they do not; every claim is made from their numbers."""
-    gains = {r.cell.name: difference(r.initial, r.final) for r in results}
-    lines = ["**Training.**"]
-    for r in results:
-        lines.append(
-            f"- `{r.cell.name}`: {r.initial.accuracy:.1f}% → {r.final.accuracy:.1f}%, {gains[r.cell.name]}"
-            + ("." if gains[r.cell.name].clear else "; **not distinguishable from no change**.")
-        )
-    lines += _seeds(results) + _control(results, gains)
-    for title, attribute, words in (
-        ("Turns", "turns", "{0} → {1} turns"),
-        ("Context", "context", "context {0} → {1}"),
-        ("Training the check step", "agents", "`{0}` → `{1}`"),
-    ):
-        found = []
-        for first, second in _neighbours(results, attribute):
-            change = difference(first.final, second.final)
-            values = (getattr(first.cell, attribute), getattr(second.cell, attribute))
-            others = [name for name in ("turns", "context", "agents") if name != attribute]
-            rest = ", ".join(f"{name} {getattr(first.cell, name)}" for name in others)
-            verdict = "" if change.clear else ", within chance"
-            cost = second.step_seconds / first.step_seconds
-            found.append(f"- {words.format(*values)} ({rest}): final {change}{verdict}; time a step times {cost:.2f}.")
-        if found:
-            lines += ["", f"**{title}.**", *found]
-    return "\n".join(lines) + "\n"
-
-
-def _tasks(result: CellResult) -> tuple[str, int]:
-    return result.split, len(result.final.outcomes)
-
-
-def _neighbours(results: Sequence[CellResult], attribute: str) -> Iterator[tuple[CellResult, CellResult]]:
-    """Pairs of cells that differ in nothing but one setting, the smaller value first."""
-    for first in results:
-        for second in results:
-            one, two = first.cell, second.cell
-            if getattr(one, attribute) >= getattr(two, attribute):
-                continue
-            if one.model_copy(update={attribute: getattr(two, attribute)}) == two and _tasks(first) == _tasks(second):
-                yield first, second
-
-
-def _seeds(results: Sequence[CellResult]) -> list[str]:
-    groups: dict[str, list[CellResult]] = {}
-    for r in results:
-        groups.setdefault(r.cell.model_copy(update={"seed": 1}).name, []).append(r)
-    lines = []
-    for name, group in groups.items():
-        if len(group) > 1:
-            rises = [r.final.accuracy - r.initial.accuracy for r in group]
-            lines.append(
-                f"- `{name}` over {len(group)} seeds: mean {sum(rises) / len(rises):+.1f} points, "
-                f"from {min(rises):+.1f} to {max(rises):+.1f}. Cells that differ by less than that range do not differ."
-            )
-    return ["", "**Seeds.**", *lines] if lines else []
-
-
-def _control(results: Sequence[CellResult], gains: dict[str, Difference]) -> list[str]:
-    lines = []
-    for r in results:
-        if r.cell.control:
-            gain = gains[r.cell.name]
-            rose = gain.clear and gain.points > 0
-            says = "**rises: the pipeline leaks, trust nothing above**" if rose else "does not rise, as it must not"
-            drawn = {"coin": "drawn by coin", "permuted": "permuted within each task"}[r.cell.control]
-            lines.append(f"- With rewards {drawn} the policy {says}: {gain}.")
-    return ["", "**Control.**", *lines] if lines else []

@@ -1,12 +1,12 @@
 """Two or more runs over the same tasks: who gained, who lost, where, and whether chance would explain it.
 
 Every run is compared with the first one, task by task: tasks that failed in either run are left out of that pair, tasks
-that only some of the runs have are left out and counted. Of a training run its last validation is compared.
+that only some of the runs have are left out and counted. Several rollouts of a task count as one, by their mean. Of a
+training run its last validation is compared.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,12 @@ from markupsafe import Markup
 
 from sqlbench.data.tasks import open_dataset
 from sqlbench.errors import DataError, SqlbenchError
-from sqlbench.sqltree import HARDNESS
-from sqlbench.tables import Difference, Side, difference
+from sqlbench.results import Difference, Score, difference, in_order
 from sqlbench.widgets import view
 from sqlbench.widgets.inspector import LISTED, Inspector
 from sqlbench.widgets.rollouts import RunFacts, rollout_table
 
 BY = ("hardness", "database", "construct")
-FLIP = {("wrong", "right"): "gained", ("right", "wrong"): "lost"}
 
 
 class Comparison(w.VBox):
@@ -43,20 +41,17 @@ class Comparison(w.VBox):
             raise DataError(f"a comparison needs at least two runs, got {len(runs)}")
         self.first, *self.others = runs
         frame = _last_validations(rollout_table(runs))
-        frame["nth"] = frame.groupby(["run", "key"]).cumcount()  # a split may hold a task twice
-        numbers = frame.reset_index().pivot(index=["key", "nth"], columns="run", values="index")
-        shared = numbers.dropna().astype(int)
+        frame["nth"] = frame.groupby(["run", "key", "sample"]).cumcount()  # a split may hold a task twice
+        numbers = frame.reset_index().groupby(["key", "nth", "run"])["index"].first().unstack()
+        shared = numbers.dropna().astype(int).sort_values(self.first)
         if shared.empty:
             raise DataError(f"the runs {', '.join(runs)} have no task in common; compare runs over the same split")
         self.left_out = len(numbers) - len(shared)
-        frame = frame.loc[sorted(shared.to_numpy().ravel())]
-        self.tasks = frame.loc[shared[self.first].sort_values(), ["hardness", "database", "key", "split", "question"]]
+        self._frame = frame = frame.join(shared[self.first].rename("first"), on=["key", "nth"], how="inner")
+        self.tasks = frame.loc[shared[self.first], ["hardness", "database", "key", "split", "question"]]
         """The shared tasks, numbered as the first run's rollouts are."""
-        by_task = shared.set_index(self.first, drop=False).loc[self.tasks.index]
-        self._numbers = {label: by_task[label].to_numpy() for label in runs}
-        self._outcomes = pd.DataFrame(
-            {label: frame.loc[n, "outcome"].to_numpy() for label, n in self._numbers.items()}, index=self.tasks.index
-        )
+        self._numbers = shared.set_axis(self.tasks.index)
+        self._right = frame.groupby(["first", "run"])["correct"].mean().unstack()
         self.tasks["construct"] = (
             self.tasks["key"].map(_constructs(data or RunFacts.of(Path(runs[self.first])).data, self.tasks)).fillna("")
         )
@@ -81,8 +76,9 @@ class Comparison(w.VBox):
         """One row a run: accuracy with its interval, and the paired difference from the first run."""
         rows = []
         for label in (self.first, *self.others):
-            side, d = self._side(label, self.tasks.index), self.difference(label)
-            row = {"run": label, "tasks": side.n, "EX (%)": round(side.accuracy, 1), "95% CI": side.interval_text}
+            right, score, d = self._right[label], self._score(label, self.tasks.index), self.difference(label)
+            row = {"run": label, "tasks": right.count(), "EX (%)": round(score.percent, 1)}
+            row["95% CI"] = score.interval_text
             change = {
                 "gained": d.gained,
                 "lost": d.lost,
@@ -95,7 +91,7 @@ class Comparison(w.VBox):
 
     def difference(self, run: str) -> Difference:
         """How a run differs from the first one."""
-        return difference(self._side(self.first, self.tasks.index), self._side(run, self.tasks.index))
+        return difference(self._right[self.first], self._right[run])
 
     def by(self, what: str) -> pd.DataFrame:
         """Accuracy, gained and lost by ``hardness``, ``database`` or ``construct``; empty where that is not known.
@@ -107,31 +103,32 @@ class Comparison(w.VBox):
             raise DataError(f"no breakdown by '{what}'; choose one of {', '.join(BY)}")
         groups = {name: part.index for name, part in self.tasks.groupby(what) if name}
         rows = []
-        for name in sorted(groups, key=lambda n: (HARDNESS.index(n) if n in HARDNESS else 9, n)):
-            sides = {label: self._side(label, groups[name]) for label in (self.first, *self.others)}
-            row: dict[str, Any] = {what: name, "tasks": len(groups[name])}
-            row[f"{self.first}: EX (%)"] = round(sides[self.first].accuracy, 1)
-            for label in self.others:
-                d = difference(sides[self.first], sides[label])
-                row[f"{label}: EX (%)"] = round(sides[label].accuracy, 1)
-                row |= {f"{label}: gained": d.gained, f"{label}: lost": d.lost}
+        for name in in_order(groups):
+            right = self._right.loc[groups[name]]
+            row: dict[str, Any] = {what: name, "tasks": len(right)}
+            for label in (self.first, *self.others):
+                row[f"{label}: EX (%)"] = round(self._score(label, groups[name]).percent, 1)
+                if label != self.first:
+                    d = difference(right[self.first], right[label])
+                    row |= {f"{label}: gained": d.gained, f"{label}: lost": d.lost}
             rows.append(row)
         return pd.DataFrame(rows)
 
     @property
     def flips(self) -> pd.DataFrame:
         """Tasks that the chosen run gained or lost; ``number`` is its rollout's in the inspector."""
-        pairs = zip(self._outcomes[self.first], self._outcomes[self._run.value], strict=True)
-        flips = self.tasks.assign(change=[FLIP.get(p, "") for p in pairs], number=self._numbers[self._run.value])
-        flips = flips[flips["change"].map(lambda change: change != "" and change in self._change.value)]
+        gain = self._right[self._run.value] - self._right[self.first]
+        change = gain[gain != 0].dropna().gt(0).map({True: "gained", False: "lost"})
+        flips = self.tasks.assign(change=change, number=self._numbers[self._run.value])
+        flips = flips[flips["change"].isin(self._change.value.split(" and "))]
         columns = ["change", "hardness", "database", "construct", "question", "number"]
         return flips[columns].sort_values("change", kind="stable", ignore_index=True)
 
     # -- inside
 
-    def _side(self, label: str, tasks: pd.Index) -> Side:
-        marks = self._outcomes.loc[tasks, label].map({"right": "1", "wrong": "0"}).fillna("x")
-        return Side(outcomes="".join(marks), transitions=math.nan, prompt_tokens=math.nan, response_tokens=math.nan)
+    def _score(self, label: str, tasks: pd.Index) -> Score:
+        rows = self._frame[(self._frame["run"] == label) & self._frame["first"].isin(tasks)]
+        return Score.of(rows["correct"], rows["first"])
 
     def _filtered(self, _: Any = None) -> None:
         rows = self.flips.to_dict("records")

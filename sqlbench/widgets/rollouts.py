@@ -52,6 +52,7 @@ class _Light(BaseModel):
 
     def row(self, label: str, where: Any) -> dict[str, Any]:
         """The rollout as a row of `rollout_table`."""
+        correct = is_correct(self.reward, self.match)
         answers = [call.completion.text for call in self.transitions]
         searched = [self.question, self.gold, self.pred, self.task_id, self.db_id, self.reason, self.error, *answers]
         return {
@@ -59,7 +60,8 @@ class _Light(BaseModel):
             "step": self.step,
             "part": "" if self.step is None else "validation" if self.validation else "training",
             "sample": self.sample,
-            "outcome": view.outcome(is_correct(self.reward, self.match), self.error),
+            "outcome": view.outcome(correct, self.error),
+            "correct": correct,
             "hardness": self.hardness,
             "database": self.db_id,
             "turns": max((call.turn for call in self.transitions), default=0),
@@ -91,7 +93,7 @@ def rollout_table(source: Source) -> pd.DataFrame:
         raise DataError("there are no rollouts to inspect")
     return (
         pd.DataFrame(rows)
-        .astype({"step": "Int64"})
+        .astype({"step": "Int64", "correct": float})
         .sort_values(["step", "part", "task", "key", "sample"], na_position="first", kind="stable", ignore_index=True)
     )
 

@@ -127,10 +127,11 @@ def stored_tables() -> dict[str, Any]:
             "accuracy": tables.accuracy_table(results),
             "efficiency": tables.efficiency_table(results),
             "bars": tables.accuracy_rows(results),
+            "differences": tables.difference_table(results),
             "seed_accuracy": tables.seed_comparison(REPO / "results/laptop" / name)[0],
         }
         found[name] = {key: tables.markdown(frame).splitlines() for key, frame in frames.items()}
-        found[name] |= {"headline": tables.headline(results), "discussion": tables.discuss(results).splitlines()}
+        found[name]["headline"] = tables.headline(results)
     curves = curve_table(tables.training_runs(REPO / "results/laptop/reproduce"))
     found["curves"] = tables.markdown(curves).splitlines()
     return found

@@ -15,14 +15,14 @@ from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, RunError
 from sqlbench.grid import AGENTS, AGENTS_CHECK, GRIDS, Cell, Grid
 from sqlbench.notebooks import run_notebooks
+from sqlbench.results import Rollouts
 from sqlbench.runs import TRAJECTORIES, RunFolder
 from sqlbench.self_correction import correction_table
 from sqlbench.tables import (
     CELL,
     accuracy_rows,
     accuracy_table,
-    difference,
-    discuss,
+    difference_table,
     efficiency_table,
     headline,
     load_results,
@@ -123,16 +123,16 @@ def test_the_full_grid_is_the_factorial_with_seeds_and_control() -> None:
 
 
 def test_measure_counts_trained_transitions_of_scored_rollouts_only() -> None:
-    records = rollouts("110x", agents="write,check,rewrite")
-    with_check, without = measure(records, AGENTS_CHECK), measure(records, AGENTS)
+    found = Rollouts.of(rollouts("110x", agents="write,check,rewrite"))
+    with_check, without = measure(found, AGENTS_CHECK), measure(found, AGENTS)
     assert (with_check.transitions, without.transitions) == (3.0, 2.0)
-    assert (without.n, without.hits, without.outcomes) == (3, 2, "110x")
-    assert measure(records, "write").transitions == 2.0, "write finds rewrite, as in the seed experiment"
+    assert (without.score.n, without.score.correct, without.outcomes) == (3, 2, "110x")
+    assert measure(found, "write").transitions == 2.0, "write finds rewrite, as in the seed experiment"
 
 
 def test_measure_does_not_depend_on_the_order_of_rollouts() -> None:
     records = rollouts("1100x1")
-    assert measure(records[::-1], AGENTS) == measure(records, AGENTS)
+    assert measure(Rollouts.of(records[::-1]), AGENTS) == measure(Rollouts.of(records), AGENTS)
 
 
 def test_tables_have_the_columns_of_the_seed_experiment(bench: Bench) -> None:
@@ -245,31 +245,34 @@ def test_unknown_grid_cell_and_profile_are_refused(bench: Bench) -> None:
         load_results(bench.folder)
 
 
-def test_difference_is_paired_and_leaves_failed_tasks_out() -> None:
-    first, second = (measure(rollouts(marks), AGENTS) for marks in ("0000011x1", "1111111110"[:9]))
-    change = difference(first, second)
-    assert (change.gained, change.lost, change.points) == (5, 0, 62.5)
-    assert change.p == pytest.approx(2 * 0.5**5)
+def test_a_gain_is_paired_and_leaves_failed_tasks_out(bench: Bench) -> None:
+    finished(bench, Cell(), "0000011x1", "111111111")
+    (result,) = load_results(bench.folder)
+    assert (result.gain.gained, result.gain.lost, result.gain.points) == (5, 0, 62.5)
+    assert result.gain.p == pytest.approx(2 * 0.5**5)
+    other = result.model_copy(update={"final": measure(Rollouts.of(rollouts("1")), AGENTS)})
     with pytest.raises(DataError, match="9 and 1 tasks"):
-        difference(first, measure(rollouts("1"), AGENTS))
+        other.gain
 
 
-def test_the_discussion_claims_only_what_the_numbers_carry(bench: Bench) -> None:
+def test_differences_are_those_of_training_and_of_one_setting(bench: Bench) -> None:
     low, high = "0" * 200 + "1" * 100, "0" * 100 + "1" * 200
     finished(bench, Cell(), low, high)
     finished(bench, Cell(seed=2), low, high[1:] + "1")
     finished(bench, Cell(turns=1), low, high)
     finished(bench, Cell(control="coin"), low, low)
-    text = discuss(load_results(bench.folder))
-    assert "over 2 seeds: mean +33.5 points, from +33.3 to +33.7" in text
-    assert "does not rise" in text
-    assert "1 → 3 turns" in text and "within chance" in text
-    assert "`t3_c2048_write-rewrite_random-reward`: 33.3% → 33.3%" in text
-    assert "With rewards drawn by coin the policy does not rise" in text
-    finished(bench, Cell(control="permuted"), low, high)
-    text = discuss(load_results(bench.folder))
-    assert "With rewards permuted within each task the policy **rises" in text
-    assert text.count("not distinguishable from no change") == 1
+    table = difference_table(load_results(bench.folder)).set_index(["Cell", "Change"])
+    training = table.xs("before → after training", level="Change")
+    assert training["Gain"].to_dict() == {
+        "t1_c2048_write-rewrite": 33.3,
+        "t3_c2048_write-rewrite": 33.3,
+        "t3_c2048_write-rewrite_seed2": 33.7,
+        "t3_c2048_write-rewrite_random-reward": 0.0,
+    }
+    assert training.loc["t3_c2048_write-rewrite", ["Gained / lost", "McNemar p"]].tolist() == ["100 / 0", "< 0.001"]
+    others = table.drop(index="before → after training", level="Change")
+    assert others.index.tolist() == [("t3_c2048_write-rewrite", "turns 1 → 3")]
+    assert others[["Acc (First)", "Acc (Second)", "McNemar p"]].values.tolist() == [[66.7, 66.7, "1.000"]]
 
 
 def test_seeds_of_one_configuration_are_drawn_as_one(bench: Bench) -> None:

@@ -26,10 +26,10 @@ from sqlbench.errors import PluginError
 from sqlbench.evaluation import evaluate
 from sqlbench.interfaces import is_plugin, load_plugin
 from sqlbench.models import open_model
-from sqlbench.results import Rollouts, summarise
+from sqlbench.results import Rollouts, difference, summarise
 from sqlbench.rollout import MOST_CALLS, rollout
 from sqlbench.runs import RunFolder
-from sqlbench.tables import difference, measure
+from sqlbench.tables import measure
 from sqlbench.training.metrics import StepRecord
 from sqlbench.widgets.inspector import Inspector
 from sqlbench.widgets.rollouts import advantages
@@ -376,8 +376,8 @@ def records() -> list[Trajectory]:
 def test_whatever_reads_rewards_copes_with_half_a_one():
     made = records()
     assert (summary := summarise(Rollouts.of(made))).score.ex == 0.25 and summary.reward == 0.5
-    assert measure(made, "write").outcomes == "0001"
-    assert difference(measure(made[:1], "write"), measure(made[3:], "write")).gained == 1
+    assert measure(Rollouts.of(made), "write").outcomes == "0001"
+    assert difference(*(measure(Rollouts.of(some), "write").right for some in (made[:1], made[3:]))).gained == 1
     values = StepRecord(made).metrics("")
     assert (values["ex"], values["reward"]) == (0.25, 0.5)
     assert "wrong, reward 0.5" in story(made[0]).data and "right, reward 0.75" in story(made[3]).data
@@ -390,7 +390,7 @@ def test_whatever_reads_rewards_copes_with_half_a_one():
 
 def test_a_reward_of_a_half_without_a_match_counts_as_not_right():
     made = [t.model_copy(update={"match": None}) for t in records()]
-    assert summarise(Rollouts.of(made)).score.correct == 0 and measure(made, "").outcomes == "0000"
+    assert summarise(Rollouts.of(made)).score.correct == 0 and measure(Rollouts.of(made), "").outcomes == "0000"
     assert "wrong" in story(made[0]).data
 
 

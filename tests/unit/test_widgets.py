@@ -443,6 +443,23 @@ def test_gained_and_lost_with_their_test(run: Path, better: Path) -> None:
     assert (back.gained, back.lost) == (0, 2)
 
 
+def test_several_rollouts_of_a_task_count_as_one_task(run: Path, better: Path, tmp_path: Path) -> None:
+    """Four equal rollouts of each task say no more than one of each."""
+
+    def four(folder: Path) -> Path:
+        with RunFolder(tmp_path / folder.name).open(RunFolder(folder).config()) as copy:
+            for record in RunFolder(folder).trajectories():
+                for sample in range(4):
+                    copy.append(TRAJECTORIES, record.model_copy(update={"sample": sample}))
+        return copy.root
+
+    alone, found = Comparison({"one": run, "two": better}), Comparison({"one": four(run), "two": four(better)})
+    assert repr(found) == repr(alone) and len(found.tasks) == 12
+    assert found.summary.drop(columns="95% CI").equals(alone.summary.drop(columns="95% CI"))
+    assert found.by("hardness").equals(alone.by("hardness"))
+    assert found.flips.drop(columns="number").equals(alone.flips.drop(columns="number"))
+
+
 def test_where_tasks_were_gained(run: Path, better: Path) -> None:
     comparison = Comparison({"one": run, "two": better})
     for what, gained in (
