@@ -28,7 +28,8 @@ from typing import Any
 import pandas as pd
 
 from sqlbench.errors import SqlbenchError
-from sqlbench.evaluation import Summary, evaluate
+from sqlbench.evaluation import evaluate
+from sqlbench.results import Summary
 from sqlbench.runs import RunFolder
 from sqlbench.tables import write_table
 from sqlbench.training.launch import train

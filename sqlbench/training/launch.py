@@ -30,7 +30,7 @@ from sqlbench.profiles import Profile, find_profile
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, lock, read_trajectories, run_path
 from sqlbench.training import checkpoints, processes
 from sqlbench.training.compose import compose, tracking
-from sqlbench.training.metrics import StepRecord, read_rows, write_rows
+from sqlbench.training.metrics import read_rows, step_metrics, write_rows
 from sqlbench.training.preflight import ask_verl, check, needs, planned_steps, preflight, too_small
 
 if TYPE_CHECKING:
@@ -187,8 +187,8 @@ class _Verl:
         kept = [t for t in read_trajectories(self.folder) if done and (t.step or 0) <= done]
         validate = not done and self.config.trainer.val_before_train
         if done:
-            here = StepRecord([t for t in kept if t.step == done and not t.validation])
-            rows.setdefault(done, here.metrics("sqlbench/"))
+            here = [t for t in kept if t.step == done and not t.validation]
+            rows.setdefault(done, step_metrics(here, "sqlbench/"))
             due = every > 0 and (done % every == 0 or done >= self.total)
             if due and "sqlbench/val_ex" not in rows[done]:
                 validate, kept = True, [t for t in kept if t.step != done or not t.validation]

@@ -1,19 +1,18 @@
 """What a training run leaves in ``metrics.jsonl``, and how it is made from trajectories.
 
 A line of ``metrics.jsonl`` is ``{"step": n, "data": {name: value}}``, verl's own metrics together with ours
-(``sqlbench/...``, listed in `StepRecord.metrics`). Steps never repeat: what a killed attempt logged after its last
+(``sqlbench/...``, listed in `step_metrics`). Steps never repeat: what a killed attempt logged after its last
 checkpoint is replaced by what the resumed attempt logs.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from sqlbench.agent.prompts import parse_verdict
-from sqlbench.agent.repair import repeated
 from sqlbench.agent.trajectory import OVERLONG, Trajectory
+from sqlbench.results import Rollouts, balanced_accuracy, mean
 from sqlbench.runs import RunFolder, read_jsonl
 
 
@@ -41,67 +40,36 @@ class TrajectoryReader:
         return self._steps[step, validation]
 
 
-class StepRecord:
-    """The rollouts of one step, summed up."""
+def step_metrics(rollouts: Iterable[Trajectory], prefix: str) -> dict[str, float]:
+    """Sum up the rollouts of one step: counts and means, by name.
 
-    def __init__(self, records: list[Trajectory]) -> None:
-        self.rollouts = len(records)
-        self.failed = sum(r.failed for r in records)
-        self.overlong = sum(r.reason == OVERLONG for r in records)
-        self.error = next((r.error for r in records if r.failed), None)
-        self.scored = [r for r in records if r.reward is not None]
-        self.judged = [r.correct for r in records if r.correct is not None]
-        self.groups = {r.task_key for r in records}
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Counts and means, by name.
-
-        Rollouts, failed ones, those with reward 0 because an answer made the next prompt too long, and over the scored
-        ones: EX, mean reward, transitions and turns a rollout, prompt and response tokens a transition, share of
-        responses cut at the limit, seconds a rollout, share of rewrites that repeat an earlier query, answers that were
-        sampled at another temperature and so not trained on, and, where queries were judged one by one, the balanced
-        accuracy of the check.
-        """
-        transitions = [t.completion for r in self.scored for t in r.transitions]
-        values = {
-            "rollouts": self.rollouts,
-            "failed_rollouts": self.failed,
-            "overlong_rollouts": self.overlong,
-            "ex": _mean(self.judged),
-            "reward": _mean([r.reward for r in self.scored]),
-            "all_transitions": _mean([len(r.transitions) for r in self.scored]),
-            "turns": _mean([r.turns for r in self.scored]),
-            "prompt_tokens": _mean([t.prompt_tokens for t in transitions]),
-            "response_tokens": _mean([t.response_tokens for t in transitions]),
-            "truncated_share": _mean([t.finish_reason == "length" for t in transitions]),
-            "rollout_seconds": _mean([r.seconds for r in self.scored]),
-            "repeated_share": _mean(self._repeated()),
-            "other_temperature": sum(t.temperature is not None for t in transitions),
-            "check_balanced_accuracy": self._balanced_accuracy(),
-        }
-        return {prefix + name: value for name, value in values.items() if value is not None}
-
-    def _repeated(self) -> list[bool]:
-        return [
-            same
-            for record in self.scored
-            for t, same in zip(record.transitions, repeated(record.transitions, record.executions), strict=True)
-            if t.agent == "rewrite"
-        ]
-
-    def _balanced_accuracy(self) -> float | None:
-        """The mean of the check's accuracies on right and on wrong queries; None unless it saw both."""
-        kinds: dict[bool, list[bool]] = {True: [], False: []}
-        for record in self.scored:
-            right = {e.turn: e.match == 1 for e in record.executions if e.match is not None}
-            for t in record.transitions:
-                if t.agent == "check" and t.turn in right:
-                    kinds[right[t.turn]].append(parse_verdict(t.completion.text) == right[t.turn])
-        return _mean([_mean(kind) for kind in kinds.values()]) if all(kinds.values()) else None
-
-
-def _mean(values: list[Any]) -> float | None:
-    return float(sum(values) / len(values)) if values else None
+    Rollouts, failed ones, those with reward 0 because an answer made the next prompt too long, and over the scored
+    ones: EX, mean reward, transitions and turns a rollout, prompt and response tokens a transition, share of
+    responses cut at the limit, seconds a rollout, share of rewrites that repeat an earlier query, answers that were
+    sampled at another temperature and so not trained on, and, where queries were judged one by one, the balanced
+    accuracy of the check.
+    """
+    frame, calls, queries = Rollouts.of(rollouts)
+    scored = frame[frame["reward"].notna()]
+    calls = calls[calls["rollout"].isin(scored.index)]
+    checks = calls[calls["agent"] == "check"].merge(queries.dropna(subset="match"), on=["rollout", "turn"])
+    values = {
+        "rollouts": len(frame),
+        "failed_rollouts": int(frame["failed"].sum()),
+        "overlong_rollouts": int((frame["reason"] == OVERLONG).sum()),
+        "ex": mean(frame["correct"]),
+        "reward": mean(scored["reward"]),
+        "all_transitions": len(calls) / len(scored) if len(scored) else None,
+        "turns": mean(scored["turns"]),
+        "prompt_tokens": mean(calls["prompt"]),
+        "response_tokens": mean(calls["response"]),
+        "truncated_share": mean(calls["cut"]),
+        "rollout_seconds": mean(scored["seconds"]),
+        "repeated_share": mean(calls.loc[calls["agent"] == "rewrite", "repeats"]),
+        "other_temperature": int(calls["temperature"].count()),
+        "check_balanced_accuracy": balanced_accuracy(checks["says"], checks["match"] == 1),
+    }
+    return {prefix + name: value for name, value in values.items() if value is not None}
 
 
 def read_rows(path: Path) -> dict[int, dict[str, float]]:

@@ -35,13 +35,14 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
+from sqlbench.agent.trajectory import Trajectory
 from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
 from sqlbench.runs import TRAJECTORIES, read_trajectories
 from sqlbench.training.agent_loop import trained_transitions
 from sqlbench.training.credit import balanced, group_of
 from sqlbench.training.loss import Row, row_weights
-from sqlbench.training.metrics import StepRecord, TrajectoryReader
+from sqlbench.training.metrics import TrajectoryReader, step_metrics
 from sqlbench.training.sampling import SuccessRates, TaskSampler, dividing_groups, scores
 
 POLL_SECONDS = 0.05
@@ -106,52 +107,52 @@ class SqlTrainer(PPOTrainerSync):
 
     # -- counting and stopping
 
-    def _record(self, validation: bool) -> StepRecord:
-        """What is on record about the rollouts of this step; stops the run where too many failed or are missing."""
+    def _rollouts(self, validation: bool) -> list[Trajectory]:
+        """Return this step's rollouts on record; stops the run where too many failed or are missing."""
         rollout = self.config.actor_rollout_ref.rollout
         if validation:
             expected = len(self.val_dataset) * rollout.val_kwargs.n
         else:
             expected = len(self.replay_buffer.tasks) * rollout.n
-        record = StepRecord(self.reader.step(self.global_steps, validation))
-        failed = record.failed + max(0, expected - record.rollouts)
+        rollouts = self.reader.step(self.global_steps, validation)
+        errors = [t.error for t in rollouts if t.failed]
+        failed = len(errors) + max(0, expected - len(rollouts))
         if failed > self.settings.max_failed_share * expected:
             raise TrainingError(
                 f"{failed} of {expected} rollouts of step {self.global_steps} failed, more than the "
                 f"share of {self.settings.max_failed_share} allowed by sqlbench.max_failed_share; "
-                f"first error: {record.error or 'not on record, see the log'}"
+                f"first error: {errors[0] if errors else 'not on record, see the log'}"
             )
-        agents = {transition.agent for t in record.scored for transition in t.transitions}
+        agents = {transition.agent for t in rollouts if t.reward is not None for transition in t.transitions}
         if agents and not validation and not any(re.search(self.settings.trained_agents, name) for name in agents):
             raise TrainingError(
                 f"sqlbench.trained_agents={self.settings.trained_agents} matches no sub-agent of step "
                 f"{self.global_steps}; the rollouts have: {', '.join(sorted(agents))}"
             )
-        return record
+        return rollouts
 
     def _validate(self) -> dict[str, float]:
         try:
             metrics = super()._validate()
         except Exception:
-            self._record(validation=True)
+            self._rollouts(validation=True)
             raise
-        return metrics | self._record(validation=True).metrics("sqlbench/val_")
+        return metrics | step_metrics(self._rollouts(validation=True), "sqlbench/val_")
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> Any:
         try:
             return super()._step_once(metrics, timing_raw, sample_batch_size)
         except RuntimeError:
-            self._record(validation=False)
+            self._rollouts(validation=False)
             raise
 
     def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         rollouts = self.reader.step(global_steps, False)
         self.rates.learn(rollouts)
-        record = StepRecord(rollouts)
-        metrics.update(record.metrics("sqlbench/"))
+        metrics.update(step_metrics(rollouts, "sqlbench/"))
         which = self.settings.trained_agents, self.settings.credit
-        trained = [len(trained_transitions(t, *which)) for t in record.scored]
+        trained = [len(trained_transitions(t, *which)) for t in rollouts if t.reward is not None]
         metrics["sqlbench/rows"] = sum(trained)
         metrics["sqlbench/transitions"] = sum(trained) / max(1, len(trained))
         metrics["sqlbench/rows_padding"] = sum(bool(tag.get("is_padding")) for tag in batch.tags)
@@ -165,7 +166,7 @@ class SqlTrainer(PPOTrainerSync):
     # -- rows
 
     def _balance_batch(self, batch: Any, metrics: dict, **options: Any) -> Any:
-        record = self._record(validation=False)
+        tasks = {t.task_key for t in self._rollouts(validation=False)}
         self._batch_rows = _rows(batch)
         rewards = scores(batch)
         rollouts: dict[str, set[str]] = defaultdict(set)
@@ -176,7 +177,7 @@ class SqlTrainer(PPOTrainerSync):
             rollouts[group_of(key)].add(key.rsplit("_", 1)[0])
         useful = dividing_groups(rewards, group_of)  # so none with one rollout left
         # Tasks, also those of which no rollout is left; or with another credit their sub-agents.
-        count = max(1, min(len(record.groups), self.config.data.train_batch_size), len(rollouts))
+        count = max(1, min(len(tasks), self.config.data.train_batch_size), len(rollouts))
         metrics["sqlbench/groups"] = count
         metrics["sqlbench/zero_variance_groups"] = 1 - len(useful) / count
         if self.settings.drop_useless_groups:

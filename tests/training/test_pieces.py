@@ -37,7 +37,7 @@ from sqlbench.training import processes
 from sqlbench.training.checkpoints import latest_checkpoint
 from sqlbench.training.compose import changes, compose, recipes
 from sqlbench.training.launch import describe, train
-from sqlbench.training.metrics import StepRecord, TrajectoryReader, read_rows, write_rows
+from sqlbench.training.metrics import TrajectoryReader, read_rows, step_metrics, write_rows
 
 SEED_EXPERIMENT = [
     "algorithm.adv_estimator=grpo",
@@ -653,11 +653,11 @@ def test_step_metrics_leave_failed_rollouts_out_and_count_them(tmp_path: Path) -
     path.write_text("")
     reader = TrajectoryReader(path)
     path.write_text("".join(r.model_dump_json() + "\n" for r in rows) + '{"torn')
-    metrics = StepRecord(reader.step(3, False)).metrics("")
+    metrics = step_metrics(reader.step(3, False), "")
     assert metrics["rollouts"] == 5 and metrics["failed_rollouts"] == 2 and metrics["overlong_rollouts"] == 1
     assert metrics["ex"] == pytest.approx(1 / 3)
     assert metrics["prompt_tokens"] == 100 and metrics["truncated_share"] == pytest.approx(1 / 3)
-    assert StepRecord(reader.step(4, False)).rollouts == 1
+    assert step_metrics(reader.step(4, False), "")["rollouts"] == 1
 
 
 def test_step_metrics_tell_of_repetitions_and_of_the_check() -> None:
@@ -677,11 +677,11 @@ def test_step_metrics_tell_of_repetitions_and_of_the_check() -> None:
             for agent, turn, text, temperature in calls
         ],
     )  # fmt: skip
-    metrics = StepRecord([record]).metrics("")
+    metrics = step_metrics([record], "")
     assert metrics["repeated_share"] == pytest.approx(2 / 3) and metrics["other_temperature"] == 1
     assert metrics["check_balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     unknown = record.model_copy(update={"executions": [e.model_copy(update={"match": None}) for e in executions]})
-    assert "check_balanced_accuracy" not in StepRecord([unknown]).metrics("")
+    assert "check_balanced_accuracy" not in step_metrics([unknown], "")
 
 
 def test_metrics_of_a_repeated_step_are_replaced(tmp_path: Path) -> None:

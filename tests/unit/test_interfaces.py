@@ -30,7 +30,7 @@ from sqlbench.results import Rollouts, difference, summarise
 from sqlbench.rollout import MOST_CALLS, rollout
 from sqlbench.runs import RunFolder
 from sqlbench.tables import measure
-from sqlbench.training.metrics import StepRecord
+from sqlbench.training.metrics import step_metrics
 from sqlbench.widgets.inspector import Inspector
 from sqlbench.widgets.rollouts import advantages
 from sqlbench.widgets.session import ChatSession, Transcript
@@ -378,7 +378,7 @@ def test_whatever_reads_rewards_copes_with_half_a_one():
     assert (summary := summarise(Rollouts.of(made))).score.ex == 0.25 and summary.reward == 0.5
     assert measure(Rollouts.of(made), "write").outcomes == "0001"
     assert difference(*(measure(Rollouts.of(some), "write").right for some in (made[:1], made[3:]))).gained == 1
-    values = StepRecord(made).metrics("")
+    values = step_metrics(made, "")
     assert (values["ex"], values["reward"]) == (0.25, 0.5)
     assert "wrong, reward 0.5" in story(made[0]).data and "right, reward 0.75" in story(made[3]).data
     assert advantages([t.reward for t in made], False) == [0.0, -0.25, 0.0, 0.25]

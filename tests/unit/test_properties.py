@@ -37,7 +37,7 @@ from sqlbench.database.types import Column, Limits, QueryResult, Schema, Table
 from sqlbench.reward import score
 from sqlbench.rollout import record_execution
 from sqlbench.runs import TRAJECTORIES, RunFolder, read_trajectories
-from sqlbench.training.metrics import StepRecord
+from sqlbench.training.metrics import step_metrics
 from sqlbench.widgets.diagram import er_svg
 
 LONG = os.environ.get("SQLBENCH_LONG") == "1"
@@ -291,17 +291,15 @@ def test_a_split_comes_back_as_it_was_written_and_equal_tasks_make_equal_files(t
 
 @many(200, 10_000)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([0.0, 1.0, None]), st.booleans()), max_size=30))
-def test_a_step_counts_its_groups_and_leaves_failed_rollouts_out(drawn):
+def test_a_step_counts_its_rollouts_and_leaves_failed_ones_out(drawn):
     records = [
         Trajectory(task_key=key, task_id="", db_id="", question="", gold="", reward=None if broke else reward,
                    error="model: gone" if broke else None)
         for key, reward, broke in drawn
     ]  # fmt: skip
-    step = StepRecord(records)
-    metrics = step.metrics("")
+    metrics = step_metrics(records, "")
     rewards = [reward for _, reward, broke in drawn if not broke and reward is not None]
     assert metrics["rollouts"] == len(drawn) and metrics["failed_rollouts"] == sum(broke for *_, broke in drawn)
-    assert step.groups == {key for key, *_ in drawn}
     assert metrics.get("ex") == (sum(rewards) / len(rewards) if rewards else None)
 
 
