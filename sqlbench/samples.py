@@ -13,12 +13,11 @@ interval that resamples tasks: rollouts of one task are not independent. Failed 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
 from math import comb, fsum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -31,6 +30,9 @@ from sqlbench.statistics import bootstrap
 
 if TYPE_CHECKING:
     from sqlbench.results import Rollouts
+
+NOT_RUN = b""
+"""Result of a query that did not run."""
 
 
 class Estimate(Record):
@@ -60,14 +62,6 @@ class Samples(Record):
         return "\n".join(lines)
 
 
-class Query(NamedTuple):
-    """What is known of one query."""
-
-    right: bool
-    result: bytes | None
-    """See `result_of`."""
-
-
 Judge = Callable[[str, str, str], bool | None]
 """Whether a query answers a question, from database, gold query and query; None where that cannot be said."""
 
@@ -89,13 +83,13 @@ def by_turn(values: pd.Series) -> pd.DataFrame:
     return values.set_axis(pd.MultiIndex.from_arrays([values.index, turns])).unstack().ffill(axis=1)
 
 
-def result_of(execution: Execution) -> bytes | None:
+def result_of(execution: Execution) -> bytes:
     """Return a digest that is equal for equal results, whatever the names of the columns and the order of the rows.
 
-    Only the rows on record are compared, the first 20, and how many there are. None: it did not run.
+    Only the rows on record are compared, the first 20, and how many there are. Nothing stands for a query that failed.
     """
     if not execution.answered:
-        return None
+        return NOT_RUN
     rows = sorted([_text(value) for value in row] for row in execution.rows)
     return sha256(repr((execution.n_rows, len(execution.columns), rows)).encode()).digest()
 
@@ -113,20 +107,6 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1 - comb(n - right, k) / comb(n, k)
 
 
-def majority(queries: Sequence[Query]) -> Query:
-    """Return the first query with the most frequent result."""
-    votes = Counter(query.result for query in queries if query.result is not None)
-    if not votes:
-        return queries[0]
-    winner = max(votes, key=votes.__getitem__)  # of several the one that came first
-    return next(query for query in queries if query.result == winner)
-
-
-def first_ran(queries: Sequence[Query]) -> Query:
-    """Return the first query that ran, or the first one where none did."""
-    return next((query for query in queries if query.result is not None), queries[0])
-
-
 def estimate_samples(found: Rollouts, n: int, judge: Judge) -> Samples:
     """Estimate everything from the rollouts of an evaluation.
 
@@ -138,28 +118,32 @@ def estimate_samples(found: Rollouts, n: int, judge: Judge) -> Samples:
     scored = found.rollouts[found.rollouts["correct"].notna()].sort_values("sample", kind="stable")
     asked = scored.join(found.queries.set_index("rollout")[["sql", "stands"]])  # also a rollout without any query
     answer = ~asked.index.duplicated(keep="last")
-    asked["result"] = found.queries["result"].reindex(asked["stands"]).to_numpy()
-    asked.loc[answer & (asked["reason"] == OVERLONG), "result"] = None
+    asked["result"] = found.queries["result"].reindex(asked["stands"]).fillna(NOT_RUN).to_numpy()
+    asked.loc[answer & (asked["reason"] == OVERLONG), "result"] = NOT_RUN
     known = answer | (asked["sql"] == asked["pred"])
     keys = zip(asked["db_id"], asked["gold"], asked["sql"], strict=True)
-    right = [c == 1 if k else judge(*key) for c, k, key in zip(asked["correct"], known, keys, strict=True)]
-    pairs = zip(right, asked["result"].fillna(b""), strict=True)
-    asked["query"] = [None if one is None else Query(one, result or None) for one, result in pairs]
-    unknown = asked.index[asked["query"].isna()].unique()
-    stands = by_turn(asked["query"].drop(unknown))
-    tasks = [rows.index for _, rows in scored.drop(unknown).groupby("task")]
-    groups = [[[turn[number] for number in task] for task in tasks] for _, turn in stands.items()]
-    return Samples(n=n, by_turn=[_estimates(some, n) for some in groups])
+    asked["right"] = pd.Series(
+        [c if k else judge(*key) for c, k, key in zip(asked["correct"], known, keys, strict=True)], asked.index, float
+    )
+    unknown = asked.index[asked["right"].isna()].unique()
+    stands = [by_turn(asked[column].drop(unknown)) for column in ("right", "result")]
+    tasks = scored["task"].drop(unknown)
+    turns = [pd.DataFrame({"task": tasks, "right": stands[0][turn], "result": stands[1][turn]}) for turn in stands[0]]
+    return Samples(n=n, by_turn=[_estimates(frame.loc[tasks.index], n) for frame in turns])
 
 
-def _estimates(groups: Sequence[Sequence[Query]], n: int) -> dict[str, Estimate]:
-    """Every estimate by name, from the queries of each task in the order of its rollouts."""
-    counts = [(len(group), sum(query.right for query in group)) for group in groups]
-    values = {f"avg@{n}": [right / size for size, right in counts]}
+def _estimates(queries: pd.DataFrame, n: int) -> dict[str, Estimate]:
+    """Estimate everything from one query of each rollout, in the order of each task's rollouts."""
+    sizes, counts = (queries.groupby("task")["right"].agg(what) for what in ("size", "sum"))
+    pairs = [(int(size), int(right)) for size, right in zip(sizes, counts, strict=True)]
+    values = {f"avg@{n}": [right / size for size, right in pairs]}
     for k in (2**power for power in range(n.bit_length())):
-        values[f"pass@{k}"] = [pass_at(k, size, right) for size, right in counts if size >= k]
-    values[f"majority@{n}"] = [float(majority(group).right) for group in groups]
-    values[f"best@{n}"] = [float(first_ran(group).right) for group in groups]
+        values[f"pass@{k}"] = [pass_at(k, size, right) for size, right in pairs if size >= k]
+    ran = (queries["result"] != NOT_RUN).astype(int)
+    votes = queries.groupby(["task", "result"])["right"].transform("size") * ran
+    for name, ranks in ((f"majority@{n}", votes), (f"best@{n}", ran)):  # of several the one that came first
+        best = queries.loc[ranks.sort_values(ascending=False, kind="stable").index].groupby("task")["right"]
+        values[name] = best.first().tolist()
     return {name: _mean(some) for name, some in values.items() if some}
 
 

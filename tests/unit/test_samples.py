@@ -10,7 +10,7 @@ import pytest
 from sqlbench.agent.trajectory import OVERLONG, Execution, Trajectory
 from sqlbench.display import flips, sample_table
 from sqlbench.results import Rollouts, Summary, summarise
-from sqlbench.samples import Judge, Query, Samples, estimate_samples, first_ran, majority, pass_at, result_of
+from sqlbench.samples import NOT_RUN, Judge, Samples, estimate_samples, pass_at, result_of
 from sqlbench.statistics import bootstrap
 
 FAILED = Execution(turn=1, sql="bad", status="error", error="no such column")
@@ -57,13 +57,21 @@ def test_pass_at_k_is_not_biased_as_the_power_of_the_share_of_wrong_ones_is() ->
     assert (pass_at(3, 5, 2), power) == pytest.approx((0.9, 0.784))
 
 
-def test_votes_are_by_result_and_ties_go_to_the_first() -> None:
-    a, b, c = (Query(right, result) for right, result in ((True, b"a"), (False, b"b"), (False, None)))
-    assert majority([b, a, a]) == a
-    assert majority([b, a]) == b and majority([a, b, b, a]) == a
-    assert majority([c, c, c, a]) == a  # however many failed
-    assert majority([c, c]) == c
-    assert first_ran([c, b, a]) == b and first_ran([c, c]) == c
+@pytest.mark.parametrize(
+    ("queries", "vote", "first"),
+    [
+        ("baa", True, False), ("ba", False, False), ("abba", True, True),
+        ("cccA", False, False), ("ccca", True, True),  # however many failed
+        ("cc", False, False), ("Cc", True, True), ("cb", False, False),
+    ],
+)  # fmt: skip
+def test_votes_are_by_result_and_ties_go_to_the_first(queries: str, vote: bool, first: bool) -> None:
+    """Results a, A and b, and c for a query that failed; a and C are right."""
+    made = [
+        rollout("t", sample, kind in "aC", FAILED if kind in "cC" else ran(kind)) for sample, kind in enumerate(queries)
+    ]
+    found, n = values(estimated(made, len(queries), never)), len(queries)
+    assert (found[f"majority@{n}"], found[f"best@{n}"]) == (vote, first)
 
 
 def test_results_are_equal_whatever_the_order_of_rows_and_the_names_of_columns() -> None:
@@ -78,8 +86,8 @@ def test_results_are_equal_whatever_the_order_of_rows_and_the_names_of_columns()
     assert result_of(ran(0.1 + 0.2)) == result_of(ran(0.3)) and result_of(ran(2.9999999999)) == result_of(ran(3))
     assert result_of(ran(12345678901.0)) == result_of(ran(12345678901)) != result_of(ran(12345678902))
     assert result_of(ran(-1)) != result_of(ran(-2)) and result_of(ran(None)) != result_of(ran("None"))
-    assert result_of(shown([], 0)) is not None and result_of(shown([], 0)) != result_of(shown([], 0, "x"))
-    assert result_of(FAILED) is None and result_of(shown([], 0, status="too_large")) is None
+    assert result_of(shown([], 0)) != NOT_RUN and result_of(shown([], 0)) != result_of(shown([], 0, "x"))
+    assert result_of(FAILED) == NOT_RUN == result_of(shown([], 0, status="too_large"))
 
 
 def test_estimates_of_known_rollouts() -> None:
