@@ -9,9 +9,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sqlbench.agent.trajectory import Trajectory, is_correct
+from sqlbench.agent.trajectory import Trajectory
 from sqlbench.errors import DataError
 from sqlbench.models import policy_folder
 from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder
@@ -30,29 +30,19 @@ class _Call(BaseModel):
     completion: _Answer
 
 
-class _Light(BaseModel):
+class _Skipped(BaseModel):
+    pass
+
+
+class _Light(Trajectory):
     """The part of a trajectory that the list needs; the parser skips the rest, which makes it many times faster."""
 
-    task_key: str
-    task_id: str
-    db_id: str
-    question: str
-    gold: str
-    hardness: str = ""
-    split: str = ""
-    transitions: list[_Call] = []
-    pred: str | None = None
-    reward: float | None = None
-    match: float | None = None
-    reason: str = ""
-    error: str | None = None
-    step: int | None = None
-    validation: bool = False
-    sample: int = 0
+    model_config = ConfigDict(extra="ignore")
+    transitions: list[_Call] = Field([])  # type: ignore[assignment]
+    executions: list[_Skipped] = Field([])  # type: ignore[assignment]
 
     def row(self, label: str, where: Any) -> dict[str, Any]:
         """The rollout as a row of `rollout_table`."""
-        correct = is_correct(self.reward, self.match)
         answers = [call.completion.text for call in self.transitions]
         searched = [self.question, self.gold, self.pred, self.task_id, self.db_id, self.reason, self.error, *answers]
         return {
@@ -60,11 +50,11 @@ class _Light(BaseModel):
             "step": self.step,
             "part": "" if self.step is None else "validation" if self.validation else "training",
             "sample": self.sample,
-            "outcome": view.outcome(correct, self.error),
-            "correct": correct,
+            "outcome": view.outcome(self.correct, self.error),
+            "correct": self.correct,
             "hardness": self.hardness,
             "database": self.db_id,
-            "turns": max((call.turn for call in self.transitions), default=0),
+            "turns": self.turns,
             "reward": self.reward,
             "question": self.question,
             "reason": self.reason,
