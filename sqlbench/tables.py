@@ -70,7 +70,7 @@ class CellResult(Settings):
 
 
 def measure(found: Rollouts, agents: str) -> Side:
-    """What the tables say about one evaluation, counting the transitions of sub-agents that `agents` matches."""
+    """Measure one evaluation for the tables, counting the transitions of sub-agents that `agents` matches."""
     frame = found.rollouts.sort_values(["task_key", "task_id"], kind="stable")
     scored = frame.index[frame["correct"].notna()]
     counted = found.calls["agent"].map(re.compile(agents).search).notna()
@@ -205,7 +205,7 @@ def headline(results: Sequence[CellResult]) -> str:
 
 
 def paired(first: Side, second: Side, names: tuple[str, str] = ("Initial", "Final")) -> dict[str, Any]:
-    """Two evaluations over the same tasks and what differs between them, as the columns of a table."""
+    """Return two evaluations over the same tasks and their difference as columns of a table."""
     row: dict[str, Any] = {"Tasks": second.score.n}
     for name, score in zip(names, (first.score, second.score), strict=True):
         row |= {f"Acc ({name})": round(score.percent, 1), f"95% CI ({name})": score.interval_text}
@@ -219,7 +219,7 @@ def paired(first: Side, second: Side, names: tuple[str, str] = ("Initial", "Fina
 
 
 def difference_table(results: Sequence[CellResult]) -> pd.DataFrame:
-    """Paired differences: every cell before and after training, then trained cells that differ in one setting."""
+    """Compare every cell before and after training, then trained cells that differ in one setting, task by task."""
     pairs = [(r.cell.name, "before → after training", r.initial, r.final) for r in results]
     for setting, (one, two) in product(("turns", "context", "agents"), permutations(results, 2)):
         values = getattr(one.cell, setting), getattr(two.cell, setting)
