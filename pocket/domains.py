@@ -23,25 +23,21 @@ from typing import Any
 Row = tuple[int | float | str | None, ...]
 
 _HERE = Path(__file__).parent
-_POOLS: dict[str, dict[str, list[str]]] = tomllib.loads((_HERE / "names.toml").read_text(encoding="utf-8"))
+
+
+def read_toml(name: str) -> dict[str, Any]:
+    """Read a data file of this package."""
+    return tomllib.loads((_HERE / name).read_text(encoding="utf-8"))
+
+
+_POOLS: dict[str, dict[str, list[str]]] = read_toml("names.toml")
+_MADE_UP = read_toml("made_up.toml")
+_CATEGORIES, _QUANTITIES, _YEARS = (_MADE_UP[kind] for kind in ("categories", "quantities", "years"))
 
 KEYWORDS = frozenset((_HERE / "keywords.txt").read_text(encoding="utf-8").split())
 """Words never used as made-up identifiers: SQL keywords and the operation words of the questions."""
 
 _NAMES = ("name", "title")
-_CATEGORIES = {
-    "city": "in", "country": "from", "location": "in", "region": "the", "category": "the", "type": "", "status": "",
-    "nationality": "", "gender": "", "level": "", "color": "", "language": "",
-}  # fmt: skip
-_QUANTITIES = {
-    "age": "age", "price": "price", "weight": "weight", "height": "height", "rating": "level", "score": "level",
-    "salary": "", "capacity": "", "population": "", "budget": "", "amount": "", "length": "", "distance": "",
-}  # fmt: skip
-_YEARS = {
-    "year": "", "opening_year": "opened", "release_year": "released", "birth_year": "born", "founding_year": "founded",
-    "construction_year": "built",
-}  # fmt: skip
-_RELATIONS = ("", "", "at", "by", "in", "from", "with", "made by", "held at", "led by")
 
 
 @dataclass(frozen=True)
@@ -346,7 +342,7 @@ class Inventor:
                 target = domain.primary(ref)
                 if target:
                     column = f"{ref}_id" if target == "id" else target
-                    reference = Field(column, "key", ref=ref, style=rng.choice(_RELATIONS))
+                    reference = Field(column, "key", ref=ref, style=rng.choice(_MADE_UP["relations"]))
                     fields.insert(rng.randint(min(1, len(fields)), len(fields)), reference)
             domain.tables[table] = [f for f in fields if f.name not in names or f.kind in ("id", "key")]
         return fill(domain, rng, 10)

@@ -19,12 +19,10 @@ such as ``age.gt`` in ``wording.toml`` gives a style its own words, and any othe
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from random import Random
 
-from pocket.domains import Domain, Field
+from pocket.domains import Domain, Field, read_toml
 
 FAMILIES = ("A", "B", "C", "D", "E")
 Filler = Callable[[Random], str]
@@ -33,17 +31,13 @@ EVERYDAY = 0.8
 STYLED = 0.65
 """How often a column's own way of speaking is used where it has one."""
 _VALUES = frozenset(("{v}", "{w}", "{op}", "{S}", "{cond}", "{cond2}"))
-_SMALL = frozenset((
-    "the", "of", "is", "are", "with", "that", "have", "has", "having", "any", "for", "For", "whose", "there", "its",
-    "in",
-))  # fmt: skip
+_SMALL = frozenset(read_toml("mistakes.toml")["small_words"])
 OPERATIONS = {">": "gt", "<": "lt", ">=": "ge", "<=": "le", "=": "eq"}
 """The operation that an SQL operator is said by."""
 
 
 def _read(name: str) -> dict[str, dict[str, tuple[str, ...]]]:
-    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
-    return {key: {f: tuple(words) for f, words in said.items()} for key, said in tomllib.loads(text).items()}
+    return {key: {f: tuple(words) for f, words in said.items()} for key, said in read_toml(name).items()}
 
 
 LEXICON = _read("wording.toml")
@@ -108,7 +102,6 @@ class Scope:
         self.n_shown = 1
         self.own: list[str] = []
         """Wordings drawn so far that no earlier family has."""
-        self.keys = ""
 
     # ---- words
 
@@ -204,7 +197,7 @@ class Scope:
             COLS=_listing([self.noun(table, n, many=True) for n in names]),
         )
 
-    def shown(self, table: str, kinds: str = "nciryd", counts: tuple[int, ...] = (1,)) -> list[str]:
+    def shown(self, table: str, kinds: str = "nciryd", counts: Sequence[int] = (1,)) -> list[str]:
         """Choose the columns to show; slots ``cols`` and ``COLS`` list them."""
         names = self.columns(table, kinds, self.rng.choice(counts))
         self._show(table, names)

@@ -12,24 +12,15 @@ import sqlite3
 from dataclasses import dataclass
 from random import Random
 
-from pocket.domains import Domain, Inventor, fill, read_domains
+from pocket.domains import Domain, Inventor, fill, read_domains, read_toml
 from pocket.questions import Draft, draw
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
 from sqlbench.agent.trajectory import Execution, Message
 from sqlbench.database.schema import schema_text
 from sqlbench.database.types import Column, ForeignKey, Schema, Table
 
-_SWAPS = (
-    ("DESC", "ASC"), ("ASC", "DESC"), (">", "<"), ("<", ">"), ("count(*)", "*"), ("max", "min"), ("min", "max"),
-    ("avg", "sum"), ("DISTINCT ", ""), ("NOT IN", "IN"), (" AND ", " OR "), (" OR ", " AND "), ("LIMIT 1", "LIMIT 3"),
-    ("INTERSECT", "EXCEPT"), ("EXCEPT", "INTERSECT"), ("UNION", "INTERSECT"), ("T1.", "T2."), ("T2.", "T1."),
-    ("!=", "="), ("IS NULL", "IS NOT NULL"), ("BETWEEN", "NOT BETWEEN"), ("'%", "'"),
-)  # fmt: skip
-
-_FOREIGN = (
-    ("count(*)", "count_big(*)"), ("avg(", "mean("), ("max(", "greatest("), ("min(", "least("), (" LIKE ", " ILIKE "),
-    (" LIMIT 1", " FETCH FIRST 1 ROWS ONLY"), ("SELECT DISTINCT", "SELECT UNIQUE"), ("!=", "~="),
-)  # fmt: skip
+_MISTAKES: dict[str, list[list[str]]] = read_toml("mistakes.toml")
+_TYPES = {"id": "INTEGER", "key": "INTEGER", "integer": "INTEGER", "year": "INTEGER", "real": "REAL"}
 
 
 def held_out(db_id: str, sql: str) -> bool:
@@ -40,10 +31,9 @@ def held_out(db_id: str, sql: str) -> bool:
 def connect(domain: Domain, path: str = ":memory:") -> sqlite3.Connection:
     """A SQLite database holding a filled domain."""
     connection = sqlite3.connect(path, isolation_level=None)
-    types = {"id": "INTEGER PRIMARY KEY", "key": "INTEGER", "integer": "INTEGER", "year": "INTEGER", "real": "REAL"}
     connection.execute("BEGIN")
     for table, fields in domain.tables.items():
-        columns = [f"{f.name} {types.get(f.kind, 'TEXT')}" for f in fields]
+        columns = [f"{f.name} {_TYPES.get(f.kind, 'TEXT')}{' PRIMARY KEY' * (f.kind == 'id')}" for f in fields]
         columns += [
             f"FOREIGN KEY ({f.name}) REFERENCES {f.ref}({domain.primary(f.ref)})" for f in fields if f.kind == "key"
         ]
@@ -55,12 +45,11 @@ def connect(domain: Domain, path: str = ":memory:") -> sqlite3.Connection:
 
 def schema_of(domain: Domain, tables: list[str] | None = None) -> Schema:
     """The schema of a domain (or of some of its tables, in the order given), as introspection would find it."""
-    types = {"id": "INTEGER", "key": "INTEGER", "integer": "INTEGER", "year": "INTEGER", "real": "REAL"}
     return Schema(
         tuple(
             Table(
                 table,
-                tuple(Column(f.name, types.get(f.kind, "TEXT"), True, f.kind == "id") for f in domain.tables[table]),
+                tuple(Column(f.name, _TYPES.get(f.kind, "TEXT"), True, f.kind == "id") for f in domain.tables[table]),
                 tuple(
                     ForeignKey(f.name, f.ref, domain.primary(f.ref) or "")
                     for f in domain.tables[table]
@@ -216,10 +205,10 @@ class Examples:
             name = tokens[at]
             tokens[at] = name.split("_")[0] if "_" in name else name + rng.choice(("s", "_id", "_name"))
         elif kind < 0.56:  # an operator swapped
-            found = [(a, b) for a, b in _SWAPS if a in sql]
+            found = [(a, b) for a, b in _MISTAKES["swaps"] if a in sql]
             return sql.replace(*rng.choice(found), 1) if found else sql, "rewrite_full"
         elif kind < 0.61:  # a spelling of another dialect
-            found = [(a, b) for a, b in _FOREIGN if a in sql]
+            found = [(a, b) for a, b in _MISTAKES["foreign"] if a in sql]
             return sql.replace(*rng.choice(found)) if found else sql, "change_dialect"
         elif kind < 0.69:  # the end lost
             grouped = "add_groupby" if "GROUP BY" in sql else "rewrite_full"

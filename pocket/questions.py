@@ -1,7 +1,7 @@
 """Questions with their gold query: constructs (what is asked) crossed with phrasing families (how it is said).
 
-A construct builds the query and the parts of a sentence from a domain with rows; a frame of the family joins the parts
-(`pocket.phrasing`). `draw` is deterministic in the state of its random generator.
+A construct draws the slots of its query (``constructs.toml``) and the parts of a sentence from a domain with rows; a
+frame of the family joins the parts (`pocket.phrasing`). `draw` is deterministic in the state of its random generator.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
-from pocket.domains import Domain
+from pocket.domains import Domain, read_toml
 from pocket.phrasing import EVERYDAY, FAMILIES, FRAMES, OPERATIONS, Filler, Scope, Skip, literal, plural, say
 
 _EVERYDAY_FRAME = 0.98
@@ -34,58 +35,45 @@ class Draft:
     """A query whose rows must all differ, or ties would decide the order; '' where there is no order."""
 
 
-Builder = Callable[[Scope], str]
+Slots = dict[str, Any]
+"""What a gold query is filled with; the sentence's slots are put into the scope."""
 
 
 @dataclass(frozen=True)
 class Construct:
-    """One kind of query: how often it is drawn, the curriculum level at which it comes in, and its form of sentence."""
+    """One kind of query, as ``constructs.toml`` describes it."""
 
     name: str
     weight: int
     level: int
     form: str
-    build: Builder
-
-
-CONSTRUCTS: dict[str, Construct] = {}
-
-
-def _construct(weight: int, level: int, form: str) -> Callable[[Builder], Builder]:
-    def register(build: Builder) -> Builder:
-        name = build.__name__.strip("_")
-        CONSTRUCTS[name] = Construct(name, weight, level, form, build)
-        return build
-
-    return register
+    sql: str
+    keys: str
+    build: Callable[[Scope], Slots]
 
 
 # ---- one table ------------------------------------------------------------------------------------------------------
 
 
-@_construct(2, 0, "count")
-def _count(s: Scope) -> str:
+def _count(s: Scope) -> Slots:
     t = s.entity()
     s.about(t)
-    return f"SELECT count(*) FROM {t}"
+    return {"t": t}
 
 
-@_construct(5, 1, "count")
-def _count_where(s: Scope) -> str:
+def _count_where(s: Scope) -> Slots:
     t = s.entity()
     said, where, _ = s.condition(t)
     s.about(t, said)
-    return f"SELECT count(*) FROM {t} WHERE {where}"
+    return {"t": t, "where": where}
 
 
-@_construct(5, 0, "every")
-def _select(s: Scope) -> str:
+def _select(s: Scope) -> Slots:
     t = s.entity()
-    return f"SELECT {', '.join(s.shown(t, counts=(1, 1, 2, 2, 3)))} FROM {t}"
+    return {"t": t, "cols": ", ".join(s.shown(t, counts=(1, 1, 2, 2, 3)))}
 
 
-@_construct(8, 1, "list")
-def _select_where(s: Scope) -> str:
+def _select_where(s: Scope) -> Slots:
     t = s.entity()
     cols = s.shown(t, counts=(1, 1, 1, 2))
     said, where, column = s.condition(t, kinds="ncciirryd")
@@ -95,11 +83,10 @@ def _select_where(s: Scope) -> str:
     if s.domain.field(t, column).kind == "name":
         s.form = "one"
         s.put(S=s.slots["s"])
-    return f"SELECT {', '.join(cols)} FROM {t} WHERE {where}"
+    return {"t": t, "cols": ", ".join(cols), "where": where}
 
 
-@_construct(2, 1, "list")
-def _negation(s: Scope) -> str:
+def _negation(s: Scope) -> Slots:
     t = s.entity()
     column = s.column(t, "c", nulls=False)
     value = s.value(t, column)
@@ -107,10 +94,10 @@ def _negation(s: Scope) -> str:
     if column in cols:
         raise Skip
     s.about(t, s.text(t, column, value, "is_not"))
-    return f"SELECT {', '.join(cols)} FROM {t} WHERE {column} != {literal(value)}"
+    return {"t": t, "cols": ", ".join(cols), "column": column, "value": literal(value)}
 
 
-def _two(s: Scope, joint: str) -> tuple[str, str, str, str]:
+def _two(s: Scope, joint: str) -> Slots:
     """Two conditions that some row meets; slot ``S`` says them, slots ``cols`` and ``COLS`` name another column."""
     t = s.entity()
     row = s.rng.randrange(len(s.domain.rows[t]))
@@ -120,58 +107,29 @@ def _two(s: Scope, joint: str) -> tuple[str, str, str, str]:
     if shown in (column, other):
         raise Skip
     s.about(t, f"{said} {joint} {also}")
-    return t, shown, first, second
+    return {"t": t, "shown": shown, "first": first, "second": second}
 
 
-@_construct(4, 1, "list")
-def _where_and(s: Scope) -> str:
-    t, shown, first, second = _two(s, "and")
-    return f"SELECT {shown} FROM {t} WHERE {first} AND {second}"
-
-
-@_construct(3, 1, "list")
-def _where_or(s: Scope) -> str:
-    t, shown, first, second = _two(s, "or")
-    return f"SELECT {shown} FROM {t} WHERE {first} OR {second}"
-
-
-@_construct(2, 1, "count")
-def _count_and(s: Scope) -> str:
-    t, _, first, second = _two(s, "and")
-    return f"SELECT count(*) FROM {t} WHERE {first} AND {second}"
-
-
-@_construct(3, 1, "list")
-def _between(s: Scope) -> str:
+def _between(s: Scope) -> Slots:
     t = s.entity()
     column = s.column(t, "iryd")
     low, high = sorted((s.value(t, column), s.value(t, column)))
     if low == high:
         raise Skip
     s.about(t, s.between(t, column, low, high))
-    return f"SELECT {s.shown(t, 'nc')[0]} FROM {t} WHERE {column} BETWEEN {literal(low)} AND {literal(high)}"
+    return {"t": t, "shown": s.shown(t, "nc")[0], "column": column, "low": literal(low), "high": literal(high)}
 
 
-@_construct(2, 1, "list")
-def _contains(s: Scope) -> str:
+def _like(s: Scope, operation: str) -> Slots:
     t = s.entity()
     column = s.column(t, "n")
-    word = s.rng.choice(str(s.value(t, column)).split())
-    s.about(t, s.said_of(t, column, "contains", word))
-    return f"SELECT {s.shown(t, 'nciy')[0]} FROM {t} WHERE {column} LIKE {literal('%' + word + '%')}"
+    words = str(s.value(t, column)).split()
+    word, front = (s.rng.choice(words), "%") if operation == "contains" else (words[0], "")
+    s.about(t, s.said_of(t, column, operation, word))
+    return {"t": t, "shown": s.shown(t, "nciy")[0], "column": column, "pattern": literal(f"{front}{word}%")}
 
 
-@_construct(2, 1, "list")
-def _prefix(s: Scope) -> str:
-    t = s.entity()
-    column = s.column(t, "n")
-    word = str(s.value(t, column)).split()[0]
-    s.about(t, s.said_of(t, column, "prefix", word))
-    return f"SELECT {s.shown(t, 'nciy')[0]} FROM {t} WHERE {column} LIKE {literal(word + '%')}"
-
-
-@_construct(2, 1, "list")
-def _missing(s: Scope) -> str:
+def _missing(s: Scope) -> Slots:
     t = s.entity()
     names = [f.name for f in s.domain.tables[t] if f.nullable]
     if not names:
@@ -181,121 +139,80 @@ def _missing(s: Scope) -> str:
     shown = s.shown(t, "nc")[0]
     if shown == column:
         raise Skip
-    return f"SELECT {shown} FROM {t} WHERE {column} IS NULL"
+    return {"t": t, "shown": shown, "column": column}
 
 
-@_construct(4, 0, "value")
-def _aggregate(s: Scope) -> str:
+def _aggregate(s: Scope, filtered: bool = False) -> Slots:
     t = s.entity()
     column = s.column(t, "ir")
-    s.about(t)
-    return f"SELECT {s.aggregate(t, column)}({column}) FROM {t}"
+    said, where, used = s.condition(t) if filtered else ("", "", "")
+    if used == column:
+        raise Skip
+    s.about(t, said)
+    return {"t": t, "column": column, "function": s.aggregate(t, column), "where": where}
 
 
-@_construct(3, 1, "value")
-def _aggregate_two(s: Scope) -> str:
+def _aggregate_two(s: Scope) -> Slots:
     t = s.entity()
     column = s.column(t, "ir")
     first = s.aggregate(t, column)
     second = s.rng.choice([a for a in ("avg", "max", "min") if a != first])
     s.about(t)
     s.put(value=f"{s.word(first)} and {s.word(second)} {s.noun(t, column)}")
-    return f"SELECT {first}({column}), {second}({column}) FROM {t}"
+    return {"t": t, "column": column, "function": first, "second": second}
 
 
-@_construct(4, 1, "value")
-def _aggregate_where(s: Scope) -> str:
+def _distinct(s: Scope, nulls: bool = False) -> Slots:
     t = s.entity()
-    column = s.column(t, "ir")
-    said, where, used = s.condition(t)
-    if used == column:
-        raise Skip
-    s.about(t, said)
-    return f"SELECT {s.aggregate(t, column)}({column}) FROM {t} WHERE {where}"
-
-
-@_construct(3, 0, "distinct")
-def _distinct(s: Scope) -> str:
-    t = s.entity()
-    column = s.column(t, "cy", nulls=False)
+    column = s.column(t, "cy", nulls)
     s.put(N=plural(column))
-    return f"SELECT DISTINCT {column} FROM {t}"
+    return {"t": t, "column": column}
 
 
-@_construct(3, 1, "count_distinct")
-def _count_distinct(s: Scope) -> str:
-    t = s.entity()
-    column = s.column(t, "cy")
-    s.put(N=plural(column))
-    return f"SELECT count(DISTINCT {column}) FROM {t}"
-
-
-@_construct(4, 1, "order")
-def _order(s: Scope) -> str:
+def _order(s: Scope, counts: list[int], filtered: bool = False) -> Slots:
     t = s.entity()
     column = s.column(t, "iryn", nulls=False)
-    cols = s.shown(t, "nc", (1, 1, 2))
-    s.keys = f"SELECT {column} FROM {t}"
-    s.about(t)
-    return f"SELECT {', '.join(cols)} FROM {t} ORDER BY {column} {s.ordering(t, column)}"
-
-
-@_construct(2, 2, "order")
-def _where_order(s: Scope) -> str:
-    t = s.entity()
-    column = s.column(t, "iryn", nulls=False)
-    shown = s.shown(t, "nc")[0]
-    said, where, used = s.condition(t)
-    if used in (column, shown):
+    cols = s.shown(t, "nc", counts)
+    said, where, used = s.condition(t) if filtered else ("", "", "")
+    if used in (column, *cols):
         raise Skip
     s.about(t, said)
-    s.keys = f"SELECT {column} FROM {t} WHERE {where}"
-    return f"SELECT {shown} FROM {t} WHERE {where} ORDER BY {column} {s.ordering(t, column)}"
+    return {"t": t, "cols": ", ".join(cols), "column": column, "where": where, "way": s.ordering(t, column)}
 
 
-@_construct(4, 1, "one")
-def _superlative(s: Scope) -> str:
+def _superlative(s: Scope) -> Slots:
     t = s.entity()
     column = s.column(t, "iry", nulls=False)
     cols = s.shown(t, "nc", (1, 1, 2))
-    way = s.best(t, column)
-    s.keys = f"SELECT {column} FROM {t} ORDER BY {column} {way} LIMIT 2"
-    return f"SELECT {', '.join(cols)} FROM {t} ORDER BY {column} {way} LIMIT 1"
+    return {"t": t, "cols": ", ".join(cols), "column": column, "way": s.best(t, column)}
 
 
-@_construct(3, 1, "top")
-def _top_k(s: Scope) -> str:
+def _top_k(s: Scope) -> Slots:
     t = s.entity()
     column, k = s.column(t, "iry", nulls=False), s.rng.choice((2, 3, 3, 4, 5))
-    shown = s.label(t)
-    way = s.best(t, column, str(k))
-    s.keys = f"SELECT {column} FROM {t} ORDER BY {column} {way} LIMIT {k + 1}"
-    return f"SELECT {shown} FROM {t} ORDER BY {column} {way} LIMIT {k}"
+    return {"t": t, "shown": s.label(t), "column": column, "way": s.best(t, column, str(k)), "k": k, "more": k + 1}
 
 
-@_construct(4, 1, "group_count")
-def _group_count(s: Scope) -> str:
+def _grouped(s: Scope, kinds: str = "c") -> Slots:
+    """A table and the column that its rows are grouped by; slots ``n`` and ``N`` name it."""
     t = s.entity()
-    column = s.column(t, "cy", nulls=False)
+    column = s.column(t, kinds, nulls=False)
     s.put(n=say(column), N=plural(column))
-    return f"SELECT {column}, count(*) FROM {t} GROUP BY {column}"
+    return {"t": t, "column": column}
 
 
-@_construct(4, 1, "group_value")
-def _group_aggregate(s: Scope) -> str:
-    t = s.entity()
-    column, number = s.column(t, "c", nulls=False), s.column(t, "ir")
-    s.put(n=say(column), N=plural(column))
-    return f"SELECT {column}, {s.aggregate(t, number)}({number}) FROM {t} GROUP BY {column}"
+def _group_count(s: Scope) -> Slots:
+    return _grouped(s, "cy")
 
 
-@_construct(2, 2, "group_order")
-def _group_order(s: Scope) -> str:
-    t = s.entity()
-    column = s.column(t, "c", nulls=False)
-    s.put(n=say(column), N=plural(column))
-    s.keys = f"SELECT count(*) FROM {t} GROUP BY {column}"
-    return f"SELECT {column}, count(*) FROM {t} GROUP BY {column} ORDER BY count(*) {s.ordering('', '')}"
+def _group_aggregate(s: Scope) -> Slots:
+    group = _grouped(s)
+    number = s.column(group["t"], "ir")
+    return group | {"number": number, "function": s.aggregate(group["t"], number)}
+
+
+def _group_order(s: Scope) -> Slots:
+    return _grouped(s) | {"way": s.ordering("", "")}
 
 
 def _threshold(s: Scope, table: str, column: str) -> tuple[str, str]:
@@ -305,40 +222,23 @@ def _threshold(s: Scope, table: str, column: str) -> tuple[str, str]:
     return word.format(v=k) if "{v}" in word else f"{word} {k}", f"{operator} {k}"
 
 
-@_construct(3, 1, "having")
-def _having(s: Scope) -> str:
-    t = s.entity()
-    column = s.column(t, "c", nulls=False)
-    said, having = _threshold(s, t, column)
-    s.put(N=plural(column), op=said)
-    return f"SELECT {column} FROM {t} GROUP BY {column} HAVING count(*) {having}"
+def _having(s: Scope) -> Slots:
+    group = _grouped(s)
+    said, having = _threshold(s, group["t"], group["column"])
+    s.put(op=said)
+    return group | {"having": having}
 
 
-@_construct(3, 1, "most_common")
-def _most_common(s: Scope) -> str:
-    t = s.entity()
-    column = s.column(t, "c", nulls=False)
-    s.put(n=say(column))
-    way = s.quantity_of()
-    s.keys = f"SELECT count(*) FROM {t} GROUP BY {column} ORDER BY count(*) {way} LIMIT 2"
-    return f"SELECT {column} FROM {t} GROUP BY {column} ORDER BY count(*) {way} LIMIT 1"
+def _most_common(s: Scope) -> Slots:
+    return _grouped(s) | {"way": s.quantity_of()}
 
 
-@_construct(3, 1, "list")
-def _above_average(s: Scope) -> str:
+def _above_average(s: Scope, show: bool = True) -> Slots:
     t = s.entity()
     column, operator = s.column(t, "ir"), s.rng.choice("><")
-    shown = s.shown(t, "nc")[0]
+    shown = s.shown(t, "nc")[0] if show else ""
     s.about(t, s.above(t, column, operator))
-    return f"SELECT {shown} FROM {t} WHERE {column} {operator} (SELECT avg({column}) FROM {t})"
-
-
-@_construct(2, 2, "count")
-def _count_above_average(s: Scope) -> str:
-    t = s.entity()
-    column, operator = s.column(t, "ir"), s.rng.choice("><")
-    s.about(t, s.above(t, column, operator))
-    return f"SELECT count(*) FROM {t} WHERE {column} {operator} (SELECT avg({column}) FROM {t})"
+    return {"t": t, "shown": shown, "column": column, "operator": operator}
 
 
 _COMBINE: dict[str, Callable[[set, set, set], set]] = {
@@ -367,8 +267,8 @@ def _telling_cuts(s: Scope, table: str, column: str, number: str, operation: str
     return pairs
 
 
-def _cut(s: Scope, operation: str) -> tuple[str, str, int | float, int | float]:
-    """The start of a query for a text, its number column, and two numbers to part its rows by."""
+def _cut(s: Scope, operation: str) -> Slots:
+    """A text and a number column of a table, and two numbers to part its rows by."""
     t = s.entity()
     column, number = s.column(t, "c", nulls=False), s.column(t, "iry")
     low, high = sorted(s.rng.sample(s.domain.values(t, number), 2))
@@ -378,25 +278,7 @@ def _cut(s: Scope, operation: str) -> tuple[str, str, int | float, int | float]:
     if low == high:
         raise Skip
     s.put(N=plural(column), cond=s.number(t, number, ">", high), cond2=s.number(t, number, "<", low))
-    return f"SELECT {column} FROM {t}", number, low, high
-
-
-@_construct(2, 2, "intersect")
-def _intersect(s: Scope) -> str:
-    select, number, low, high = _cut(s, "INTERSECT")
-    return f"{select} WHERE {number} > {high} INTERSECT {select} WHERE {number} < {low}"
-
-
-@_construct(2, 2, "except")
-def _except(s: Scope) -> str:
-    select, number, _, high = _cut(s, "EXCEPT")
-    return f"{select} EXCEPT {select} WHERE {number} > {high}"
-
-
-@_construct(2, 2, "union")
-def _union(s: Scope) -> str:
-    select, number, low, high = _cut(s, "UNION")
-    return f"{select} WHERE {number} > {high} UNION {select} WHERE {number} < {low}"
+    return {"t": t, "column": column, "number": number, "low": low, "high": high}
 
 
 # ---- several tables -------------------------------------------------------------------------------------------------
@@ -412,114 +294,85 @@ def _named_rows(s: Scope, table: str) -> tuple[str, str]:
     return f"{plural(table)} {said}", f"{column} = {literal(value)}"
 
 
-@_construct(3, 1, "list")
-def _not_in(s: Scope) -> str:
-    child, column, parent, key = s.link(needs_id=False)
+def _link(s: Scope, needs_id: bool = True) -> tuple[str, str, Slots]:
+    """A table, the one that it refers to, and slots for both."""
+    child, column, parent, key = s.link(needs_id)
+    joined = f"{child} AS T1 JOIN {parent} AS T2 ON T1.{column} = T2.{key}"
+    return child, parent, {"child": child, "column": column, "parent": parent, "key": key, "joined": joined}
+
+
+def _not_in(s: Scope, show: bool = True) -> Slots:
+    child, parent, link = _link(s, needs_id=False)
     s.about(parent, s.word("lacking").format(T=plural(child), t=say(child)))
-    return f"SELECT {s.label(parent)} FROM {parent} WHERE {key} NOT IN (SELECT {column} FROM {child})"
+    return link | {"label": s.label(parent) if show else ""}
 
 
-@_construct(2, 2, "count")
-def _count_not_in(s: Scope) -> str:
-    child, column, parent, key = s.link(needs_id=False)
-    s.about(parent, s.word("lacking").format(T=plural(child), t=say(child)))
-    return f"SELECT count(*) FROM {parent} WHERE {key} NOT IN (SELECT {column} FROM {child})"
-
-
-@_construct(3, 2, "list")
-def _in_subquery(s: Scope) -> str:
-    child, column, parent, key = s.link()
+def _in_subquery(s: Scope) -> Slots:
+    child, parent, link = _link(s)
     said, where, _ = s.condition(child)
     s.about(parent, s.word("owning").format(T=f"{plural(child)} {said}"))
-    return f"SELECT {s.label(parent)} FROM {parent} WHERE {key} IN (SELECT {column} FROM {child} WHERE {where})"
+    return link | {"label": s.label(parent), "where": where}
 
 
-def _joined(child: str, column: str, parent: str, key: str) -> str:
-    return f"{child} AS T1 JOIN {parent} AS T2 ON T1.{column} = T2.{key}"
-
-
-@_construct(4, 2, "join")
-def _join(s: Scope) -> str:
-    child, column, parent, key = s.link()
+def _join(s: Scope) -> Slots:
+    child, parent, link = _link(s)
     a, b = s.column(child, "nciryd"), s.column(parent, "nciryd")
     s.put(a=s.noun(child, a), b=s.noun(parent, b))
-    return f"SELECT T1.{a}, T2.{b} FROM {_joined(child, column, parent, key)}"
+    return link | {"a": a, "b": b}
 
 
-@_construct(4, 2, "list")
-def _join_where(s: Scope) -> str:
-    child, column, parent, key = s.link()
-    a = s.shown(child, "nciryd")[0]
+def _join_where(s: Scope, show: bool = True) -> Slots:
+    child, parent, link = _link(s)
+    a = s.shown(child)[0] if show else ""
     rows, where = _named_rows(s, parent)
-    s.about(child, f"{s.relation(child, column)} {rows}")
-    return f"SELECT T1.{a} FROM {_joined(child, column, parent, key)} WHERE T2.{where}"
+    s.about(child, f"{s.relation(child, link['column'])} {rows}")
+    return link | {"a": a, "where": where}
 
 
-@_construct(3, 2, "count")
-def _join_count(s: Scope) -> str:
-    child, column, parent, key = s.link()
-    rows, where = _named_rows(s, parent)
-    s.about(child, f"{s.relation(child, column)} {rows}")
-    return f"SELECT count(*) FROM {_joined(child, column, parent, key)} WHERE T2.{where}"
-
-
-@_construct(3, 2, "join_parent")
-def _join_parent(s: Scope) -> str:
-    child, column, parent, key = s.link()
-    b = s.shown(parent, "nciryd")[0]
+def _join_parent(s: Scope) -> Slots:
+    child, parent, link = _link(s)
+    b = s.shown(parent)[0]
     s.put(b=s.noun(parent, b))
     said, where, _ = s.condition(child, "T1.")
     s.about(child, said)
-    return f"SELECT T2.{b} FROM {_joined(child, column, parent, key)} WHERE {where}"
+    return link | {"b": b, "where": where}
 
 
-@_construct(2, 2, "one")
-def _join_superlative(s: Scope) -> str:
-    child, column, parent, key = s.link()
+def _join_superlative(s: Scope) -> Slots:
+    child, parent, link = _link(s)
     b, number = s.shown(parent, "nc")[0], s.column(child, "iry", nulls=False)
     way = s.best(child, number)
     s.put(S=f"{say(parent)} {s.rng.choice(('of', 'that has', 'with'))} the {s.slots['S']}")
-    s.keys = f"SELECT {number} FROM {child} ORDER BY {number} {way} LIMIT 2"
-    return f"SELECT T2.{b} FROM {_joined(child, column, parent, key)} ORDER BY T1.{number} {way} LIMIT 1"
+    return link | {"b": b, "number": number, "way": way}
 
 
-@_construct(3, 2, "join_group")
-def _join_group(s: Scope) -> str:
-    child, column, parent, key = s.link(needs_id=False)
-    return f"SELECT T2.{s.label(parent)}, count(*) FROM {_joined(child, column, parent, key)} GROUP BY T1.{column}"
+def _join_group(s: Scope) -> Slots:
+    _, parent, link = _link(s, needs_id=False)
+    return link | {"label": s.label(parent)}
 
 
-@_construct(3, 2, "one")
-def _join_most(s: Scope) -> str:
-    child, column, parent, key = s.link(needs_id=False)
+def _join_most(s: Scope) -> Slots:
+    child, parent, link = _link(s, needs_id=False)
     b = s.label(parent) if s.rng.random() < 0.7 else s.shown(parent, "ciry")[0]
     way = s.quantity_of(0.75)
     s.put(S=f"{say(parent)} {s.rng.choice(('with', 'with', 'that has'))} {s.slots['most']} {plural(child)}")
-    s.keys = f"SELECT count(*) FROM {child} GROUP BY {column} ORDER BY count(*) {way} LIMIT 2"
-    return (
-        f"SELECT T2.{b} FROM {_joined(child, column, parent, key)} GROUP BY T1.{column} ORDER BY count(*) {way} LIMIT 1"
-    )
+    return link | {"b": b, "way": way}
 
 
-@_construct(3, 2, "list")
-def _join_having(s: Scope) -> str:
-    child, column, parent, key = s.link(needs_id=False)
-    said, having = _threshold(s, child, column)
+def _join_having(s: Scope) -> Slots:
+    child, parent, link = _link(s, needs_id=False)
+    said, having = _threshold(s, child, link["column"])
     s.about(parent, s.word("count").format(op=said, C=plural(child)))
-    label = s.label(parent)
-    return f"SELECT T2.{label} FROM {_joined(child, column, parent, key)} GROUP BY T1.{column} HAVING count(*) {having}"
+    return link | {"label": s.label(parent), "having": having}
 
 
-@_construct(3, 2, "join_value")
-def _join_aggregate(s: Scope) -> str:
-    child, column, parent, key = s.link()
-    number, shown = s.column(child, "ir"), s.label(parent)
-    value = f"{s.aggregate(child, number)}(T1.{number})"
-    return f"SELECT T2.{shown}, {value} FROM {_joined(child, column, parent, key)} GROUP BY T1.{column}"
+def _join_aggregate(s: Scope) -> Slots:
+    child, parent, link = _link(s)
+    number, label = s.column(child, "ir"), s.label(parent)
+    return link | {"label": label, "number": number, "function": s.aggregate(child, number)}
 
 
-@_construct(3, 2, "list")
-def _join_three(s: Scope) -> str:
+def _join_three(s: Scope) -> Slots:
     links = s.domain.links()
     pairs = [(x, y) for x in links for y in links if x[0] == y[0] and x[2] != y[2]]
     if not pairs:
@@ -528,14 +381,23 @@ def _join_three(s: Scope) -> str:
     b = s.shown(left, "nc")[0]
     rows, where = _named_rows(s, right)
     s.about(left, f"{s.rng.choice(('with', 'that have'))} {plural(child)} {s.relation(child, second)} {rows}")
-    return (
-        f"SELECT T2.{b} FROM {child} AS T1 JOIN {left} AS T2 ON T1.{first} = T2.{left_key} "
-        f"JOIN {right} AS T3 ON T1.{second} = T3.{right_key} WHERE T3.{where}"
-    )
+    joined = f"{child} AS T1 JOIN {left} AS T2 ON T1.{first} = T2.{left_key}"
+    return {"joined": joined, "b": b, "other": right, "second": second, "other_key": right_key, "where": where}
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
+
+def _read_constructs() -> dict[str, Construct]:
+    found = {}
+    for name, given in read_toml("constructs.toml").items():
+        build = globals()[f"_{given.pop('draw', name)}"]
+        own = {key: given.pop(key, "") for key in ("weight", "level", "form", "sql", "keys")}
+        found[name] = Construct(name, **own, build=partial(build, **given))
+    return found
+
+
+CONSTRUCTS = _read_constructs()
 _PICKED = ("ask", "tell", "for", "of", "all", "each", "distinct", "amount")
 WEIGHTS = {c.name: c.weight for c in CONSTRUCTS.values()}
 _BY_LEVEL = [[c for c in CONSTRUCTS.values() if c.level <= level] for level in range(3)]
@@ -592,7 +454,7 @@ def draw(
         kind = CONSTRUCTS[construct] if construct else rng.choices(pool, weights)[0]
         scope = Scope(domain, rng, family, everyday, filler, late, telling)
         try:
-            sql = kind.build(scope)
+            slots = kind.build(scope)
         except Skip:
             continue
         frames = FRAMES[scope.form or kind.form]
@@ -602,5 +464,5 @@ def draw(
         new = family == "A" or all(frame not in frames[f] for f in earlier)
         text = _sentence(scope, frame)
         if new or scope.own_words_in(text):
-            return Draft(text, sql, kind.name, scope.keys)
+            return Draft(text, kind.sql.format(**slots), kind.name, kind.keys.format(**slots))
     raise Skip

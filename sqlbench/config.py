@@ -92,7 +92,7 @@ class EvalConfig(RolloutConfig, SamplingConfig):
     agent: Agent = "self-correcting"
     reward: Reward = "execution-match"
     limit: int | None = Field(None, ge=1, description="Only the first so many scorable tasks.")
-    prompts: Any = Field(None, description="Prompt family if not the model's own: nano or chat.")  # or Prompts
+    prompts: Any = Field(None, description="Prompts if not the model's own: nano, chat or a .toml file.")  # or Prompts
     timeout: float | None = Field(None, ge=0.01, description="Seconds a call to an endpoint may take.", exclude=True)
     concurrency: int | None = Field(
         None, ge=1, description="Rollouts at a time; 16 for endpoints, else 128.", exclude=True

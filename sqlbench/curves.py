@@ -6,7 +6,6 @@ and greyscale print.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import threading
@@ -20,7 +19,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from pandas.io.formats.style import Styler
 
 from sqlbench.errors import DataError
 from sqlbench.runs import METRICS
@@ -289,57 +287,6 @@ def before_after(rows: pd.DataFrame) -> Figure:
         figure.legend(loc="outside upper center", ncols=2)
         plt.close(figure)
     return figure
-
-
-def agent_graph() -> Figure:
-    """The agent's state machine, drawn from the compiled graph; edges that depend on the state are dashed."""
-    from sqlbench.agent.graph import compiled
-
-    places = {"write_query": (0, 1), "execute_query": (1, 1), "check_query": (2, 1), "rewrite_query": (1.5, 0)}
-    places |= {"__start__": (-0.8, 1), "__end__": (2.8, 1)}
-    with _style():
-        figure, axis = plt.subplots(figsize=(7.6, 2.1), layout="constrained")
-        boxes = {
-            name: axis.text(
-                *place,
-                name.strip("_").replace("_query", ""),
-                ha="center",
-                va="center",
-                bbox={"boxstyle": "round,pad=0.5", "facecolor": "#E6F1F8" if "query" in name else "white"},
-            )
-            for name, place in places.items()
-        }
-        for edge in compiled().get_graph().edges:
-            (x, y), (to_x, to_y) = places[edge.source], places[edge.target]
-            bend = -0.12 if abs(to_x - x) <= 1.2 else -0.35 if to_y == y else 0.25  # long ones go around the boxes
-            style = {
-                "arrowstyle": "-|>",
-                "color": "black",
-                "linestyle": "--" if edge.conditional else "-",
-                "connectionstyle": f"arc3,rad={bend}",
-                "patchA": boxes[edge.source].get_bbox_patch(),
-                "patchB": boxes[edge.target].get_bbox_patch(),
-                "shrinkA": 2,
-                "shrinkB": 2,
-            }
-            axis.annotate("", (to_x, to_y), (x, y), arrowprops=style)
-        axis.set(xlim=(-1.1, 3.1), ylim=(-0.4, 1.7))
-        axis.axis("off")
-        plt.close(figure)
-    return figure
-
-
-def styled(table: pd.DataFrame) -> Styler:
-    """An ablation table to look at: accuracies as bars behind their numbers, the best final one in bold.
-
-    Numbers have one decimal, hours have three.
-    """
-    digest = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]  # tables on one page must not share their style
-    accuracy = [column for column in table if str(column).startswith("Acc")]
-    look = table.style.set_uuid(digest).hide(axis="index").format(precision=1, escape="html")
-    look = look.format(precision=3, subset=[column for column in table if "(h)" in str(column)])
-    look = look.bar(subset=accuracy, vmin=0, vmax=100, color="#cfe6f5", width=90)
-    return look.highlight_max(subset=accuracy[-1:], props="font-weight: bold; text-decoration: underline")
 
 
 def png(figure: Figure, dpi: int = 160) -> bytes:

@@ -11,15 +11,14 @@ Not covered: the hash of a notebook does not see the library's own code, so afte
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import subprocess
 import sys
-import threading
 import time
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,48 +30,14 @@ from sqlbench.checks import versions
 from sqlbench.config import NotebooksConfig, takes
 from sqlbench.errors import DataError, NotebookError
 from sqlbench.home import ensure_folders
-from sqlbench.runs import METRICS, TRAJECTORIES, lock, run_path
-from sqlbench.training.metrics import read_rows
+from sqlbench.runs import lock, run_path
 
 Value = str | int | float | bool | None | list | dict
 
-ORDER = (
-    "00_overview",
-    "01_data_prep",
-    "02_baseline_eval",
-    "03_grpo_training",
-    "04_reward_curves",
-    "05_ablations",
-    "06_self_improving_agent",
-    "07_trajectory_inspector",
-)
-
-_QWEN = "Qwen/Qwen2.5-Coder-3B-Instruct"
-PRESETS: dict[str, dict[str, dict[str, Value]]] = {
-    "laptop": {},
-    "gpu": {
-        "*": {"profile": "gpu", "data": "data/spider"},
-        "01_data_prep": {"source": "download"},
-        "02_baseline_eval": {"model": f"openai:{_QWEN}", "splits": ["dev_500"]},
-        "03_grpo_training": {"model": _QWEN, "splits": ["dev_500"], "steps": 436},
-        "05_ablations": {"grid": "seed"},
-        "06_self_improving_agent": {"model": f"openai:{_QWEN}"},
-        "07_trajectory_inspector": {"model": f"openai:{_QWEN}", "split": "dev_500"},
-    },
-    "smoke": {
-        "02_baseline_eval": {"limit": 8},
-        "03_grpo_training": {"steps": 2, "limit": 8, "smallest": True},
-        "05_ablations": {"grid": "smoke"},
-        "06_self_improving_agent": {"questions": 3},
-        "07_trajectory_inspector": {"limit": 8},
-    },
-}
-"""Parameters of each profile, by notebook, where they are not the notebook's own. ``smoke`` is the laptop profile on as
-little as still exercises every notebook from end to end."""
-
-
-EVERY = 15.0
-"""Seconds between two lines that say what a running notebook is doing."""
+_SETTINGS = tomllib.loads((Path(__file__).parent / "assets" / "notebooks.toml").read_text(encoding="utf-8"))
+ORDER: list[str] = _SETTINGS["order"]
+PRESETS: dict[str, dict[str, dict[str, Value]]] = _SETTINGS["presets"]
+"""Parameters of each profile, by notebook, where they are not the notebook's own."""
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------
@@ -84,8 +49,6 @@ class Parameter:
 
     name: str
     default: Value
-    choices: tuple[Value, ...] = ()
-    """Allowed values, from an annotation ``Literal[...]``."""
 
     def parse(self, text: str) -> Value:
         """The value that ``-p name=text`` means, by the type of the default."""
@@ -101,8 +64,6 @@ class Parameter:
 
     def problem(self, value: Value) -> str:
         """Why `value` cannot stand for this parameter; empty where it can."""
-        if self.choices and value not in self.choices:
-            return f"parameter '{self.name}' must be one of {', '.join(map(repr, self.choices))}, got {value!r}"
         if not _fits(value, self.default):
             return f"parameter '{self.name}' must be {_type_name(self.default)}, got {value!r}"
         return ""
@@ -137,11 +98,8 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
         raise NotebookError(f"{path} has {len(cells)} cells tagged 'parameters'; it needs exactly one")
     found: dict[str, Parameter] = {}
     for node in ast.parse(cells[0].source).body:
-        if isinstance(node, ast.ImportFrom) and node.module == "typing":
-            continue
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
-        target = node.target if isinstance(node, ast.AnnAssign) else target
-        if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(target, ast.Name) or node.value is None:
+        if not isinstance(node, ast.Assign) or not isinstance(target, ast.Name):
             raise NotebookError(f"{path}: parameters cell, line {node.lineno}: write 'name = literal' and nothing else")
         try:
             default = ast.literal_eval(node.value)
@@ -149,16 +107,8 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
             raise NotebookError(
                 f"{path}: parameter '{target.id}' is {ast.unparse(node.value)!r}; it must be a plain literal"
             ) from None
-        found[target.id] = Parameter(target.id, default, _choices(node))
+        found[target.id] = Parameter(target.id, default)
     return found
-
-
-def _choices(node: ast.Assign | ast.AnnAssign) -> tuple[Value, ...]:
-    annotation = node.annotation if isinstance(node, ast.AnnAssign) else None
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith("Literal"):
-        values = ast.literal_eval(annotation.slice)
-        return values if isinstance(values, tuple) else (values,)
-    return ()
 
 
 def check_parameters(path: Path, given: Mapping[str, Value]) -> dict[str, Value]:
@@ -310,7 +260,7 @@ def run_notebook(
         output: in the folder ``notebooks`` of a run folder.
         parameters: where they are not its own.
         force: execute it also where it is done.
-        title: what the lines on standard error begin with; its name by default.
+        title: what stands before its progress bar; its name by default.
 
     Raises:
         NotebookError: a parameter is refused, or a cell failed.
@@ -320,13 +270,13 @@ def run_notebook(
     from papermill.exceptions import PapermillExecutionError
 
     partial = output.with_name(f"{path.stem}.partial.ipynb")
-    report = _Reporter(title or path.stem, output.parent.parent, partial)
+    title = title or path.stem
     values = check_parameters(path, parameters)
     stamp = {"source_hash": source_hash(path), "config_hash": _digest(json.dumps(values, sort_keys=True))}
     if not force and output.is_file():
         seen = _read(output).metadata.get("sqlbench", {})
         if all(seen.get(k) == v for k, v in stamp.items()) and seen.get("finished"):
-            report.line("done before with these parameters, skipped")
+            print(f"{title}: done before with these parameters, skipped", file=sys.stderr, flush=True)
             return Executed(path.stem, output, 0.0, skipped=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     defaults = {name: p.default for name, p in read_parameters(path).items()}
@@ -335,15 +285,14 @@ def run_notebook(
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     started, begin = datetime.now(UTC), time.monotonic()
     try:
-        with report:
-            papermill.execute_notebook(
-                path,
-                partial,
-                changed,
-                kernel_name="python3",
-                progress_bar=False,
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],
-            )
+        papermill.execute_notebook(
+            path,
+            partial,
+            changed,
+            kernel_name="python3",
+            progress_bar={"desc": title},
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        )
     except PapermillExecutionError as error:
         number = error.cell_index + 1 - bool(changed)
         message = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
@@ -360,7 +309,6 @@ def run_notebook(
         "versions": versions(),
     }
     _finish(partial, output, path.name, provenance)
-    report.line(f"done in {seconds:.0f} s")
     return Executed(path.stem, output, seconds, skipped=False)
 
 
@@ -412,53 +360,3 @@ def _git_commit(folder: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None if answer.returncode == 0 else None
-
-
-class _Reporter:
-    """Says on standard error what a running notebook is doing, from its partial copy and from the run folder."""
-
-    def __init__(self, title: str, run_folder: Path, partial: Path) -> None:
-        self.title, self.run_folder, self.partial = title, run_folder, partial
-        self._stop = threading.Event()
-
-    def line(self, text: str) -> None:
-        print(f"{self.title}: {text}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> None:
-        self.line("started")
-        self._begin = time.time()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(EVERY):
-            parts = [f"{time.time() - self._begin:.0f} s", self._cell(), self._activity()]
-            self.line(", ".join(part for part in parts if part))
-
-    def _cell(self) -> str:
-        try:
-            cells = json.loads(self.partial.read_text())["cells"]
-        except (OSError, ValueError, KeyError):
-            return ""
-        running = [i for i, c in enumerate(cells, 1) if c["metadata"].get("papermill", {}).get("status") == "running"]
-        return f"cell {running[0]}/{len(cells)}" if running else ""
-
-    def _activity(self) -> str:
-        """The run that was written last since this notebook began, and how far it is."""
-        written: dict[Path, float] = {}
-        for file in (p for name in (METRICS, TRAJECTORIES) for p in self.run_folder.rglob(name)):
-            with contextlib.suppress(FileNotFoundError):  # a run that begins anew removes what it finds
-                written[file] = file.stat().st_mtime
-        if not written or max(written.values()) < self._begin:
-            return ""
-        run = max(written, key=written.__getitem__).parent
-        name = run.relative_to(self.run_folder)
-        if (run / METRICS).is_file():
-            steps = read_rows(run / METRICS)
-            return f"{name}: step {max(steps)}" if steps else f"{name}: starting"
-        with (run / TRAJECTORIES).open("rb") as handle:
-            return f"{name}: {sum(1 for _ in handle)} rollouts"

@@ -1,15 +1,19 @@
-"""The named prompt components of each model family, and how a prompt is put together from them.
+"""Puts prompts together from named components, and reads what models answer.
 
 Two families share one graph: ``chat`` (the long prompts that instruction-tuned models expect) and ``nano`` (the few
-words on which the embedded policy was trained). A component is plain text with ``{fields}``; prompt evolution edits
-components, never code. Only the known fields are filled in, so a component may hold any other braces.
+words on which the embedded policy was trained). ``prompts/chat.toml`` and ``prompts/nano.toml`` hold their components:
+plain text with ``{fields}``, of which only the known ones are filled in, so a component may hold any other braces.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import tomllib
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from sqlbench.agent.trajectory import Execution, Message, Record
 from sqlbench.database.schema import identifier, shown
@@ -30,133 +34,7 @@ STRATEGIES = (
 )
 """The repair strategies a rewrite can be told to follow; the component ``repair.<strategy>`` says each in words."""
 
-NANO = {
-    "write.system": "write {dialect}",
-    "write.user": "{question}\n{schema}",
-    "rewrite.system": "rewrite {dialect}",
-    "rewrite.user": "{question}\n{schema}{history}\n query: {sql}\n result: {execution}{strategy}",
-    "rewrite.history": "\n query: {sql}\n result: {execution}",
-    "check.system": "check {dialect}",
-    "check.user": "{question}\n{schema}\n query: {sql}\n result: {execution}",
-    **{f"repair.{name}": f"\n repair: {name.replace('_', ' ')}" for name in STRATEGIES},
-}
-
-CHAT = {
-    "write.system": """\
-You are a senior data analyst who answers questions by writing one {dialect} query.
-
-How to work:
-- Use only the tables and columns of the schema below, spelled exactly as they are there.
-- Return the columns the question asks for, in the order it names them, and no others.
-- Prefer the simplest query that answers the question; join only the tables it needs.
-- Write a single read-only statement: no comments, no second statement, no changes to the data.
-
-Give the query in one block and nothing after it:
-```sql
-SELECT ...
-```""",
-    "write.user": "Schema ({dialect}):\n{schema}\n\nQuestion: {question}",
-    "check.system": """\
-You review {dialect} queries written by a colleague. You see the schema, the question, the query and what the database
-answered. Decide whether the query answers the question.
-
-Look for these mistakes in particular:
-- a table or column that does not exist, or the wrong one of two similar columns
-- a join that is missing, superfluous, or on the wrong columns
-- conditions that are missing, inverted (> for <, AND for OR), or compare with the wrong value or type
-- NOT IN over values that may be NULL; UNION where duplicates must stay; BETWEEN with the wrong ends
-- grouping or aggregation at the wrong level, COUNT where COUNT(DISTINCT) is meant, HAVING mixed up with WHERE
-- the wrong sort direction, a missing or wrong LIMIT
-- columns that were not asked for, or asked for and absent
-- functions or syntax that {dialect} does not have
-- a result that is an error, or is empty or implausible for the question
-
-Explain every mistake in a sentence or two. Then end with exactly one of these two lines:
-THE QUERY IS CORRECT
-THE QUERY IS INCORRECT""",
-    "check.user": """\
-Schema ({dialect}):
-{schema}
-
-Question: {question}
-
-Query:
-```sql
-{sql}
-```
-
-Result:
-{execution}""",
-    "rewrite.system": """\
-You are a senior data analyst. An earlier {dialect} query did not answer the question. Using the database's answer and
-the reviewer's remarks, write a corrected query.
-
-How to work:
-- Fix the cause, not the symptom: if the approach was wrong, start afresh instead of patching it.
-- Do not repeat the earlier query unchanged.
-- Use only the tables and columns of the schema below, spelled exactly as they are there.
-- Return the columns the question asks for, in the order it names them, and no others.
-- Write a single read-only statement: no comments, no second statement, no changes to the data.
-
-Give the corrected query in one block and nothing after it:
-```sql
-SELECT ...
-```""",
-    "rewrite.user": """\
-Schema ({dialect}):
-{schema}
-
-Question: {question}{history}
-
-Earlier query:
-```sql
-{sql}
-```
-
-Result:
-{execution}
-
-Reviewer's remarks:
-{feedback}{strategy}""",
-    "rewrite.history": """
-
-A query before that, which failed too and must not come again:
-```sql
-{sql}
-```
-
-Result:
-{execution}""",
-    "repair.rewrite_full": """
-
-This time, put the earlier query aside and write a new one from the question and the schema.""",
-    "repair.fix_column": """
-
-This time, check every column name against the schema and replace those that do not exist or belong to another table;
-leave the rest as it is.""",
-    "repair.fix_table": """
-
-This time, check which tables hold what the question asks for and correct FROM and JOIN; leave the rest as it is.""",
-    "repair.add_groupby": """
-
-This time, look at the grouping: every plain column beside an aggregate belongs into GROUP BY, and conditions on
-aggregates into HAVING.""",
-    "repair.rewrite_cte": """
-
-This time, take the query apart into named steps with WITH, one for each part of the question.""",
-    "repair.fix_syntax": """
-
-This time, change only what the parser objects to: quotes, commas, brackets, the order of clauses.""",
-    "repair.change_dialect": """
-
-This time, replace every function and every piece of syntax that {dialect} does not have.""",
-    "repair.relax_filter": """
-
-This time, look at the conditions: compare with values as they are stored (case, spelling, type), and drop conditions
-that the question does not ask for.""",
-}
-
-FAMILIES = {"chat": CHAT, "nano": NANO}
+FAMILIES = ("chat", "nano")
 _FIELD = re.compile(r"\{(dialect|question|schema|sql|execution|feedback|history|strategy)\}")
 
 
@@ -216,15 +94,46 @@ class Prompts(Record):
         return [Message(role=r, content=self._component(f"{agent}.{r}", **fields)) for r in ("system", "user")]
 
 
-def prompts_for(family: str) -> Prompts:
-    """The shipped components of a family (``nano`` or ``chat``).
+def prompts_for(name: str) -> Prompts:
+    """Read the components of a family (``nano`` or ``chat``), or of a TOML file of one's own.
+
+    A file holds some components in the form of ``prompts/chat.toml``; the others are those of the family that its key
+    ``family`` names, by default ``chat``.
 
     Raises:
-        ModelError: there is no such family.
+        ModelError: there is no such family, or the file is not one of prompt components.
     """
+    family, own = name, {}
+    if name.endswith(".toml"):
+        try:
+            own = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"Cannot read prompts from {name}: {error}. Write them as in prompts/chat.toml."
+            ) from error
+        family = own.pop("family", "chat")
     if family not in FAMILIES:
-        raise ModelError(f"unknown prompt family '{family}'; choose one of: {', '.join(sorted(FAMILIES))}")
-    return Prompts(family=family, components=FAMILIES[family])
+        known = ", ".join(FAMILIES)
+        raise ModelError(
+            f"unknown prompt family '{family}'; choose one of: {known}, or name a .toml file of components"
+        )
+    components = dict(_shipped(family))
+    for key, text in _flat(own).items():
+        if key not in components or not isinstance(text, str):
+            raise ModelError(f"Not a prompt component: {key} in {name}. Choose from: {', '.join(components)}.")
+        components[key] = text
+    return Prompts(family=family, components=components)
+
+
+@cache
+def _shipped(family: str) -> dict[str, str]:
+    return _flat(tomllib.loads((Path(__file__).with_suffix("") / f"{family}.toml").read_text(encoding="utf-8")))
+
+
+def _flat(tables: dict[str, Any]) -> dict[str, Any]:
+    """Name the components of TOML tables ``<table>.<key>``."""
+    pairs = ((table, texts if isinstance(texts, dict) else {"": texts}) for table, texts in tables.items())
+    return {f"{table}.{key}".rstrip("."): text for table, texts in pairs for key, text in texts.items()}
 
 
 def schema_style(family: str) -> str:

@@ -10,7 +10,6 @@ to `MAX_CHARS`; it gives no token ids, so trajectories of an endpoint can be eva
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import cache
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError
@@ -86,11 +85,9 @@ class EndpointChatModel:
                 f"cannot use {self.name}: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own "
                 "(in the environment or in .env)"
             )
-        self._headers: dict[str, str] = {}
-        self._query: dict[str, str] = {}
-        self._secrets = {self._key}
-        self.base_url = self._without_credentials(address) if address else None
-        """The address without user, password and query, so that it can be shown."""
+        self.base_url, self._query = _read_address(address)
+        """The address without its query, so that it can be shown; None is OpenAI's own."""
+        self._secrets = {self._key, *self._query.values()}
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.timeout = timeout
@@ -202,7 +199,6 @@ class EndpointChatModel:
                 model=self.model,
                 base_url=self.base_url,
                 api_key=self._key or "none",
-                default_headers=self._headers,
                 default_query=self._query,
                 temperature=None,  # named, since langchain has defaults of its own for some models
                 timeout=openai.Timeout(self.timeout),  # an object, not a number: a number shares one global client
@@ -214,26 +210,6 @@ class EndpointChatModel:
             open_ones = {k: v for k, v in self._clients.items() if not k.is_closed()}
             self._clients = open_ones | {loop: (client, closing)}
         return self._clients[loop][0]
-
-    def _without_credentials(self, address: str) -> str:
-        """The address as it may be shown; what it holds of user, password and query is sent along in other ways."""
-        try:
-            parts = urlsplit(address)
-            user, password, host = parts.username, parts.password, parts.netloc.rpartition("@")[2]
-        except ValueError:
-            host = "@"
-        if "@" in host or "@" in parts.path or not address.isprintable():
-            raise ModelError(
-                "cannot read OPENAI_BASE_URL: in its password write @ as %40, / as %2F, % as %25 and so on, and "
-                "leave out line breaks"
-            )
-        if user is not None:
-            pair = base64.b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()
-            self._headers["Authorization"] = f"Basic {pair}"
-            self._secrets.add(pair)
-        self._query.update(parse_qsl(parts.query))
-        self._secrets |= {user or "", password or "", unquote(password or ""), *self._query.values()}
-        return parts._replace(netloc=host, query="", fragment="").geturl()
 
     def _one_line(self, text: str, max_chars: int = 200) -> str:
         """The beginning of what an endpoint or library said, without the credentials that some repeat."""
@@ -265,6 +241,22 @@ def read_request(text: str) -> dict[str, Any]:
 def _plain(text: str) -> str:
     """A setting without the white space and quotes that it was copied with."""
     return text.strip().strip("\"'").strip()
+
+
+def _read_address(text: str) -> tuple[str | None, dict[str, str]]:
+    """Split an address into what may be shown and its query, which may hold a token."""
+    if not text:
+        return None, {}
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = None
+    if parts is None or "@" in text or not text.isprintable():
+        raise ModelError(
+            "Invalid OPENAI_BASE_URL: it holds a user, a password or an unreadable character. Write it as "
+            "http://HOST:PORT/v1 and put the key into OPENAI_API_KEY."
+        )
+    return parts._replace(query="", fragment="").geturl(), dict(parse_qsl(parts.query))
 
 
 def _read_key(text: str) -> str:

@@ -29,26 +29,14 @@ from sqlbench.models import open_model
 from sqlbench.text import clean
 from sqlbench.widgets import view
 from sqlbench.widgets.diagram import er_svg
-from sqlbench.widgets.session import LEVELS, BuiltIn, ChatSession, Exchange, Transcript, benchmark_html
+from sqlbench.widgets.session import HTML, LEVELS, BuiltIn, ChatSession, Exchange, Transcript, benchmark_html
 
 SHOWN_CARDS = 30
 _WIDE = {"width": "100%"}
-_TITLE = Markup('<b style="font-size: 18px">sqlbench chat</b> <small>{}</small>')
-_ALERT = "color: #b3261e"
-_STYLE = Markup("""<style>
-.sqlbench .attempt {border-left: 3px solid #0072b2; padding: 0 0 2px 8px; margin: 6px 0}
-.sqlbench .attempt code {background: var(--jp-layout-color2, #eee); padding: 0 4px}
-.sqlbench pre {overflow-wrap: break-word}
-.sqlbench ins, .sqlbench del {display: block; white-space: pre-wrap; font: 12px/1.45 monospace}
-.sqlbench-card {border: 1px solid #ccc; border-radius: 6px; padding: 2px 12px 8px; margin: 0 0 10px}
-.sqlbench-examples button {width: auto; height: auto; white-space: normal; text-align: left; line-height: 1.3;
-  padding: 4px 8px}
-.sqlbench-side {border-left: 1px solid #ccc; padding-left: 14px}
-</style>""")
 
 
 def _html(*parts: Markup) -> str:
-    return str(Markup('<div class="sqlbench">{}</div>').format(Markup("").join(parts)))
+    return str(view.box(*parts))
 
 
 class Card(w.VBox):
@@ -101,8 +89,7 @@ class Card(w.VBox):
         if self.exchange is None or self.exchange.verdict:
             return
         if self._chat.judge(self.exchange, right, remark):
-            text = f"Marked {self.exchange.verdict}{': ' * bool(self.exchange.remark)}{self.exchange.remark}"
-            self._verdict.value = _html(Markup("<b>{}</b>").format(text))
+            self._verdict.value = _html(HTML.verdict(self.exchange))
             self._right.disabled = self._wrong.disabled = True
             self._show(self._verdict)
 
@@ -177,7 +164,7 @@ class ChatView(w.VBox):
         bar = w.HBox(
             [self._databases, self._target, self._connect], layout=w.Layout(flex_flow="row wrap", width="100%")
         )
-        style = w.HTML(str(view.STYLE + _STYLE), layout=w.Layout(display="none"))
+        style = w.HTML(str(view.HTML.style() + HTML.style()), layout=w.Layout(display="none"))
         super().__init__([style, self._title, bar, self._message, w.HBox([self._tabs, side], layout=_WIDE)])
         self._enable()
 
@@ -201,9 +188,8 @@ class ChatView(w.VBox):
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """The view, and for places without a kernel what was asked in it and the state of learning."""
-        cards = [Markup('<div class="sqlbench-card">{}</div>').format(card.html()) for card in self.cards]
         learned = [Markup(part.value) for part in (self._generation, self._learned)]
-        static = str(view.page(_STYLE, *cards, *learned))
+        static = str(view.page(HTML.style(), *(HTML.card(card.html()) for card in self.cards), *learned))
         return super()._repr_mimebundle_(**options) | {"text/plain": "chat", "text/html": static}
 
     def stop(self) -> None:
@@ -234,8 +220,7 @@ class ChatView(w.VBox):
         return task
 
     def _say(self, text: str, bad: bool = False) -> None:
-        line = " ".join(text.split())
-        self._message.value = _html(Markup('<span style="{}">{}</span>').format(_ALERT if bad else "", line))
+        self._message.value = _html(HTML.message(" ".join(text.split()), bad))
 
     def _enable(self) -> None:
         for control in (self._databases, self._connect, self._run):
@@ -248,11 +233,11 @@ class ChatView(w.VBox):
     async def _open(
         self, data: Path | str | None, model: str, folder: Path | str, reflection: str | None, agent: str
     ) -> None:
-        self._title.value = _html(_TITLE.format(f"loading {model} ..."))
+        self._title.value = _html(HTML.title(f"loading {model} ..."))
         if self.session is None:
             self.session = await in_thread(_open_session, data, model, folder, reflection, agent)
         session = self.session
-        self._title.value = _html(_TITLE.format(f"model {session.model.name}, learned state in {session.folder}"))
+        self._title.value = _html(HTML.title(f"model {session.model.name}, learned state in {session.folder}"))
         self._component.options = list(session.evolution.prompts.components)
         self._component.value = "write.system"
         self._show_learned()
@@ -297,7 +282,7 @@ class ChatView(w.VBox):
         tables = len(opened.schema.tables)
         what = f"{DIALECTS[opened.schema.dialect]}, {tables} table{'s' * (tables != 1)}, read-only"
         self._say(opened.notice or f"connected to {name}: {what}")
-        source = view.folded("as mermaid text", Markup("<pre>{}</pre>").format(mermaid_er(opened.schema)))
+        source = view.folded("as mermaid text", view.HTML.pre(mermaid_er(opened.schema)))
         self._diagram.value = er_svg(opened.schema) + _html(source)
         self._scores.value = ""
         tabs = [*self._tabs.children[:2], *([self._bench] if builtin else [])]
@@ -399,14 +384,10 @@ class ChatView(w.VBox):
         assert self.session is not None
         evolution = self.session.evolution
         seen, every = evolution.progress
-        self._generation.value = _html(
-            Markup(
-                "<h4>System prompt, generation {}</h4>{}/{} questions to the next evolution<br><small>{}</small>"
-            ).format(evolution.generation, min(seen, every), every, evolution.unavailable or "")
-        )
+        self._generation.value = _html(HTML.generation(evolution.generation, seen, every, evolution.unavailable))
         self._progress.max, self._progress.value = every, min(seen, every)
         self._back.layout.display = "" if evolution.generation else "none"
-        self._learned.value = _html(Markup("<h4>What the repair bandit learned</h4>"), self.session.learned_html())
+        self._learned.value = _html(HTML.learned(self.session.learned_html()))
         self._show_prompt()
 
     def _show_prompt(self) -> None:
@@ -416,26 +397,19 @@ class ChatView(w.VBox):
         now = evolution.history[evolution.generation]
         dialect = DIALECTS[self.connection.schema.dialect] if self.connection else "SQL"
         text = now.components[self._component.value].replace("{dialect}", dialect)
-        self._prompt.value = _html(Markup("<pre>{}</pre>").format(text.strip("\n")))
-        changed = Markup("")
-        if now.parent is not None:
-            title = Markup("<h4>Changed since generation {}</h4>").format(now.parent)
-            changed = title + diff_html(evolution.history[now.parent].components, now.components)
-        self._diff.value = _html(changed)
+        self._prompt.value = _html(view.HTML.pre(text.strip("\n")))
+        before = None if now.parent is None else evolution.history[now.parent].components
+        self._diff.value = _html(HTML.changed(now.parent, diff_html(before, now.components)) if before else Markup(""))
 
 
 def diff_html(before: Mapping[str, str], after: Mapping[str, str]) -> Markup:
     """The lines of each prompt component that differ."""
     parts = []
     for name, text in after.items():
-        lines = [
-            Markup("<{0}>{1}</{0}>").format("ins" if line[0] == "+" else "del", line)
-            for line in difflib.ndiff(before.get(name, "").splitlines(), text.splitlines())
-            if line[0] in "+-"
-        ]
-        if lines:
-            parts.append(Markup("<small>{}</small>{}").format(name, Markup("").join(lines)))
-    return Markup("").join(parts)
+        lines = difflib.ndiff(before.get(name, "").splitlines(), text.splitlines())
+        if changed := [line for line in lines if line[0] in "+-"]:
+            parts.append((name, changed))
+    return HTML.diff(parts)
 
 
 def _open_session(

@@ -6,11 +6,12 @@ and the first other columns are drawn, and how many more there are; of a very la
 
 from __future__ import annotations
 
-import html
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sqlbench.database.types import Column, ForeignKey, Schema, Table
+from sqlbench.widgets.view import TEMPLATES
 
 MAX_TABLES, MAX_COLUMNS = 80, 14
 _ROW, _HEAD, _GAP_X, _GAP_Y, _CHAR = 18, 24, 70, 24, 6.7
@@ -25,6 +26,10 @@ class _Box:
     columns: list[Column]
     x: float = 0.0
     y: float = 0.0
+
+    @property
+    def keys(self) -> set[str]:
+        return {key.column.lower() for key in self.table.foreign_keys}
 
     @property
     def hidden(self) -> int:
@@ -53,13 +58,15 @@ def er_svg(schema: Schema) -> str:
         return "<p>There are no tables to draw.</p>"
     width, height = _place(boxes)
     left = len(schema.tables) - len(boxes)
-    note = f'<text x="12" y="{height + 14:g}" fill="#57606a">and {left} more tables</text>' if left > 0 else ""
-    height += 24 * (left > 0)
-    body = "".join([*map(_edges, boxes.values(), [boxes] * len(boxes)), *map(_draw, boxes.values()), note])
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="Entity-relationship diagram of '
-        f'{_escape(schema.name)}" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
-        f'style="background:#fff" font-family="ui-monospace, DejaVu Sans Mono, monospace" font-size="11">{body}</svg>'
+    return TEMPLATES.get_template("diagram.svg").render(
+        name=schema.name,
+        width=width,
+        height=height + 24 * (left > 0),
+        boxes=boxes.values(),
+        edges=[edge for box in boxes.values() for edge in _edges(box, boxes)],
+        left=left,
+        head=_HEAD,
+        row=_ROW,
     )
 
 
@@ -112,8 +119,8 @@ def _target(key: ForeignKey, boxes: dict[str, _Box]) -> str:
     return label if label in boxes else next((name for name in boxes if name.lower() == label.lower()), label)
 
 
-def _edges(box: _Box, boxes: dict[str, _Box]) -> str:
-    parts = []
+def _edges(box: _Box, boxes: dict[str, _Box]) -> Iterator[tuple]:
+    """Where a line begins with its bend, where it ends with its bend, and what it says, for each drawn foreign key."""
     for key in box.table.foreign_keys:
         target = boxes.get(_target(key, boxes))
         if target is None:
@@ -125,46 +132,16 @@ def _edges(box: _Box, boxes: dict[str, _Box]) -> str:
             x, to_x, bend, to_bend = box.x + box.width, target.x, 40, -40
         else:
             x, to_x, bend, to_bend = box.x + box.width, target.x + target.width, 50, 50
-        title = f"{key.column} refers to {key.ref_label}.{key.ref_column}"
-        parts.append(
-            f'<path d="M{x:g} {y:g} C{x + bend:g} {y:g} {to_x + to_bend:g} {to_y:g} {to_x:g} {to_y:g}" fill="none" '
-            f'stroke="#6e7781" stroke-width="1.3"><title>{_escape(title)}</title></path>'
-            f'<circle cx="{to_x:g}" cy="{to_y:g}" r="3" fill="#6e7781"/>'
-        )
-    return "".join(parts)
+        yield x, y, bend, to_x, to_y, to_bend, f"{key.column} refers to {key.ref_label}.{key.ref_column}"
 
 
-def _draw(box: _Box) -> str:
-    x, y, width = box.x, box.y, box.width
-    keys = {key.column.lower() for key in box.table.foreign_keys}
-    parts = [
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{box.height:g}" rx="4" fill="#fff" stroke="#8c959f"/>'
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{_HEAD}" rx="4" fill="#ddf4ff" stroke="#8c959f"/>'
-        f'<text x="{x + 8:g}" y="{y + 16:g}" font-weight="bold" fill="#0a3069">{_label(box.table.label)}</text>'
-    ]
-    for i, c in enumerate(box.columns):
-        base = y + _HEAD + _ROW * i + 16
-        mark = "PK" if c.primary_key else "FK" if c.name.lower() in keys else ""
-        parts.append(
-            f'<text x="{x + 8:g}" y="{base:g}" font-size="9" fill="#9a6700">{mark}</text>'
-            f'<text x="{x + 26:g}" y="{base:g}" fill="#1f2328">{_label(c.name)}</text>'
-            f'<text x="{x + width - 8:g}" y="{base:g}" text-anchor="end" fill="#57606a">{_label(c.type)}</text>'
-        )
-    if box.hidden:
-        base = y + _HEAD + _ROW * len(box.columns) + 16
-        parts.append(f'<text x="{x + 26:g}" y="{base:g}" fill="#57606a">and {box.hidden} more columns</text>')
-    return "".join(parts)
-
-
-def _escape(text: str) -> str:
-    """Text as XML can hold it."""
-    return html.escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", text))
+def _xml(text: str) -> str:
+    """Text without the characters that XML cannot hold."""
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", text)
 
 
 def _short(name: str) -> str:
     return name if len(name) <= _MAX_CHARS else name[: _MAX_CHARS - 1] + "…"
 
 
-def _label(name: str) -> str:
-    title = f"<title>{_escape(name)}</title>" if len(name) > _MAX_CHARS else ""
-    return _escape(_short(name)) + title
+TEMPLATES.filters.update(xml=_xml, short=_short, g="{:g}".format)

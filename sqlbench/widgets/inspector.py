@@ -160,8 +160,7 @@ class Inspector(w.VBox):
             ["number", *shown], [[n, *row] for n, row in zip(shown.index, shown.to_numpy(), strict=True)]
         )
         more = f"; the first {LISTED} are listed" if len(self.matches) > LISTED else ""
-        head = Markup('<small>{}{}</small><div class="scroll">{}</div>').format(self._summary(), more, listing)
-        return view.page(head, self.rollout_html())
+        return view.page(view.HTML.listing(self._summary() + more, listing), self.rollout_html())
 
     def __repr__(self) -> str:
         return f"Inspector: {self._summary()}"
@@ -221,7 +220,7 @@ class Inspector(w.VBox):
         self._list.options = [(self._labels[n], n) for n in numbers]
         self._list.rows = min(12, max(3, len(numbers)))
         self._quiet = False
-        self._count.value = Markup("<b>{}</b>").format(self._summary())
+        self._count.value = view.HTML.strong(self._summary())
         self._show(self._number if self._number in set(numbers) else next(iter(numbers), None))
 
     def _chosen(self, change: Any) -> None:
@@ -281,22 +280,19 @@ class Inspector(w.VBox):
         """The selected rollout, for `view.page`."""
         rollout, number = self._trajectory, self._number
         if rollout is None or number is None:
-            return Markup("<i>no rollout passes the filters</i>")
+            return view.HTML.nothing()
         row, run, advantage = self.rollouts.loc[number], self._run, self._advantages(number)
         notes = [row["run"], f"step {rollout.step}" * (rollout.step is not None), row["part"]]
         notes.append(f"sample {rollout.sample}" * (row["part"] == "training"))
         notes.append("" if rollout.reward is None else f"reward {rollout.reward:g}")
         notes.append(f"advantage {advantage[number]:+.2f}" if number in advantage else "")
         gold, pred = self.results()
-        ordered = rollout.reason == "order_differs"
-        parts = [view.head_html(rollout, notes), view.queries_html(rollout)]
-        parts.append(view.results_html(gold, pred, rollout.correct is True, ordered))
+        results = view.results_html(gold, pred, rollout.correct is True, rollout.reason == "order_differs")
         rules = STRICT if run.strict else REFERENCE
-        if gold and any(sql and prepare(sql, rules) != sql for sql in (rollout.gold, rollout.pred)):
-            parts.append(Markup("<small>as the verdict compares them: without DISTINCT of the outer SELECT</small>"))
-        parts.append(self._group_html(number, advantage))
-        parts += [Markup("<h4>What happened</h4>"), view.timeline_html(rollout, run.tokenizer)]
-        return Markup("").join(parts)
+        prepared = gold and any(sql and prepare(sql, rules) != sql for sql in (rollout.gold, rollout.pred))
+        group = self._group_html(number, advantage)
+        timeline = view.timeline_html(rollout, run.tokenizer)
+        return view.HTML.rollout(rollout, notes, results, prepared, group, timeline)
 
     def _group_html(self, number: int, advantage: dict[int, float]) -> Markup:
         """The rollouts of the same task beside each other, each compared with the selected one."""
@@ -309,16 +305,11 @@ class Inspector(w.VBox):
             facts.append("" if row["reward"] in (0, 1) or pd.isna(row["reward"]) else f"reward {row['reward']:g}")
             facts.append(f"advantage {advantage[n]:+.2f}" if n in advantage else "")
             _, sql = view.token_diff(view.pretty(group.at[number, "pred"]), view.pretty(row["pred"]))
-            cards.append(
-                Markup('<div class="card{}"><b>{}</b> <small>{}</small><pre>{}</pre></div>').format(
-                    " this" * (n == number), self._name(n), " · ".join(filter(None, facts)), sql
-                )
-            )
+            cards.append((self._name(n), facts, sql, n == number))
         title = "The same task in all runs" if self._several else "Its group: all rollouts of this task in this step"
         if advantage and not any(advantage.values()):
             title += "; all rewards are equal, so nothing is learnt from it"
-        note = Markup("<small><ins>not in the selected one</ins></small>")
-        return Markup('<h4>{}</h4><div class="cards">{}</div>{}').format(title, Markup("").join(cards), note)
+        return view.HTML.group(title, cards)
 
 
 def _lines(shown: pd.DataFrame) -> tuple[list[str], Markup]:
@@ -329,9 +320,7 @@ def _lines(shown: pd.DataFrame) -> tuple[list[str], Markup]:
         "  ".join([*(cell[:n].ljust(n) for cell, n in zip(row, widths, strict=False)), row[-1]]).replace(" ", "\u00a0")
         for row in [list(texts.columns), *texts.to_numpy().tolist()]
     ]
-    style = "<style>.sqlbench-list select {font: 12px monospace}</style>"
-    heading = '<pre style="font: bold 12px monospace; margin: 6px 0 -4px 4px; overflow: hidden">{}</pre>'
-    return lines[1:], Markup(style) + Markup(heading).format(lines[0])
+    return lines[1:], view.HTML.heading(lines[0])
 
 
 def _execute(database: Database, sql: str | None) -> QueryResult:

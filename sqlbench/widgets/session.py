@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Any, Literal
 
 from markupsafe import Markup
 
@@ -33,6 +33,7 @@ from sqlbench.rollout import RolloutContext, rollout, run_agent
 from sqlbench.text import clean
 from sqlbench.widgets import view
 
+HTML: Any = view.TEMPLATES.get_template("chat.html").module
 WRITING, RUNNING = "writing ...", "running ..."
 MAX_ATTEMPTS = 5
 LEVELS = ("easy", "medium", "hard")
@@ -54,20 +55,15 @@ class Attempt:
     repeats: bool = False
     """An earlier query again, which was not executed once more."""
 
-    def html(self) -> Markup:
-        """The query with its strategy, and what the database and the review said to it."""
-        doing = "an earlier query again" if self.repeats else self.doing
-        done, outcome = self.execution, Markup("<small>{}</small>").format(doing)
-        if done is not None and done.answered:
-            outcome = Markup("<small>{}</small> ").format(done.size) + outcome
-        elif done is not None:
-            outcome = Markup('<b style="color: #b3261e">{}</b> {} ').format(done.status, done.error or "") + outcome
-        if self.review:
-            words = "review: looks right" if parse_verdict(self.review) else "review: not right yet"
-            outcome += view.folded(words, Markup("<pre>{}</pre>").format(self.review))
-        return Markup('<div class="attempt"><b>Attempt {}</b> <code>{}</code><pre>{}</pre>{}</div>').format(
-            self.turn, self.strategy, extract_sql(self.text) or "...", outcome
-        )
+    @property
+    def sql(self) -> str:
+        """The query as far as it has come."""
+        return extract_sql(self.text)
+
+    @property
+    def approved(self) -> bool:
+        """Whether the review calls it correct."""
+        return parse_verdict(self.review)
 
 
 class Transcript:
@@ -124,20 +120,14 @@ class Transcript:
             attempt.doing = ""
         self.changed()
 
+    @property
+    def found(self) -> Execution | None:
+        """What is shown as the result: of the last query where something broke after it."""
+        return self.answer or (self.attempts[-1].execution if self.attempts and self.conclusion else None)
+
     def html(self) -> Markup:
-        """Every attempt, and at the end the rows of the answer, or of the last query where something broke after it."""
-        last = self.answer or (self.attempts[-1].execution if self.attempts and self.conclusion else None)
-        rows = Markup("")
-        if last is not None and last.answered:
-            more = f", the first {len(last.rows)} are shown" if last.n_rows > len(last.rows) else ""
-            cells = [[view.value_text(value) for value in row] for row in last.rows]
-            rows = Markup('<h4>Result: {}{}</h4><div class="scroll">{}</div>').format(
-                last.size, more, view.table(last.columns, cells)
-            )
-        attempts = Markup("").join(attempt.html() for attempt in self.attempts)
-        return Markup('<h4 style="font-size: 15px">{} <small>{}</small></h4>{}{}<p><small>{}</small></p>').format(
-            self.question, self.database, attempts, rows, self.conclusion
-        )
+        """Every attempt, and at the end the rows that were found."""
+        return HTML.transcript(self)
 
 
 @dataclass
@@ -341,9 +331,7 @@ class ChatSession:
             ["none (it ran)" if kind == "none" else kind, *key, len(some), f"{mean(some):+.2f}"]
             for (kind, *key), some in sorted(rewards.items())
         ]
-        if not rows:
-            return Markup("<small>no repair so far: every answer needed one query, or none was judged</small>")
-        return view.table(["last query", "repair strategy", "tried", "mean reward"], rows)
+        return HTML.lessons(rows)
 
     async def benchmark(
         self, connection: Connection, tasks: Sequence[Task], scored: Callable[[list[Trajectory]], None]
@@ -367,7 +355,6 @@ class ChatSession:
 def benchmark_html(rollouts: Sequence[Trajectory], of: int) -> Markup:
     """Accuracy by level and overall, and every question with its verdict."""
     counted = [t for t in rollouts if t.correct is not None]
-    failed = len(rollouts) - len(counted)
     levels = []
     for name in (*LEVELS, "overall"):
         some = [t.correct for t in counted if name in (t.hardness, "overall")]
@@ -375,12 +362,7 @@ def benchmark_html(rollouts: Sequence[Trajectory], of: int) -> Markup:
             levels.append([name, f"{sum(map(bool, some))} of {len(some)}", f"{100 * mean(map(bool, some)):.0f}%"])
     order = sorted(rollouts, key=lambda t: (LEVELS.index(t.hardness), t.question))
     rows = [[t.hardness, _verdict(t), t.turns, t.question, t.pred or ""] for t in order]
-    note = f"{len(rollouts)} of {of} questions" + (f"; {failed} failed and are not counted" if failed else "")
-    return Markup('<small>{}</small>{}<br><div style="overflow-x: auto">{}</div>').format(
-        note,
-        view.table(["level", "right", "accuracy"], levels),
-        view.table(["level", "verdict", "attempts", "question", "last query"], rows),
-    )
+    return HTML.benchmark(len(rollouts), of, len(rollouts) - len(counted), levels, rows)
 
 
 def _verdict(rollout: Trajectory) -> str:

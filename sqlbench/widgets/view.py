@@ -1,8 +1,7 @@
 """One rollout as HTML that is complete, escaped, and legible without a kernel, without style sheets and in print.
 
-Text of models and databases enters HTML through `Markup.format` or `Markup.join` and nowhere else: both escape it. What
-colour says is also said by an element (``del``, ``ins``, ``mark``, ``u``), because GitHub drops style sheets. Long
-parts are folded, never cut; of a result at most `SHOWN_ROWS` rows are shown, those that differ first.
+The macros of ``templates/view.html`` write it, and escape whatever is put in. Of a result at most `SHOWN_ROWS` rows are
+shown, those that differ first.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import zip_longest
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer
@@ -30,77 +29,7 @@ from sqlbench.database.types import QueryResult
 from sqlbench.sqltree import statements
 
 SHOWN_ROWS = 100
-REASONS = {
-    "equal": "the result is gold's result",
-    "rows_differ": "same columns, other rows",
-    "columns_differ": "another number of columns",
-    "order_differs": "gold's rows in another order",
-    "empty_unrelated": "empty like gold's result, but about something else",
-    "overlong": "an answer made the next prompt longer than allowed",
-    "pred_error": "the database refused the query",
-    "pred_timeout": "the query ran out of time",
-    "pred_rejected": "not one read-only statement",
-    "too_large": "the result is too large",
-    "gold_error": "the database refused the gold query",
-    "gold_timeout": "the gold query ran out of time",
-    "gold_rejected": "the gold query is not one read-only statement",
-    "gold_too_large": "the gold result is too large",
-    "no_database": "no database to score on",
-    "no_gold": "no gold query to compare with",
-}
-"""What each reason code of `sqlbench.reward.Verdict` means."""
 OUTCOMES = {"right": "✓", "wrong": "✗", "failed": "!", "not scored": "?"}
-
-# Okabe-Ito blue is gold, vermillion is the prediction; dark text on the light marks in every theme.
-STYLE = Markup("""<style>
-div.sqlbench {font-size: 13px; line-height: 1.45; color: var(--jp-content-font-color1, inherit); max-width: 1250px}
-div.sqlbench pre {margin: 2px 0; padding: 5px 8px; font: 12px/1.45 monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; word-break: normal; background: var(--jp-layout-color2, #f4f4f4); color: inherit; border: 0}
-div.sqlbench table {border-collapse: collapse; font-size: 12px; margin: 2px 0; table-layout: auto}
-div.sqlbench th, div.sqlbench td {padding: 2px 8px; border: 1px solid #bbb; text-align: left !important;
-  white-space: pre-wrap; overflow-wrap: break-word; word-break: normal; max-width: 420px; vertical-align: top}
-div.sqlbench td.number {text-align: right !important; font-variant-numeric: tabular-nums}
-div.sqlbench .scroll {max-height: 340px; overflow: auto}
-div.sqlbench .pair {display: flex; flex-wrap: wrap; gap: 16px}
-div.sqlbench .pair > div {flex: 1 1 320px; min-width: 0}
-div.sqlbench h4 {margin: 12px 0 3px; font-size: 13px; font-weight: bold}
-div.sqlbench ol {margin: 0; padding-left: 22px}
-div.sqlbench li {margin-bottom: 7px}
-div.sqlbench summary {cursor: pointer; color: var(--jp-content-font-color2, #555)}
-div.sqlbench small, div.sqlbench i {color: var(--jp-content-font-color2, #555)}
-div.sqlbench mark, div.sqlbench del, div.sqlbench ins {color: #111; border-radius: 2px}
-div.sqlbench mark {background: #ffd9a8; font-weight: bold}
-div.sqlbench del {background: #cfe6f5; text-decoration: underline dashed #0072b2}
-div.sqlbench ins {background: #ffd9a8; text-decoration: none; font-weight: bold}
-div.sqlbench .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: 8px}
-div.sqlbench .card {border: 1px solid #bbb; border-radius: 4px; padding: 5px 9px; min-width: 0}
-div.sqlbench .card.this {border: 2px solid #0072b2}
-div.sqlbench .verdict {border: 1px solid; border-radius: 3px; padding: 1px 7px; font-weight: bold}
-@media print {div.sqlbench .scroll {max-height: none}}
-</style>""")
-
-
-def page(*parts: Markup) -> Markup:
-    """Parts with the style they need; displayed alone it is a whole view."""
-    return Markup('{}<div class="sqlbench">{}</div>').format(STYLE, Markup("").join(parts))
-
-
-def table(columns: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Markup:
-    """An HTML table; cells are escaped unless they are `Markup`, numbers are set to the right."""
-    head = Markup("").join(Markup("<th>{}</th>").format(column) for column in columns)
-    body = Markup("").join(Markup("<tr>{}</tr>").format(Markup("").join(map(_cell, row))) for row in rows)
-    return Markup("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(head, body)
-
-
-def _cell(value: Any) -> Markup:
-    number = isinstance(value, int | float)
-    return Markup("<td{}>{}</td>").format(Markup(' class="number"') if number else "", value)
-
-
-def folded(title: str, body: Markup) -> Markup:
-    """Something long behind its title."""
-    return Markup("<details><summary>{}</summary>{}</details>").format(title, body)
-
 
 # ---- SQL
 
@@ -212,32 +141,8 @@ def results_html(gold: QueryResult | None, pred: QueryResult | None, right: bool
         *found, pairs = differing(both[0].rows, both[1].rows, ordered)
         marks = found[0], found[1]
         orders = [[pair[side] for pair in pairs if pair[side] is not None] for side in (0, 1)]
-    panes = [
-        Markup("<div><h4>{}</h4>{}</div>").format(title, _result(result, cells, order))
-        for title, result, cells, order in zip(("Gold result", "Predicted result"), both, marks, orders, strict=True)
-    ]
-    return Markup('<div class="pair">{}</div>').format(Markup("").join(panes))
-
-
-def _result(result: QueryResult, marks: Cells, order: list[int]) -> Markup:
-    if result.status == "missing":
-        return Markup("<i>not at hand: the database of this run is not on this machine</i>")
-    if not result.rows and not result.ok:
-        return Markup("<i>{}</i><pre>{}</pre>").format(result.status, result.error or "")
-    count, odd = len(result.rows), len({row for row, _ in marks})
-    note = f"{count} row{'s' * (count != 1)}" + f", {odd} differ{'s' * (odd == 1)}" * (odd > 0)
-    note += f"; {result.error}" if result.error else ""
-    if count > SHOWN_ROWS:
-        note += f"; {SHOWN_ROWS} are shown" + (", those that differ first" if marks else "")
-    rows = [
-        [Markup("<small>{}</small>").format(row + 1)]
-        + [
-            Markup("<mark>{}</mark>").format(value_text(value)) if (row, column) in marks else value_text(value)
-            for column, value in enumerate(result.rows[row])
-        ]
-        for row in order[:SHOWN_ROWS]
-    ]
-    return Markup('<small>{}</small><div class="scroll">{}</div>').format(note, table(["#", *result.columns], rows))
+    panes = zip(("Gold result", "Predicted result"), both, marks, orders, strict=True)
+    return HTML.results(panes, SHOWN_ROWS)
 
 
 def value_text(value: Any) -> Any:
@@ -253,18 +158,11 @@ def value_text(value: Any) -> Any:
 def response_html(completion: Completion, tokenizer: Path | None) -> Markup:
     """What a model answered; tokens it was not sure of are shaded by their probability, those below 50% underlined."""
     if not completion.logprobs or not completion.response_ids:
-        return Markup("<pre>{}</pre>").format(completion.text)
+        return HTML.response([], completion.text)
     pieces = _pieces(completion, tokenizer)
-    parts = []
-    for piece, logprob in zip(pieces or [f"#{n} " for n in completion.response_ids], completion.logprobs, strict=True):
-        p = math.exp(min(logprob, 0.0))
-        if p < 0.99:
-            shade = f"background: rgba(0,114,178,{0.1 + 0.5 * (1 - p):.2f})"
-            tag = "u" if p < 0.5 else "span"
-            piece = Markup(f'<{tag} style="{shade}" title="p {p:.3f}, log {logprob:.2f}">{{}}</{tag}>').format(piece)
-        parts.append(piece)
-    text = Markup("") if pieces else Markup("<pre>{}</pre>").format(completion.text)
-    return Markup("<pre>{}</pre>{}").format(Markup("").join(parts), text)
+    texts = pieces or [f"#{n} " for n in completion.response_ids]
+    tokens = [(text, math.exp(min(p, 0.0)), p) for text, p in zip(texts, completion.logprobs, strict=True)]
+    return HTML.response(tokens, None if pieces else completion.text)
 
 
 def _pieces(completion: Completion, tokenizer: Path | None) -> list[str]:
@@ -286,14 +184,10 @@ def timeline_html(trajectory: Trajectory, tokenizer: Path | None = None) -> Mark
     steps: list[Transition | Execution] = [*trajectory.transitions, *trajectory.executions]
     steps.sort(key=lambda s: (s.turn, 1 if isinstance(s, Execution) else 2 * (s.agent == "check")))
     asked = {s.turn: s.completion.text.strip() for s in trajectory.transitions if s.agent != "check"}
-    items = [_execution(s, asked.get(s.turn)) if isinstance(s, Execution) else _transition(s, tokenizer) for s in steps]
-    shaded = any(t.completion.logprobs for t in trajectory.transitions)
-    legend = (
-        "shaded tokens: the darker, the less likely; unshaded 99% and above; underlined below 50%" if shaded else ""
-    )
-    return Markup("<small>{}</small><ol>{}</ol>").format(
-        legend, Markup("").join(Markup("<li>{}</li>").format(item) for item in items)
-    )
+    items = [
+        HTML.execution(s, asked.get(s.turn)) if isinstance(s, Execution) else _transition(s, tokenizer) for s in steps
+    ]
+    return HTML.timeline(items, any(t.completion.logprobs for t in trajectory.transitions))
 
 
 def _transition(step: Transition, tokenizer: Path | None) -> Markup:
@@ -307,34 +201,7 @@ def _transition(step: Transition, tokenizer: Path | None) -> Markup:
         notes.append(completion.flaw)
     if step.agent == "check":
         notes.append("verdict: correct" if parse_verdict(completion.text) else "verdict: not correct")
-    messages = Markup("").join(Markup("<b>{}</b><pre>{}</pre>").format(m.role, m.content) for m in step.messages)
-    title = f"prompt ({sum(len(m.content) for m in step.messages)} characters)"
-    return Markup("<b>{}</b> <small>{}</small>{}{}").format(
-        step.agent, ", ".join(notes), response_html(completion, tokenizer), folded(title, messages)
-    )
-
-
-def _execution(step: Execution, asked: str | None) -> Markup:
-    sql = Markup("<pre>{}</pre>").format(pretty(step.sql)) if step.sql.strip() != asked else Markup("")
-    if step.status != "ok":
-        body = Markup(" <small>{}</small><pre>{}</pre>").format(step.status, step.error or "")
-    else:
-        known = f", the first {len(step.rows)} stored" if step.n_rows > len(step.rows) else ""
-        title = f"{step.n_rows} row{'s' * (step.n_rows != 1)}{known}"
-        body = folded(title, table(step.columns, [[value_text(v) for v in row] for row in step.rows]))
-    return Markup("<b>execute</b>{}{}").format(sql, body)
-
-
-def queries_html(trajectory: Trajectory) -> Markup:
-    """Gold beside predicted query, laid out alike, with the tokens that differ marked."""
-    if trajectory.pred is None:
-        return Markup("<h4>Gold</h4><pre>{}</pre>").format(pretty(trajectory.gold))
-    gold, pred = token_diff(pretty(trajectory.gold), pretty(trajectory.pred))
-    legend = Markup("<del>only in gold</del> <ins>only in the prediction</ins>")
-    return Markup(
-        '<div class="pair"><div><h4>Gold</h4><pre>{}</pre></div><div><h4>Predicted</h4><pre>{}</pre></div></div>'
-        "<small>{}</small>"
-    ).format(gold, pred, legend if "<del>" in gold or "<ins>" in pred else "the same tokens")
+    return HTML.transition(step, notes, response_html(completion, tokenizer))
 
 
 def outcome(correct: bool | None, error: str | None) -> str:
@@ -344,18 +211,21 @@ def outcome(correct: bool | None, error: str | None) -> str:
     return "not scored" if correct is None else "right" if correct else "wrong"
 
 
-def head_html(trajectory: Trajectory, notes: Iterable[str] = ()) -> Markup:
-    """Question, verdict and reason of a rollout."""
-    result = outcome(trajectory.correct, trajectory.error)
-    words = [trajectory.db_id, trajectory.hardness, trajectory.split, trajectory.task_id, *notes]
-    reason = f"{trajectory.reason}: {REASONS.get(trajectory.reason, '')}" if trajectory.reason else ""
-    return Markup(
-        '<h4 style="font-size: 15px">{}</h4><span class="verdict">{} {}</span> {} <small>{}</small>{}'
-    ).format(
-        trajectory.question,
-        OUTCOMES[result],
-        result,
-        reason,
-        " · ".join(w for w in words if w),
-        Markup("<pre>{}</pre>").format(trajectory.error) if trajectory.error else "",
-    )
+# ---- templates
+
+TEMPLATES = Environment(
+    loader=PackageLoader("sqlbench.widgets"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["shown"] = value_text
+TEMPLATES.globals |= {
+    "OUTCOMES": OUTCOMES,
+    "outcome": outcome,
+    "pretty": pretty,
+    "token_diff": token_diff,
+}
+HTML: Any = TEMPLATES.get_template("view.html").module
+page, box, table, folded = HTML.page, HTML.box, HTML.table, HTML.folded

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import sqlite3
 from pathlib import Path
 
@@ -149,6 +151,15 @@ def test_the_graph_can_be_drawn_as_mermaid_text():
         and "rewrite_query -.-> execute_query" in text
         and "rewrite_query -.-> __end__" in text
     )
+
+
+def test_the_first_notebook_draws_the_graph_that_runs(repo):
+    cells = json.loads((repo / "notebooks/00_overview.ipynb").read_text(encoding="utf-8"))["cells"]
+    (text,) = (t for cell in cells if "```mermaid" in (t := "".join(cell["source"])))
+    arrows = re.compile(r"^\s*(\w+)(?:\(.*?\))? (-->|-\.->) (\w+)", re.MULTILINE)
+    drawn = {(a.lower(), arrow, b.lower()) for a, arrow, b in arrows.findall(text)}
+    names = draw().replace("_query", "").replace("__", "")
+    assert drawn == set(arrows.findall(names)) and len(drawn) == 10
 
 
 class Asked:

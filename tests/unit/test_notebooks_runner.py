@@ -19,11 +19,10 @@ import pytest
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import NotebookError, RunError
 from sqlbench.home import FOLDERS
-from sqlbench.notebooks import _Reporter, check_parameters, run_notebook, run_notebooks, source_hash
+from sqlbench.notebooks import check_parameters, run_notebook, run_notebooks, source_hash
 
 PARAMETERS = """\
-from typing import Literal
-profile: Literal["laptop", "gpu"] = "laptop"
+profile = "laptop"
 run = "demo"
 results = "results"
 steps = 60
@@ -53,7 +52,6 @@ def write(path: Path, *code: str, parameters: str = PARAMETERS) -> Path:
         ({"splits": "headline"}, "must be a list of str"),
         ({"splits": [1]}, "must be a list of str"),
         ({"run": None}, "must be of type str"),
-        ({"profile": "tpu"}, "must be one of 'laptop', 'gpu'"),
     ],
 )
 def test_a_wrong_parameter_is_refused(tmp_path: Path, given: dict, says: str) -> None:
@@ -68,7 +66,7 @@ def test_a_right_parameter_replaces_the_default(tmp_path: Path, given: dict) -> 
     assert values["steps"] == 60
 
 
-@pytest.mark.parametrize("line", ["steps = 2 * 3", "import os", "a = b = 1", "steps: int", "print(1)"])
+@pytest.mark.parametrize("line", ["steps = 2 * 3", "import os", "a = b = 1", "steps: int = 1", "print(1)"])
 def test_a_parameters_cell_that_is_not_plain_literals_is_refused(tmp_path: Path, line: str) -> None:
     with pytest.raises(NotebookError, match="literal"):
         check_parameters(write(tmp_path / "01_a.ipynb", parameters=line), {})
@@ -134,8 +132,8 @@ def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in FOLDERS} | {"HOME": "/proc/nobody"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     lines = [
-        line for line in done.stderr.splitlines() if not line.startswith("[")
-    ]  # progress, and a kernel that is told to stop
+        line for line in done.stderr.splitlines() if line and not line.startswith("[")
+    ]  # the bar, and a kernel that is told to stop
     assert done.returncode == 0 and len(lines) == 1 and lines[0].startswith("cannot write /proc/nobody/"), done.stderr
     cell = nbformat.read(tmp_path / "results/laptop/demo/notebooks/01_a.ipynb", as_version=4).cells[-1]
     assert [output.get("text") for output in cell.outputs] == ["drawn\n"]
@@ -205,14 +203,3 @@ def test_a_run_stays_below_its_profile_and_runs_something(tmp_path: Path) -> Non
     with pytest.raises(RunError, match=r"'../x' is no name for a run"):
         run_notebooks(run="../x", only=["01"], folder=notebook.parent, results=tmp_path / "results")
     assert not (tmp_path / "results").exists()
-
-
-def test_a_file_that_is_removed_while_it_is_looked_at_is_left_out(tmp_path: Path) -> None:
-    """It is listed, and gone."""
-    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
-    reporter = _Reporter("title", tmp_path, tmp_path / "partial.ipynb")
-    reporter._begin = 0.0
-    assert reporter._activity() == ""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/metrics.jsonl").write_text('{"step": 3, "data": {}}\n')
-    assert reporter._activity() == "run: step 3"

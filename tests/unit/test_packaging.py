@@ -153,6 +153,11 @@ def test_importing_the_package_pulls_in_nothing_heavy():
 def test_the_shipped_files_are_declared_as_package_data(repo):
     import sqlbench
 
-    package = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "assets/**/*" in package["package-data"]["pocket"]
+    patterns = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package in ("pocket", "sql_env", "sqlbench", "verl_cpu"):
+        data = {path for path in tracked(repo) if path.is_relative_to(repo / package) and path.suffix != ".py"}
+        for pattern in patterns.get(package, []):
+            data -= set((repo / package).glob(pattern))
+        data -= {path for path in data if any(path.match(pattern) for pattern in patterns["*"])}
+        assert not data, f"not in the wheel: {data}"
     assert metadata.version("sqlbench") == sqlbench.__version__

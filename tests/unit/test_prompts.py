@@ -7,6 +7,9 @@ import re
 import pytest
 
 from sqlbench.agent.prompts import (
+    CORRECT,
+    INCORRECT,
+    STRATEGIES,
     Prompts,
     extract_sql,
     parse_verdict,
@@ -217,3 +220,47 @@ def test_braces_in_values_and_components_survive():
 def test_an_unknown_family_is_refused_with_the_known_ones():
     with pytest.raises(ModelError, match="chat, nano"):
         prompts_for("gpt")
+
+
+def test_the_components_of_a_family_are_read_from_its_file():
+    nano = prompts_for("nano").components
+    assert nano["rewrite.user"] == "{question}\n{schema}{history}\n query: {sql}\n result: {execution}{strategy}"
+    assert {name: nano[f"repair.{name}"] for name in STRATEGIES} == {
+        name: f"\n repair: {name.replace('_', ' ')}" for name in STRATEGIES
+    }
+    chat = prompts_for("chat").components
+    assert chat.keys() == nano.keys() and chat["check.system"].endswith(f"\n{CORRECT}\n{INCORRECT}")
+    assert chat["rewrite.user"].endswith("remarks:\n{feedback}{strategy}")
+    assert all(chat[name].startswith("\n\n") for name in chat if name.startswith(("repair.", "rewrite.history")))
+
+
+def test_a_file_of_components_replaces_those_that_it_holds(tmp_path):
+    (mine := tmp_path / "mine.toml").write_text("[check]\nsystem = 'Is this {dialect} right?'\n")
+    prompts, chat = prompts_for(str(mine)), prompts_for("chat")
+    assert prompts.check("Q", "S", "sqlite", "SQL", "R")[0].content == "Is this SQLite right?"
+    assert prompts.family == "chat" and prompts.components == {
+        **chat.components, "check.system": "Is this {dialect} right?"
+    }  # fmt: skip
+    mine.write_text("family = 'nano'\n")
+    assert prompts_for(str(mine)) == prompts_for("nano")
+    assert prompts_for("chat") == chat
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "Cannot read prompts from .*No such file"),
+        ("[check", "Cannot read prompts from .*Expected"),
+        ("family = 'mine.toml'", "unknown prompt family 'mine.toml'"),
+        ("[check]\nsytem = 'x'", r"Not a prompt component: check.sytem in .*\. Choose from: write.system, "),
+        ("[check]\nsystem = 3", "Not a prompt component: check.system"),
+        ("check = 'x'", "Not a prompt component: check in"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_in_one_line(tmp_path, text, says):
+    mine = tmp_path / "mine.toml"
+    if text is not None:
+        mine.write_text(text)
+    with pytest.raises(ModelError, match=says) as caught:
+        prompts_for(str(mine))
+    assert "\n" not in str(caught.value)

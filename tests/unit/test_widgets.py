@@ -22,7 +22,7 @@ from sqlbench import __version__
 from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
 from sqlbench.checks import capabilities
 from sqlbench.cli import main
-from sqlbench.curves import agent_graph, read_metrics, styled
+from sqlbench.curves import read_metrics
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, ModelError
 from sqlbench.evaluation import evaluate
@@ -570,27 +570,7 @@ def test_an_evaluation_is_no_training(run: Path) -> None:
         Monitor(run)
 
 
-# ---- figures and checks of the overview
-
-
-def test_the_graph_shows_every_step_of_the_agent() -> None:
-    from sqlbench.agent.graph import compiled
-
-    (axis,) = agent_graph().axes
-    drawn = {text.get_text() for text in axis.texts if text.get_text()}
-    assert drawn == {name.strip("_").replace("_query", "") for name in compiled().get_graph().nodes}
-    assert len([text for text in axis.texts if not text.get_text()]) == len(compiled().get_graph().edges)
-
-
-def test_styled_tables_escape_and_do_not_share_their_style() -> None:
-    table = pd.DataFrame({"Model": [HOSTILE, "b"], "Acc (Initial)": [10.0, 20.0], "Acc (Final)": [30.0, 40.0]})
-    one, two = styled(table).to_html(), styled(table[::-1]).to_html()
-    assert "script" not in Elements(one).names
-    ids = [set(part.split('"')[0] for part in html.split('id="')[1:]) for html in (one, two)]
-    assert ids[0] and not ids[0] & ids[1]
-    assert one == styled(table).to_html()
-    times = styled(pd.DataFrame({"Time (h)": [0.0434], "Time/Step (s)": [7.26]})).to_html()
-    assert ">0.043<" in times and ">7.3<" in times
+# ---- checks of the overview
 
 
 def test_what_cannot_run_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
