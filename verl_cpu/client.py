@@ -23,10 +23,12 @@ class _Answer:
 
 
 class _RemoteEngine:
-    """The servers of `verl_cpu.server` in the place of a `LocalEngine`, one batch to each in turn."""
+    """The servers of this node (of all nodes, where it has none) as a `LocalEngine`: one batch to each in turn."""
 
     def __init__(self, servers: int) -> None:
-        self.servers = [ray.get_actor(server_name(rank)) for rank in range(servers)]
+        every = [ray.get_actor(server_name(rank)) for rank in range(servers)]
+        nodes, here = ray.get([server.node.remote() for server in every]), ray.get_runtime_context().get_node_id()
+        self.servers = [server for server, node in zip(every, nodes, strict=True) if node == here] or every
         self.steps = 0
         self._turn = 0
 

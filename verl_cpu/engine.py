@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from verl_cpu.decoder import Decoder
-from verl_cpu.frozen import PromptCache, half_precision, pack
+from verl_cpu.frozen import PromptCache, common_start, half_precision, pack
 
 _COMPACT_BELOW = 0.75
 """Share of unfinished rows below which finished rows are taken out of the key-value cache (a copy of the cache)."""
@@ -69,13 +70,7 @@ def shared_prefixes(prompts: list[tuple[int, ...]]) -> list[int]:
     shares: list[int] = []
     start, shared = 0, 0
     for i, prompt in enumerate(prompts):
-        common = 0
-        if i > start:
-            for common, pair in enumerate(zip(prompts[start][:shared], prompt[:-1], strict=False)):  # noqa: B007
-                if pair[0] != pair[1]:
-                    break
-            else:
-                common = min(shared, len(prompt) - 1)
+        common = common_start(prompts[start][:shared], prompt[:-1]) if i > start else 0
         if i > start and 2 * common >= len(prompt):
             shared = common
         else:
@@ -137,7 +132,6 @@ class LocalEngine:
         self.stop_ids = {
             i for i in (*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id) if i is not None
         }
-        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.stop_ids)
 
     def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
         """Continue all prompts in one static batch; answers come in the order of the requests.
@@ -243,9 +237,8 @@ class LocalEngine:
             kept.add(prompt, layers)
             logits.append(out)
             caches.append(layers)
-        width = max(map(len, prompts))
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        layers = []
+        _, mask = self._padded(prompts)
+        width, layers = mask.shape[1], []
         for same in zip(*caches, strict=True):
             padded = [[pad(t, (0, 0, width - t.shape[2], 0)) for t in pair] for pair in same]
             layers.append(tuple(torch.cat(tensors) for tensors in zip(*padded, strict=True)))
@@ -255,12 +248,8 @@ class LocalEngine:
         self, pieces: list[tuple[int, ...]], layers: Any = None, past_mask: Any = None, past_row: Any = None
     ) -> tuple[Any, Any, Any]:
         """Run left-padded pieces of text on top of what the cache has for row `past_row` of each."""
-        width = max(map(len, pieces))
-        padding = [width - len(piece) for piece in pieces]
-        padded = [[self.pad_id] * n + list(piece) for n, piece in zip(padding, pieces, strict=True)]
-        ids = torch.tensor(padded, device=self.device)
-        mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=self.device)
-        position = mask.cumsum(1) - 1
+        ids, mask = self._padded(pieces)
+        width, position = ids.shape[1], mask.cumsum(1) - 1
         if layers is not None:
             position = position + past_mask[past_row].sum(1, keepdim=True)
             mask = torch.cat([past_mask[past_row], mask], 1)
@@ -283,6 +272,12 @@ class LocalEngine:
             for same in zip(*(part[1] for part in parts), strict=True)
         ]
         return logits, joined, mask
+
+    def _padded(self, pieces: list[tuple[int, ...]]) -> tuple[Any, Any]:
+        """Tokens, padded on the left to one length, and which of them are real."""
+        parts = [torch.tensor([piece, [1] * len(piece)]).T for piece in pieces]
+        both = pad_sequence(parts, batch_first=True, padding_side="left").to(self.device)
+        return both[..., 0], both[..., 1]
 
     def load(self, named: Iterable[tuple[str, Any]]) -> None:
         """Overwrite weights by name.

@@ -5,7 +5,6 @@ Prompts of one agent on one database begin with the same instructions and schema
 
 from __future__ import annotations
 
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -40,6 +39,12 @@ def pack(model: torch.nn.Module) -> None:
                     setattr(module, name, _PackedLinear(child))
 
 
+def common_start(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many tokens two prompts have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 class PromptCache:
     """Keys and values of prompts, of all layers, up to a number of bytes; the one used longest ago goes first."""
 
@@ -51,8 +56,7 @@ class PromptCache:
         """Return how many of the prompt's first tokens are known, and the layers of these; one token is always left."""
         shared, best = 0, None
         for other in self._kept:
-            pairs = zip(prompt[:-1], other, strict=False)
-            if (common := sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))) > shared:
+            if (common := common_start(prompt[:-1], other)) > shared:
                 shared, best = common, other
         if best is None:
             return 0, None

@@ -29,13 +29,13 @@ def _whereabouts(_: Any) -> tuple[str, str]:
 
 
 class LocalReplica(RolloutReplica):
-    """Starts one `LocalServer`: on this node, or, on GPUs, beside the trainer worker of its rank, on the same GPU."""
+    """Starts one `LocalServer` beside the trainer worker of its rank: on the same node and, on GPUs, the same GPU."""
 
     async def launch_servers(self) -> None:  # noqa: D102
         settings = dict(self.config.engine_kwargs.get("local", {}))
-        node, options = ray.get_runtime_context().get_node_id(), {}
+        node, gpu = await self.workers[0].__ray_call__.remote(_whereabouts)
+        options = {}
         if settings.get("device") == "cuda":
-            node, gpu = await self.workers[0].__ray_call__.remote(_whereabouts)
             # The worker holds the whole GPU, so the server asks Ray for none, and Ray would hide them all from it.
             options["runtime_env"] = {"env_vars": {NOSET: "1", "CUDA_VISIBLE_DEVICES": gpu}}
         server = (

@@ -30,6 +30,12 @@ class LocalServer:
         self.engine = LocalEngine(path, device, dtype, threads, max_model_len)
         self.steps = 0
 
+    def node(self) -> str:
+        """Id of the node that this server runs on."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
     def generate_batch(self, requests: list[GenerationRequest]) -> tuple[list[Generation], int]:
         """Answers, and the number of updates that the weights which gave them had seen."""
         return self.engine.generate(requests), self.steps

@@ -30,6 +30,7 @@ TRACKERS = ("wandb", "mlflow", "tensorboard")
 COUNTS = {
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
     "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "actor_rollout_ref.rollout.agent.num_workers",
     "actor_rollout_ref.rollout.n",
     "actor_rollout_ref.rollout.tensor_model_parallel_size",
     "data.max_prompt_length",

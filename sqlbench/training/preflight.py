@@ -129,6 +129,10 @@ def check(profile: Profile, config: DictConfig) -> None:
             f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
             f"the sub-agents are {', '.join(AGENTS)}"
         )
+    if (nodes := config.trainer.nnodes) > 1 and config.ray_kwargs.ray_init.get("address") == "local":
+        raise TrainingError(
+            f"trainer.nnodes={nodes} needs a Ray cluster. Name one with ray_kwargs.ray_init.address=HOST:PORT."
+        )
     if settings.sampling not in SAMPLINGS:
         raise TrainingError(f"sqlbench.sampling={settings.sampling} is unknown. Choose {', '.join(SAMPLINGS)}.")
     if settings.most_sampled < 1:

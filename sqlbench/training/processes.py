@@ -164,6 +164,8 @@ def reason(log: Path, status: int) -> str:
     if status == -signal.SIGKILL:
         return "it was killed (signal 9); was the memory used up?"
     lines = _tail(log)
+    if any("InvalidAuthToken" in line for line in lines):  # Ray only says that it could not connect
+        return "the Ray cluster did not take the token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN as on its nodes"
     errors = [line for line in lines if re.match(r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b: ?", line)]
     ray = [line for line in lines if "Raylet is terminated" in line]  # followed by the end of its own log
     text = (errors or ray or lines or ["no output"])[-1]

@@ -22,8 +22,9 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ from sqlbench.training.sampling import SuccessRates, TaskSampler, dividing_group
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 3
+MISSED_SECONDS = 45
+"""Within that Ray has missed a node that is gone, and so has the watch."""
 
 
 @contextmanager
@@ -77,11 +80,26 @@ class SqlTrainer(PPOTrainerSync):
         known = read_trajectories(folder) if self.settings.sampling == "success-rate" else ()
         self.rates = SuccessRates(known, self.settings.seed)
 
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        check_room(
+            ray._private.state.available_resources_per_node().values(),
+            self.config.trainer.nnodes,
+            self.config.trainer.n_gpus_per_node,
+            self.resource_pool_manager.max_colocate_count,
+        )
+
     def fit(self, agent_loop_manager: Any) -> None:  # noqa: D102
         ended = threading.Event()
         threading.Thread(target=_watch_actors, args=(ended,), daemon=True).start()
         try:
             super().fit(agent_loop_manager)
+        except TrainingError:
+            raise
+        except Exception:
+            if self.config.trainer.nnodes > 1:  # a lost node breaks connections before Ray misses its processes
+                time.sleep(MISSED_SECONDS)
+            raise
         finally:
             ended.set()
 
@@ -270,6 +288,27 @@ class SqlTrainer(PPOTrainerSync):
         )
 
 
+def check_room(free: Iterable[Mapping[str, float]], nodes: int, ranks: int, cpus: int) -> None:
+    """Refuse a cluster that cannot hold the training now: Ray would wait for ever, and verl counts GPUs only.
+
+    Args:
+        free: the resources of each node that nobody uses.
+        nodes: nodes of the training; several fit on one that is large enough.
+        ranks: ranks, and GPUs, of each.
+        cpus: CPUs that verl asks for beside each GPU.
+
+    Raises:
+        TrainingError: there is not enough.
+    """
+    fitting = sum(int(min(node.get("GPU", 0) / ranks, node.get("CPU", 0) / (ranks * cpus))) for node in free)
+    if fitting < nodes:
+        raise TrainingError(
+            f"The Ray cluster has room for {fitting} of {nodes} nodes with {ranks} GPU(s) and {ranks * cpus} CPUs each "
+            "(whatever --num-gpus and --num-cpus of 'ray start' say). Add nodes, or lower trainer.nnodes or "
+            "trainer.n_gpus_per_node."
+        )
+
+
 def _rows(batch: Any) -> list[Row]:
     """The rollout and the number of sampled tokens of each row, padding included."""
     return [(key.rsplit("_", 1)[0], tag["response_len"]) for key, tag in zip(batch.keys, batch.tags, strict=True)]
@@ -283,7 +322,8 @@ def _watch_actors(ended: threading.Event) -> None:
         return {a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] in ours}
 
     known = alive()
+    lost = "a node lost, or the memory used up" if len(ray.nodes()) > 1 else "the memory used up"
     while not ended.wait(WATCH_SECONDS):
         if (gone := ", ".join(sorted(known - alive()))) and not ended.is_set():
-            print(f"TrainingError: a process of the training is gone ({gone}); was the memory used up?", flush=True)
+            print(f"TrainingError: a process of the training is gone ({gone}); was {lost}?", flush=True)
             os._exit(1)

@@ -354,6 +354,16 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
             TrainingError,
             "sqlbench.credit=published does not compare",
         ),
+        "nodes": (
+            {"data": data, "overrides": ["trainer.nnodes=2"]},
+            TrainingError,
+            r"trainer.nnodes=2 needs a Ray cluster. Name one with ray_kwargs\.ray_init\.address=",
+        ),
+        "workers": (
+            {"data": data, "overrides": ["actor_rollout_ref.rollout.agent.num_workers=two"]},
+            TrainingError,
+            "num_workers=two: give a whole number",
+        ),
         "resampling": (
             {"data": data, "overrides": ["sqlbench.agent=resampling", "sqlbench.trained_agents=rewrite"]},
             TrainingError,
@@ -375,6 +385,8 @@ ALWAYS += [
     "credit name",
     "control",
     "permuted",
+    "nodes",
+    "workers",
     "resampling",
 ]
 ALWAYS += ["recipe", "rows", "no turn", "no time", "repetition", "tokens", "log-prob tokens", "switch", "length"]
@@ -731,6 +743,10 @@ def test_two_trainings_may_clear_the_same_abandoned_folder(tmp_path: Path, monke
         (
             ["\x1b[33m(raylet)\x1b[0m Raylet is terminated. Why", "    [2026] its log"],
             "(raylet) Raylet is terminated. Why",
+        ),
+        (
+            ["RPC error: InvalidAuthToken: missing or incorrect", "ConnectionError: Failed to connect to h:1"],
+            "the Ray cluster did not take the token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN as on its nodes",
         ),
         (["only this"], "only this"),
         ([], "no output"),
