@@ -1,7 +1,7 @@
 """The built-in data set: generated questions on 63 small databases of our own, byte for byte the same for a seed.
 
 Splits cross schemas (seen or unseen in pretraining) with phrasing families (`pocket.phrasing`): ``train`` has the seen
-schemas, made-up ones, and families A, B and C; ``dev_<seen|unseen>_<pretrain|train|never>`` have family A, families B
+schemas, synthetic ones, and families A, B and C; ``dev_<seen|unseen>_<pretrain|train|never>`` have family A, families B
 and C, and family D. The headline split is unseen schemas with phrasing outside pretraining. No (database, gold) pair of
 the dev splits occurs in pretraining or in ``train``. The ``sealed`` split is a data set of its own, written only on
 request: its schemas, its family E and its rows are used nowhere else.
@@ -38,14 +38,14 @@ from sqlbench.errors import DataError
 from sqlbench.sqltree import hardness
 
 VERSION = 2
-"""Counts up with every change of the tasks; results of different versions are not comparable."""
+"""Incremented with every change of the tasks; results of different versions are not comparable."""
 TRAIN = {"A": 400, "B": 2200, "C": 2200}
 """Tasks of each phrasing family in the training split."""
 TRAIN_EVERYDAY = 0.6
-"""How often B and C speak like A in the training split; less than in the dev splits, since what the policy knows
-teaches it nothing."""
+"""How often B and C speak like A in the training split; less than in the dev splits, because the policy learns nothing
+from wording that it knows."""
 MADE_UP = 40
-"""Databases with made-up words for names, which only the training split has besides the seen ones."""
+"""Databases with synthetic names, which only the training split has besides the seen ones."""
 DEV = 400
 """Tasks of each dev cell."""
 CELLS = {"pretrain": ("A",), "train": ("B", "C"), "never": ("D",)}
@@ -70,7 +70,7 @@ class _Bench:
     def draw(
         self, rng: Random, family: str, construct: str, everyday: float, fresh: Callable[[Draft], bool]
     ) -> Draft | None:
-        """A draft of a construct that is fresh and accepted; None where 20 attempts bring none."""
+        """Draw a fresh and accepted draft of a construct; None after 20 failed attempts."""
         for _ in range(20):
             try:
                 draft = draw(self.domain, rng, family, construct, everyday=everyday, telling=True)
@@ -85,7 +85,7 @@ class _Bench:
         return None
 
     def accepts(self, draft: Draft) -> bool:
-        """Whether the gold returns something worth asking, without ties, that no mutant of it gives too."""
+        """Tell whether the gold result is worth asking for, has no ties, and differs from that of every mutant."""
         rows = self.database.execute(draft.sql).rows
         if not rows or (len(rows) == 1 and all(cell in (None, 0) for cell in rows[0])):
             return False
@@ -97,7 +97,7 @@ class _Bench:
 
 
 def _skeleton(sql: str) -> str:
-    """A query with its names and literals blurred: hardness depends on the rest, of which there is little."""
+    """Blur the names and literals of a query: hardness depends on the rest, which has few forms."""
     return re.sub(r"\b[a-z][a-z_]*\b(?!\()", "x", re.sub(r"'(?:[^']|'')*'|\b\d[\d.]*", "1", sql))
 
 
@@ -105,7 +105,7 @@ _hardness = functools.cache(hardness)
 
 
 def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Random) -> list[Task]:
-    """Tasks of one split, evenly over its databases; every question, in dev every gold query, occurs once."""
+    """Draw the tasks of one split, evenly over its databases; no question, in dev no gold query, occurs twice."""
     dev = split != "train"
     everyday = EVERYDAY if dev else TRAIN_EVERYDAY
     seen: set[tuple[str, str]] = set()
@@ -145,7 +145,7 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
 
 
 def _made_up(seed: int) -> list[Domain]:
-    """Schemas for training only: what is learnt about wording on many of them carries over to unseen ones."""
+    """Make synthetic schemas for training only: wording learned on many of them carries over to unseen ones."""
     inventor, found = Inventor(), []
     for i in range(MADE_UP):
         domain = inventor.domain(Random(f"made up {seed} {i}"), 2)
@@ -154,7 +154,7 @@ def _made_up(seed: int) -> list[Domain]:
 
 
 def _spider_tables(domain: Domain) -> dict:
-    """A schema in the form of Spider's ``tables.json``."""
+    """Write a schema in the form of Spider's ``tables.json``."""
     types = {"id": "number", "key": "number", "integer": "number", "real": "number", "year": "number", "date": "time"}
     names: list[tuple[int, str]] = [(-1, "*")]
     kinds, at = ["text"], {}
@@ -191,7 +191,7 @@ def write_pocket(root: Path, seed: int = 1, progress: bool = True, sealed: bool 
     root = Path(root)
     filled = root.exists() and any(root.iterdir())
     if filled and not ((root / "dataset.json").is_file() and DataSet(root).about.get("name") == "pocket"):
-        raise DataError(f"{root} exists and is no pocket data set; choose another folder or empty it")
+        raise DataError(f"Not a pocket data set: {root}. Choose another folder, or empty it.")
     work = root.parent / f".{root.name}.partial"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -260,7 +260,7 @@ def _write(root: Path, seed: int, progress: bool, sealed: bool) -> None:
 
 
 def digest(root: Path, splits: dict[str, list[Task]]) -> str:
-    """SHA-256 over all tasks and all rows, whatever version of Parquet or SQLite wrote them."""
+    """Hash all tasks and all rows with SHA-256, independent of the versions of Parquet and SQLite."""
     found = hashlib.sha256()
     for name, tasks in sorted(splits.items()):
         found.update(f"{name}\n".encode())

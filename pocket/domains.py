@@ -1,9 +1,9 @@
-"""Domains: abstract schemas with seeded rows, read from ``schemas/*.txt`` or made up for pretraining.
+"""Domains: abstract schemas with seeded rows, read from ``schemas/*.txt`` or generated for pretraining.
 
 All schemas, word lists and value pools are our own; nothing is taken from another data set. The same `random.Random`
 state always gives the same domain and rows. ``seen`` domains may be used in pretraining and training, ``unseen`` ones
-only in evaluation, ``sealed`` ones only in the sealed split: the words of both are kept out of the made-up schemas too
-(`NOVEL_WORDS`).
+only in evaluation, ``sealed`` ones only in the sealed split: the words of both are kept out of the synthetic schemas
+too (`NOVEL_WORDS`).
 
 A line of a schema file is a table; a column is ``name[~style][?][=values]``, where ``?`` says that it may be NULL, or
 ``name>table [relation]`` for a foreign key. The style says how people speak of the column (see `pocket.phrasing`).
@@ -35,14 +35,14 @@ _MADE_UP = read_toml("made_up.toml")
 _CATEGORIES, _QUANTITIES, _YEARS = (_MADE_UP[kind] for kind in ("categories", "quantities", "years"))
 
 KEYWORDS = frozenset((_HERE / "keywords.txt").read_text(encoding="utf-8").split())
-"""Words never used as made-up identifiers: SQL keywords and the operation words of the questions."""
+"""Words never used as synthetic identifiers: SQL keywords and the operation words of the questions."""
 
 _NAMES = ("name", "title")
 
 
 @dataclass(frozen=True)
 class Field:
-    """One column of a domain: what it means, not only how it is stored."""
+    """One column of a domain: its meaning, not only its storage."""
 
     name: str
     kind: str
@@ -69,15 +69,15 @@ class Domain:
     """Which names, cities and so on fill it: ``open`` or ``sealed``."""
 
     def field(self, table: str, column: str) -> Field:
-        """One column."""
+        """Return one column."""
         return next(f for f in self.tables[table] if f.name == column)
 
     def primary(self, table: str) -> str | None:
-        """Name of the id column, None for a pure link table."""
+        """Return the name of the id column, None for a pure link table."""
         return next((f.name for f in self.tables[table] if f.kind == "id"), None)
 
     def links(self) -> list[tuple[str, str, str, str]]:
-        """All foreign keys as (table, column, referred table, its id column)."""
+        """Return all foreign keys as (table, column, referred table, its id column)."""
         return [
             (table, f.name, f.ref, self.primary(f.ref) or "")
             for table, fields in self.tables.items()
@@ -86,12 +86,12 @@ class Domain:
         ]
 
     def values(self, table: str, column: str) -> list:
-        """Values of a column that are not NULL, in row order."""
+        """Return the values of a column that are not NULL, in row order."""
         cells = (self.cell(table, i, column) for i in range(len(self.rows[table])))
         return [cell for cell in cells if cell is not None]
 
     def cell(self, table: str, row: int, column: str) -> int | float | str | None:
-        """One value."""
+        """Return one value."""
         return self.rows[table][row][[f.name for f in self.tables[table]].index(column)]
 
 
@@ -118,7 +118,7 @@ def _parse_field(text: str, pools: str) -> Field:
 
 
 def read_domains(group: str) -> list[Domain]:
-    """Fresh copies of the domains of ``seen``, ``unseen`` or ``sealed``, without rows."""
+    """Read fresh copies of the domains of ``seen``, ``unseen`` or ``sealed``, without rows."""
     domains: list[Domain] = []
     pools = "sealed" if group == "sealed" else "open"
     for line in (_HERE / "schemas" / f"{group}.txt").read_text(encoding="utf-8").splitlines():
@@ -214,7 +214,7 @@ def fill(domain: Domain, rng: Random, size: int | None = None) -> Domain:
     return domain
 
 
-# ---- made-up domains for pretraining --------------------------------------------------------------------------------
+# ---- synthetic domains for pretraining ------------------------------------------------------------------------------
 
 
 def _past(word: str) -> str:
@@ -222,7 +222,7 @@ def _past(word: str) -> str:
 
 
 class Inventor:
-    """Makes up schemas whose identifiers are partly real words, partly pseudo-words, so that a model learns to copy.
+    """Generates schemas whose identifiers are partly real words, partly pseudo-words, so that a model learns to copy.
 
     Args:
         starts, middles: word pieces of the tokenizer (with and without a leading space); syllables are used without.
@@ -232,7 +232,7 @@ class Inventor:
         self.starts, self.middles = starts or [], middles or []
 
     def word(self, rng: Random) -> str:
-        """A word of the list or, in 45 of 100 cases, a pseudo-word."""
+        """Draw a word of the list or, in 45 of 100 cases, a pseudo-word."""
         for _ in range(20 if rng.random() < 0.45 else 0):
             if self.starts and rng.random() < 0.75:
                 word = rng.choice(self.starts) + "".join(rng.choices(self.middles, k=rng.choice((1, 2, 2, 3, 3, 4))))
@@ -248,14 +248,14 @@ class Inventor:
         return rng.choice(WORDS)
 
     def identifier(self, rng: Random) -> str:
-        """One word, two joined by ``_``, or rarely three."""
+        """Draw one word, two joined by ``_``, or rarely three."""
         style = rng.random()
         if style < 0.6:
             return self.word(rng)
         return self.word(rng) + ("_" if style < 0.95 else "_of_") + self.word(rng)
 
     def text(self, rng: Random, is_name: bool) -> str:
-        """A value of a text column."""
+        """Draw a value of a text column."""
         style = rng.random()
         if is_name:
             if style < 0.55:
@@ -322,7 +322,7 @@ class Inventor:
         return [Field(key, "id"), *body]
 
     def domain(self, rng: Random, level: int) -> Domain:
-        """A schema of 1-2 tables at level 0, 1-3 at level 1 and 2-4 at level 2, filled with ten rows a table."""
+        """Draw a schema of 1-2 tables at level 0, 1-3 at level 1 and 2-4 at level 2, with ten rows per table."""
         while True:
             count = rng.choice(((1, 1, 2), (1, 2, 2, 3), (2, 2, 3, 3, 4))[level])
             names = _unique(rng, count, lambda: self.identifier(rng) if rng.random() < 0.35 else self.word(rng))

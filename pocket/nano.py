@@ -1,9 +1,9 @@
 """The embedded policy: a Qwen3-type text-to-SQL model of under a million parameters, trained from scratch in minutes.
 
-`train_nano` is the whole recipe: a tokenizer made for copying identifiers, made-up and hand-written schemas, a
+`train_nano` is the whole recipe: a tokenizer made for copying identifiers, synthetic and hand-written schemas, a
 curriculum of three levels and a last phase of disturbed wording, Muon for the matrices and AdamW for the rest, a cosine
 schedule over the time given. The shipped checkpoint (`pocket.NANO_PATH`) was made by it; its folder holds
-the recipe, the training log and what was measured. It has learnt one phrasing family and is meant to be improved by
+the recipe, the training log and the measurements. It has learned one phrasing family and is meant to be improved by
 reinforcement learning.
 
 The clock counts processor time, so a busy machine gives the same model later, not a worse one sooner; with a GPU it
@@ -35,7 +35,7 @@ CONTEXT = 1024
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is trained, and how."""
+    """All settings of the training."""
 
     vocabulary: int = 1024
     width: int = 128
@@ -44,7 +44,7 @@ class Recipe:
     kv_heads: int = 2
     hidden: int = 384
     made_up: float = 0.7
-    """Share of made-up schemas; the rest are the hand-written ones."""
+    """Share of synthetic schemas; the rest are the hand-written ones."""
     rewrite: float = 0.15
     check: float = 0.08
     easy: float = 0.2
@@ -128,14 +128,14 @@ def build_tokenizer(texts: list[str], vocabulary: int) -> Any:
 
 
 def word_pieces(tokenizer: Any) -> tuple[list[str], list[str]]:
-    """Lower-case pieces that begin a word, and those that go on: what pseudo-words are made of."""
+    """Return the lower-case pieces that begin and that continue a word, for pseudo-words."""
     pieces = sorted(tokenizer.get_vocab())
     starts = [p[1:] for p in pieces if re.fullmatch("\u0120[a-z]{1,4}", p)]
     return starts, [p for p in pieces if re.fullmatch("[a-z]{1,4}", p)]
 
 
 def prompt_text(example: Example) -> str:
-    """The prompt of an example as the chat template gives it, generation prompt included."""
+    """Write the prompt of an example as the chat template does, generation prompt included."""
     body = "".join(f"{START}{m.role}\n {m.content}{END}\n" for m in example.messages)
     return f"{body}{START}assistant\n"
 
@@ -144,7 +144,7 @@ def prompt_text(example: Example) -> str:
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """A freshly initialised model whose vocabulary is exactly the tokenizer's."""
+    """Build a freshly initialised model whose vocabulary is exactly the tokenizer's."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -168,7 +168,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def save_checkpoint(model: Any, tokenizer: Any, out: Path, note: dict[str, Any]) -> None:
-    """Write a checkpoint folder in Hugging Face form, with ``sqlbench.json`` saying what it is."""
+    """Write a checkpoint folder in Hugging Face form, with a description in ``sqlbench.json``."""
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -186,7 +186,7 @@ def save_checkpoint(model: Any, tokenizer: Any, out: Path, note: dict[str, Any])
 
 
 def _batches(examples: Examples, tokenizer: Any, level: int, tokens: int, rng: random.Random) -> list[list]:
-    """Some hundred examples as batches of similar length."""
+    """Draw some hundred examples as batches of similar length."""
     drawn = [examples.draw(level) for _ in range(512)]
     prompts = tokenizer([prompt_text(e) for e in drawn], add_special_tokens=False)["input_ids"]
     answers = tokenizer([e.answer + END for e in drawn], add_special_tokens=False)["input_ids"]
@@ -204,7 +204,7 @@ def _batches(examples: Examples, tokenizer: Any, level: int, tokens: int, rng: r
 
 
 def _orthogonal(matrices: Any) -> Any:
-    """The nearest semi-orthogonal matrices of a batch, roughly (five quintic Newton-Schulz steps, in float32)."""
+    """Approximate the nearest semi-orthogonal matrices of a batch (five quintic Newton-Schulz steps, float32)."""
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     x = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -229,7 +229,7 @@ class Muon:
         self.lr, self.weight_decay, self.momentum = lr, weight_decay, momentum
 
     def step(self) -> None:
-        """One update; clears the gradients."""
+        """Make one update and clear the gradients."""
         import torch
 
         with torch.no_grad():
@@ -244,7 +244,7 @@ class Muon:
 
 
 def answer_loss(model: Any, batch: list) -> Any:
-    """Mean cross-entropy of the answers' tokens."""
+    """Compute the mean cross-entropy of the answers' tokens."""
     import torch
 
     length = max(len(p) + len(a) for p, a in batch) - 1
@@ -269,24 +269,26 @@ def train_nano(
     progress: bool = True,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train a policy from nothing and write it to a folder; returns what was measured on the way.
+    """Train a policy from nothing and write it to a folder; return the measurements.
 
     Args:
-        out: checkpoint folder; refused where it holds one already.
-        minutes: time budget as if `threads` processors were free; processor time is what is counted, on a GPU all time.
+        out: checkpoint folder, which must not hold one already.
+        minutes: time budget as if `threads` processors were free; processor time counts, on a GPU wall-clock time.
         seed: of examples, initial weights and tokenizer.
         threads: torch threads while training.
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        ModelError: the folder already holds a checkpoint, or there is no such device.
+        ModelError: the folder already holds a checkpoint, or the device does not exist.
     """
     import torch
 
     if (out / "config.json").exists():
-        raise ModelError(f"{out} already holds a checkpoint; choose another folder or delete it")
+        raise ModelError(f"Checkpoint already exists: {out}. Choose another folder, or delete it.")
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
-        raise ModelError(f"cannot train on '{device}'; choose 'cpu', or 'cuda' where there is a GPU with CUDA")
+        raise ModelError(
+            f"Cannot train on this device: {device}. Choose 'cpu', or 'cuda' on a machine with a CUDA GPU."
+        )
     recipe = recipe or Recipe()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)

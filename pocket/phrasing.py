@@ -1,4 +1,4 @@
-"""How a question is said: the words of each phrasing family for an operation, and a sentence's slots being filled.
+"""The wording of questions: the words of each phrasing family for an operation, and the slots of a sentence.
 
 The words are data: ``wording.toml`` (operations) and ``frames.toml`` (sentences). Families differ in both:
 
@@ -49,12 +49,12 @@ class Skip(Exception):
 
 
 def say(identifier: str) -> str:
-    """An identifier as words."""
+    """Write an identifier as words."""
     return identifier.replace("_", " ")
 
 
 def plural(identifier: str) -> str:
-    """An identifier as words, in the plural."""
+    """Write an identifier as words, in the plural."""
     text = say(identifier)
     if text == "aircraft":
         return text
@@ -69,12 +69,12 @@ def plural(identifier: str) -> str:
 
 
 def article(noun: str) -> str:
-    """A noun with its indefinite article."""
+    """Put the indefinite article before a noun."""
     return ("an " if re.match(r"[aeio]|u(?!ni|se|ti)|(hour|mpg)\b", noun) else "a ") + noun
 
 
 def literal(value: object) -> str:
-    """A value as an SQL literal."""
+    """Write a value as an SQL literal."""
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
 
 
@@ -83,7 +83,7 @@ def _listing(parts: list[str]) -> str:
 
 
 class Scope:
-    """What a construct draws from: a domain, a random generator and the words of one family."""
+    """Source of a construct: a domain, a random generator and the words of one family."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Scope:
     # ---- words
 
     def word(self, operation: str) -> str:
-        """One of the family's words for an operation."""
+        """Draw one of the family's words for an operation."""
         family = "A" if self.rng.random() < self.everyday else self.family
         said = LEXICON[operation]
         words = self.rng.choice(said.get(family, said["A"]))
@@ -120,12 +120,12 @@ class Scope:
         return words
 
     def own_words_in(self, text: str) -> bool:
-        """Whether a sentence holds a wording that no earlier family has."""
+        """Tell whether a sentence holds a wording that no earlier family has."""
         said = text.lower()
         return any(all(piece.lower() in said for piece in re.split(r"\{\w+\}", own)) for own in self.own)
 
     def disturb(self, pattern: str) -> str:
-        """A pattern with idle words put in and small words lost, late also replaced (where a filler is given)."""
+        """Insert idle words into a pattern and drop small ones, late also replace some (if a filler is given)."""
         if self.filler is None:
             return pattern
         kept: list[str] = []
@@ -149,7 +149,7 @@ class Scope:
     # ---- tables and columns
 
     def noun(self, table: str, column: str, many: bool = False) -> str:
-        """What a column is called in a sentence; the ``maker_name`` of makers is mostly just their name."""
+        """Name a column in a sentence; the ``maker_name`` of makers is mostly just their name."""
         if self.domain.field(table, column).style == "count":
             return f"number of {say(column)}"
         short = column == f"{table}_name" and self.rng.random() < 0.5
@@ -171,7 +171,7 @@ class Scope:
         return child, column, parent, key
 
     def relation(self, child: str, key: str) -> str:
-        """What joins two tables in a sentence."""
+        """Draw the word that joins two tables in a sentence."""
         relation = self.domain.field(child, key).style
         return relation if relation and self.rng.random() < STYLED else self.rng.choice(("of", "of", "for"))
 
@@ -204,7 +204,7 @@ class Scope:
         return names
 
     def label(self, table: str) -> str:
-        """The name column of a table; slots ``cols`` and ``COLS`` name it."""
+        """Choose the name column of a table; slots ``cols`` and ``COLS`` name it."""
         names = [f.name for f in self.domain.tables[table] if f.kind == "name"]
         if not names:
             raise Skip
@@ -212,7 +212,7 @@ class Scope:
         return names[0]
 
     def value(self, table: str, column: str) -> int | float | str:
-        """One of the values of a column."""
+        """Draw one of the values of a column."""
         return self.rng.choice(self.domain.values(table, column))
 
     # ---- what is said of a column
@@ -222,12 +222,12 @@ class Scope:
         return pattern.format(c=noun, ac=article(noun), C=say(column), **slots)
 
     def _styled(self, f: Field, operation: str) -> str | None:
-        """The operation in the column's own words, where it has them (always for counts, which have no others)."""
+        """Name the operation in the column's own words if it has any (always for counts, which have no others)."""
         own = f"{f.style}.{operation}"
         return own if own in LEXICON and (f.style == "count" or self.rng.random() < STYLED) else None
 
     def number(self, table: str, column: str, operator: str, value: object) -> str:
-        """How a comparison with a number, a year or a date is said."""
+        """Phrase a comparison with a number, a year or a date."""
         f, name = self.domain.field(table, column), OPERATIONS[operator]
         own = self._styled(f, name)
         if own and f.style != "count" and isinstance(value, int | float):
@@ -244,14 +244,14 @@ class Scope:
         return self._fill(pattern, table, column, op=f"of {op}" if within and "{ac} {op}" in pattern else op)
 
     def between(self, table: str, column: str, low: object, high: object) -> str:
-        """How a range is said."""
+        """Phrase a range."""
         f = self.domain.field(table, column)
         if f.kind in ("year", "date") and f.style and self.rng.random() < STYLED:
             return self.word("year.between").format(verb=f.style, v=low, w=high)
         return self._fill(self.word(self._styled(f, "between") or "between"), table, column, v=low, w=high)
 
     def text(self, table: str, column: str, value: object, operation: str = "is") -> str:
-        """How it is said that a text is (or is not) a value."""
+        """Phrase that a text is (or is not) a value."""
         f = self.domain.field(table, column)
         if f.kind == "name" and operation == "is" and re.search("name$|title$|label$", column):
             operation = "named" if column.endswith("name") else "titled"
@@ -259,14 +259,14 @@ class Scope:
         return self._fill(self.word(self._styled(f, operation) or operation), table, column, v=quoted)
 
     def said_of(self, table: str, column: str, operation: str, value: object = "") -> str:
-        """How another operation on a column is said: ``contains``, ``prefix``, ``missing``."""
+        """Phrase another operation on a column: ``contains``, ``prefix``, ``missing``."""
         f = self.domain.field(table, column)
         return self._fill(self.word(self._styled(f, operation) or operation), table, column, v=value)
 
     def condition(
         self, table: str, prefix: str = "", avoid: str = "", row: int | None = None, kinds: str = "ccciirryd"
     ) -> tuple[str, str, str]:
-        """A condition on one column, with a value of any row or the one given: its wording, its SQL and the column."""
+        """Draw a condition on one column with a value of any row or the given one: wording, SQL and column."""
         column = self.column(table, self.rng.choice(kinds))
         if column == avoid:
             raise Skip
@@ -281,7 +281,7 @@ class Scope:
         return said, f"{prefix}{column} {operator} {literal(value)}", column
 
     def above(self, table: str, column: str, operator: str) -> str:
-        """How it is said that a number is above or below the average."""
+        """Phrase that a number is above or below the average."""
         f, name = self.domain.field(table, column), OPERATIONS[operator]
         average = self.word("avg")
         if f.style == "count":

@@ -1,6 +1,6 @@
 """Examples for pretraining the nano policy: prompt messages and answer, endless and deterministic from a seed.
 
-Only phrasing family ``A`` is used, only seen domains and made-up ones, and no (database, gold) pair that is held out
+Only phrasing family ``A`` is used, only seen and synthetic domains, and no (database, gold) pair that is held out
 for evaluation (`held_out`) appears, neither as an answer nor as a corrupted query.
 """
 
@@ -24,12 +24,12 @@ _TYPES = {"id": "INTEGER", "key": "INTEGER", "integer": "INTEGER", "year": "INTE
 
 
 def held_out(db_id: str, sql: str) -> bool:
-    """Whether a gold query of a seen database is kept for evaluation (one in five, by content)."""
+    """Tell whether a gold query of a seen database is kept for evaluation (one in five, by content)."""
     return int(hashlib.sha256(f"{db_id}\x1f{sql}".encode()).hexdigest()[:8], 16) % 5 == 0
 
 
 def connect(domain: Domain, path: str = ":memory:") -> sqlite3.Connection:
-    """A SQLite database holding a filled domain."""
+    """Write a filled domain to a SQLite database."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("BEGIN")
     for table, fields in domain.tables.items():
@@ -44,7 +44,7 @@ def connect(domain: Domain, path: str = ":memory:") -> sqlite3.Connection:
 
 
 def schema_of(domain: Domain, tables: list[str] | None = None) -> Schema:
-    """The schema of a domain (or of some of its tables, in the order given), as introspection would find it."""
+    """Return the schema of a domain (or of some of its tables, in this order), as introspection would find it."""
     return Schema(
         tuple(
             Table(
@@ -72,7 +72,7 @@ def execute(connection: sqlite3.Connection, sql: str) -> Execution:
 
 
 def same_result(connection: sqlite3.Connection, first: str, second: str) -> bool:
-    """Whether both queries run and give the same rows (in the same order where the second one orders)."""
+    """Tell whether both queries run and give the same rows (in the same order if the second one orders)."""
     connection.set_progress_handler(lambda: 1, 2_000_000)
     try:
         a, b = (connection.execute(q).fetchmany(2000) for q in (first, second))
@@ -96,10 +96,10 @@ class Examples:
     Args:
         seed: of everything drawn here.
         starts, middles: word pieces for pseudo-words (see `Inventor`).
-        made_up: share of made-up schemas at the top level (nearly all below it).
+        made_up: share of synthetic schemas at the top level (nearly all below it).
         rewrite, check: shares of these prompts at the top level.
-        disturbed: share of questions with idle words put in and small words lost, so that the policy learns to look
-            a word up in the schema before it takes it for a name.
+        disturbed: share of questions with idle words inserted and small words dropped, so that the policy learns to
+            look a word up in the schema before it takes it for a name.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Examples:
         self.seen = [fill(d, self.rng) for d in read_domains("seen")]
 
     def draw(self, level: int) -> Example:
-        """One example; level 2 also mixes in easier ones, level 3 is level 2 with questions disturbed more."""
+        """Draw one example; level 2 also mixes in easier ones, level 3 is level 2 with more disturbed questions."""
         rng = self.rng
         late, level = level == 3, min(level, 2)
         agent = "write"
@@ -159,7 +159,7 @@ class Examples:
         return Example(agent, messages, answer)
 
     def draft(self, domain: Domain, level: int, late: bool = False) -> Draft:
-        """A question of family A and its query, which is not held out."""
+        """Draw a question of family A and its query, which is not held out."""
         while True:
             filler = self.inventor.word if self.rng.random() < self.disturbed else None
             draft = draw(domain, self.rng, "A", level=level, filler=filler, late=late)
@@ -167,7 +167,7 @@ class Examples:
                 return draft
 
     def shown_schema(self, domain: Domain, sql: str, drop: float) -> str:
-        """The schema in declared or shuffled order, sometimes with only some of the tables that are not needed."""
+        """Write the schema in declared or shuffled order, sometimes without some of the tables that are not needed."""
         tables = list(domain.tables)
         if self.rng.random() < drop:
             words = set(re.findall(r"\w+", sql))
@@ -185,7 +185,7 @@ class Examples:
         return draft.sql + " LIMIT", "fix_syntax"
 
     def _damage(self, domain: Domain, sql: str) -> tuple[str, str]:
-        """One mistake such as a small model makes (a wrong name or operator, a lost part), and what mends it."""
+        """Make one mistake of a small model (a wrong name or operator, a lost part); return it with what fixes it."""
         rng, kind = self.rng, self.rng.random()
         tokens = re.findall(r"'(?:[^']|'')*'|\w+|[^\w\s]+|\s+", sql)
         functions = ("count", "avg", "max", "min", "sum")
@@ -213,7 +213,7 @@ class Examples:
         elif kind < 0.69:  # the end lost
             grouped = "add_groupby" if "GROUP BY" in sql else "rewrite_full"
             return re.sub(r" (WHERE|GROUP BY|ORDER BY|HAVING|LIMIT)\b.*$", "", sql), grouped
-        elif kind < 0.77:  # a literal spoilt
+        elif kind < 0.77:  # a literal broken
             texts = [i for i, t in enumerate(tokens) if t.startswith("'")]
             if not texts:
                 return sql, "relax_filter"

@@ -32,7 +32,7 @@ class Draft:
     sql: str
     construct: str
     keys: str = ""
-    """A query whose rows must all differ, or ties would decide the order; '' where there is no order."""
+    """A query whose rows must all differ, or ties would decide the order; '' for a query without order."""
 
 
 Slots = dict[str, Any]
@@ -98,7 +98,7 @@ def _negation(s: Scope) -> Slots:
 
 
 def _two(s: Scope, joint: str) -> Slots:
-    """Two conditions that some row meets; slot ``S`` says them, slots ``cols`` and ``COLS`` name another column."""
+    """Draw two conditions that some row meets; slot ``S`` says them, ``cols`` and ``COLS`` name another column."""
     t = s.entity()
     row = s.rng.randrange(len(s.domain.rows[t]))
     said, first, column = s.condition(t, row=row)
@@ -249,7 +249,7 @@ _COMBINE: dict[str, Callable[[set, set, set], set]] = {
 
 
 def _telling_cuts(s: Scope, table: str, column: str, number: str, operation: str) -> list[tuple]:
-    """Pairs of numbers that make a gold query which its halves and its neighbours differ from; few do."""
+    """Find pairs of numbers whose gold query differs from its halves and its neighbours; few do."""
     pair = [[f.name for f in s.domain.tables[table]].index(name) for name in (number, column)]
     rows: list[tuple[Any, Any]] = [(row[pair[0]], row[pair[1]]) for row in s.domain.rows[table]]
     every, rows = {text for _, text in rows}, [row for row in rows if row[0] is not None]
@@ -285,7 +285,7 @@ def _cut(s: Scope, operation: str) -> Slots:
 
 
 def _named_rows(s: Scope, table: str) -> tuple[str, str]:
-    """Rows of a table picked by a text ("stadiums in Paris", "the stadium named X"), and the condition."""
+    """Pick rows of a table by a text ("stadiums in Paris", "the stadium named X"), with the condition."""
     column = s.column(table, "nc")
     value = s.value(table, column)
     said = s.text(table, column, value)
@@ -405,7 +405,7 @@ _ASKING = ("What", "How", "Which", "Do you", "Could you")
 
 
 def _sentence(scope: Scope, frame: str) -> str:
-    """A frame with its slots filled, its first letter and its last mark as they should be."""
+    """Fill the slots of a frame, with a capital first letter and a closing mark."""
     slots = scope.slots
     slots |= {name: scope.word(name) for name in _PICKED if f"{{{name}}}" in frame}
     if "ask" in slots:

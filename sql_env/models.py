@@ -1,4 +1,4 @@
-"""What client and server say to each other: actions, observations, state."""
+"""Messages between client and server: actions, observations, state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SqlAction(Action):
 
 
 class SqlObservation(Observation):
-    """What is known after reset or a step; `reward` and `done` are those of the step."""
+    """Observation after reset or a step; `reward` and `done` are those of the step."""
 
     episode_id: str
     """Names the episode in HTTP requests."""
@@ -37,9 +37,9 @@ class SqlObservation(Observation):
     sql: str = ""
     """The last query."""
     result: str = ""
-    """What the database answered, as the prompts show it."""
+    """The result of the query, as the prompts show it."""
     error_class: str = ""
-    """How it failed (`sqlbench.agent.repair.POTENTIAL`); ``none`` where it ran and gave rows."""
+    """How it failed (`sqlbench.agent.repair.POTENTIAL`); ``none`` if it ran and gave rows."""
     success: bool | None = None
     """Whether its answer is right."""
 
@@ -55,7 +55,7 @@ class Attempt(Record):
 
 
 class SqlState(State):
-    """Where an episode stands; without an episode all is empty."""
+    """State of an episode; empty without one."""
 
     task_id: str = ""
     db_id: str = ""

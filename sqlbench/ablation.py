@@ -7,8 +7,8 @@ A cell is one training run and the evaluations before and after it, on the same 
     results/<profile>/<run>/cells/t3_c2048_write-rewrite/after/       the evaluation of the trained policy
     results/<profile>/<run>/cells/t3_c2048_write-rewrite/cell.json    everything the tables need; its presence = done
 
-A cell's name says all that sets it apart from the default cell, so equal names mean equal settings, and a run that
-was interrupted goes on where it stopped: finished cells are skipped, an unfinished training resumes at its last
+A cell's name says all that sets it apart from the default cell, so equal names mean equal settings. An interrupted run
+resumes where it stopped: finished cells are skipped, an unfinished training resumes at its last
 checkpoint, an unfinished evaluation at its last rollout.
 """
 
@@ -50,7 +50,7 @@ from sqlbench.tables import (
 def ablate(settings: AblateConfig) -> pd.DataFrame:
     """Run or resume the cells of a grid, write both tables, and return the state of every cell.
 
-    A dry run of the grid ``seed`` prints what there is beside the published figures.
+    A dry run of the grid ``seed`` prints the results so far next to the published figures.
 
     Raises:
         RunError: unknown profile, grid or cell; or a cell failed, after the others were run.
@@ -58,11 +58,11 @@ def ablate(settings: AblateConfig) -> pd.DataFrame:
     profile, only = settings.profile, settings.only
     grid = settings.grid or ("seed" if profile == "gpu" else "short")
     if grid not in GRIDS:
-        raise RunError(f"unknown grid '{grid}'; choose one of {', '.join(GRIDS)}")
+        raise RunError(f"Unknown grid: {grid}. Choose one of: {', '.join(GRIDS)}.")
     rows = {name: cell for name, cell in GRIDS[grid].rows.items() if only in (None, name, cell.name)}
     cells = list(rows.values())
     if not cells:
-        raise RunError(f"grid '{grid}' has no cell '{only}'; it has: {', '.join(GRIDS[grid].rows)}")
+        raise RunError(f"Unknown cell of grid {grid}: {only}. Choose one of: {', '.join(GRIDS[grid].rows)}.")
     data = settings.data or find_profile(profile).data
     bench = Bench(profile, settings.run or grid, str(data), str(settings.results))
     chosen = replace(GRIDS[grid], overrides=(*GRIDS[grid].overrides, *settings.overrides))
@@ -85,7 +85,8 @@ def ablate(settings: AblateConfig) -> pd.DataFrame:
                 write_seed_tables(bench.folder)
         for name, error in failed.items():
             raise RunError(
-                f"{len(failed)} of {len(cells)} cells failed, first {name}: {error}; the same call goes on from here"
+                f"{len(failed)} of {len(cells)} cells failed, first {name}: {str(error).rstrip('.')}. "
+                "Rerun the same call to resume."
             ) from error
     return pd.DataFrame([{"cell": n, "state": bench.state(c), "folder": str(bench.cell(c))} for n, c in rows.items()])
 
@@ -101,15 +102,15 @@ class Bench:
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """Return the run folder."""
         return run_path(self.results, self.profile, self.run)
 
     def cell(self, cell: Cell) -> Path:
-        """A cell's folder."""
+        """Return a cell's folder."""
         return self.folder / "cells" / cell.name
 
     def state(self, cell: Cell) -> str:
-        """How far a cell is."""
+        """Describe how far a cell is."""
         if (self.cell(cell) / CELL).is_file():
             return "finished"
         try:
@@ -119,7 +120,7 @@ class Bench:
 
 
 def _run_cells(cells: list[Cell], grid: Grid, bench: Bench, parallel: int) -> dict[str, SqlbenchError]:
-    """Run what is not finished; one cell that fails does not stop the others. Returns what failed, by cell."""
+    """Run the unfinished cells and return the errors by cell; a failed cell does not stop the others."""
     todo = [cell for cell in cells if bench.state(cell) != "finished"]
     failed: dict[str, SqlbenchError] = {}
     have = len(cells) - len(todo)
@@ -161,17 +162,17 @@ def _run_cell_apart(cell: Cell, bench: Bench, grid: Grid) -> None:
 
 
 def _end_with_parent() -> None:
-    """A process that trains must not outlive the one that asked for it."""
+    """End this process with the one that started it, so that no training outlives its caller."""
     if parent := parent_process():
         parent.join()
         os._exit(1)
 
 
 def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:
-    """Evaluate, train, evaluate again; whatever of it is done already is not done again.
+    """Evaluate, train and evaluate again; skip the parts that are finished.
 
-    On a GPU both accuracies are those of the trainer's own greedy validation, before the first and after the last step:
-    there is no second engine to load the policy into.
+    On a GPU both accuracies are those of the trainer's own greedy validation, before the first and after the last step,
+    because no second engine is available to load the policy into.
     """
     place = bench.cell(cell)
     if (place / CELL).is_file():
@@ -185,8 +186,8 @@ def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:
         ]
         if any(side.rollouts.empty for side in checks):
             raise RunError(
-                f"the training {place / 'train'} was not validated before its first step and after its last; leave "
-                "trainer.val_before_train and trainer.test_freq on, and choose another run name"
+                f"Training not validated before its first and after its last step: {place / 'train'}. Leave "
+                "trainer.val_before_train and trainer.test_freq on, and choose another run name."
             )
     else:
         before = evaluate_before(cell, bench, grid)
@@ -213,7 +214,7 @@ def run_cell(cell: Cell, bench: Bench, grid: Grid) -> CellResult:
 
 
 def train_cell(cell: Cell, bench: Bench, grid: Grid, *, dry_run: bool = False) -> Path:
-    """Train a cell, or go on training it; returns its training run folder, at once where it is finished."""
+    """Train a cell, or resume its training, and return its run folder (at once if it is finished)."""
     from sqlbench.training.launch import train
 
     place = bench.cell(cell) / "train"
@@ -244,18 +245,18 @@ def train_cell(cell: Cell, bench: Bench, grid: Grid, *, dry_run: bool = False) -
 
 
 def evaluate_before(cell: Cell, bench: Bench, grid: Grid) -> RunFolder:
-    """The evaluation of a cell's model before training, made where it is missing."""
+    """Return the evaluation of a cell's model before training; run it if it is missing."""
     return _evaluate_once(cell, cell.model, f"cells/{before_name(cell, grid.split)}", bench, grid)
 
 
 def evaluate_after(cell: Cell, bench: Bench, grid: Grid) -> RunFolder:
-    """The evaluation of a trained cell's policy, made where it is missing."""
+    """Return the evaluation of a trained cell's policy; run it if it is missing."""
     name = f"cells/{cell.name}/after" + _suffix(grid.split)
     return _evaluate_once(cell, str(bench.cell(cell) / "train"), name, bench, grid)
 
 
 def before_name(cell: Cell, split: str = "headline") -> str:
-    """Folder of the evaluation before training, below ``cells/``; one for all cells that only train differently."""
+    """Name the folder of the evaluation before training; cells that differ only in training share it."""
     model = "" if cell.model == "nano" else "_" + slug(cell.model)
     return f"before_t{cell.turns}_c{cell.context}{model}{_suffix(split)}"
 
@@ -269,10 +270,10 @@ def _evaluate_once(cell: Cell, model: str, name: str, bench: Bench, grid: Grid) 
     wanted = {"split": grid.split, "limit": grid.limit, "rollout": cell.rollout.model_dump()}
     if folder.finished:
         seen = folder.config()
-        # A setting that is newer than the run had its default there.
+        # A setting added after the run was made had its default value then.
         seen["rollout"] = RolloutConfig.model_validate(seen.get("rollout", {})).model_dump()
         if changed := differences({key: seen.get(key) for key in wanted}, wanted):
-            raise RunError(f"{folder.root} holds another evaluation ({'; '.join(changed)}); choose another run name")
+            raise RunError(f"Another evaluation is in {folder.root}: {'; '.join(changed)}. Choose another run name.")
         return folder
     evaluate(
         bench.data,
@@ -288,7 +289,7 @@ def _evaluate_once(cell: Cell, model: str, name: str, bench: Bench, grid: Grid) 
 
 
 def compare_splits(cell: Cell, bench: Bench, splits: Iterable[str], limit: int | None = None) -> pd.DataFrame:
-    """A trained cell before and after on several splits, one row each; evaluations that are missing are made."""
+    """Compare a trained cell before and after on several splits, one row each; run missing evaluations."""
     rows = []
     for split in splits:
         grid = Grid((cell,), split=split, limit=limit)

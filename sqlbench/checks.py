@@ -1,4 +1,4 @@
-"""What can run on this machine, and where something cannot, why not and what to do about it."""
+"""Report which parts of the workbench can run on this machine, and what the others lack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REPORTED = ("torch", "transformers", "verl", "ray", "vllm", "langgraph", "gepa"
 
 
 def capabilities(data: Path | str = "data") -> pd.DataFrame:
-    """One row for each thing the workbench can do: whether it runs here, and what it lacks.
+    """List each thing the workbench can do, whether it runs here, and what it lacks.
 
     Nothing is imported and nothing is contacted: an installed library can still be broken, an endpoint down.
 
@@ -31,7 +31,7 @@ def capabilities(data: Path | str = "data") -> pd.DataFrame:
         named = settings.get("OPENAI_BASE_URL") or settings.get("OPENAI_API_KEY")
         endpoint = "" if named else "an endpoint: OPENAI_BASE_URL or OPENAI_API_KEY in .env"
     except UnicodeDecodeError:
-        endpoint = f"{find_dotenv(usecwd=True)} is not UTF-8: save it as such"
+        endpoint = f"{find_dotenv(usecwd=True)} in UTF-8"
     spider = "" if (Path(data) / "spider/dataset.json").is_file() else "sqlbench data spider --download"
     browser = "" if find_browser() else "Chromium on the PATH"
     needs = {
@@ -54,14 +54,14 @@ def capabilities(data: Path | str = "data") -> pd.DataFrame:
 
 
 def versions() -> dict[str, str]:
-    """Versions of sqlbench, Python and the libraries that results depend on, as far as they are installed."""
+    """Return the versions of sqlbench, Python and the installed libraries that results depend on."""
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
     known = {"sqlbench": __version__, "python": platform.python_version()}
     return known | {name: installed[name] for name in _REPORTED if name in installed}
 
 
 def find_browser() -> str | None:
-    """The Chromium that browser tests use."""
+    """Find the Chromium that browser tests use."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -1,7 +1,7 @@
 """Exactly when two result tables are the same answer, without trying column orders one by one.
 
 Columns may come in any order and column names do not matter. Rows are compared as a list or as a multiset, the latter
-optionally within blocks of rows that tie. The search over column orders fixes one column after the other and keeps
+optionally within blocks of rows that tie. The search fixes one column after the other and keeps
 only orders whose row prefixes still agree, so equal-looking columns cost about rows x columns². `SearchLimit` is
 raised after `MAX_CELLS` looked-at cells, which only tables built to defeat the search reach.
 """
@@ -24,7 +24,7 @@ class SearchLimit(Exception):
 
 
 class Answer:
-    """A result table with what comparisons need of it, computed once (a gold answer is compared many times)."""
+    """A result table with values derived for comparisons, computed once (a gold answer is compared many times)."""
 
     def __init__(self, rows: list[tuple], labels: Sequence[int] | None = None) -> None:
         self.rows = rows
@@ -34,44 +34,44 @@ class Answer:
 
     @cached_property
     def bag(self) -> Counter:
-        """Rows (with their label) and how often each occurs."""
+        """Count each row (with its label)."""
         return Counter(self.rows if self.labels is None else zip(self.labels, self.rows, strict=True))
 
     @cached_property
     def columns(self) -> list[tuple]:
-        """The table by columns."""
+        """Return the table by columns."""
         return list(zip(*self.rows, strict=True))
 
     @cached_property
     def column_bag(self) -> Counter:
-        """Whole columns as sequences, and how often each occurs."""
+        """Count each whole column as a sequence."""
         return Counter(self.columns)
 
     @cached_property
     def signatures(self) -> list[frozenset]:
-        """Per column its values and how often each occurs; equal for columns that may stand for each other."""
+        """Count the values of each column; interchangeable columns have equal signatures."""
         return [frozenset(Counter(column).items()) for column in self.columns]
 
     @cached_property
     def has_whole_floats(self) -> bool:
-        """Whether any cell is a float that equals an integer."""
+        """Tell whether any cell is a float that equals an integer."""
         return self.has_floats and any(c.is_integer() for c in chain.from_iterable(self.rows) if type(c) is float)
 
     @cached_property
     def has_floats(self) -> bool:
-        """Whether any cell is a float."""
+        """Tell whether any cell is a float."""
         return float in set(map(type, chain.from_iterable(self.rows)))
 
 
 def _within(part: Counter, whole: Counter, equal: bool) -> bool:
-    """Whether one multiset is contained in another; `equal` says that they are of one size."""
+    """Tell whether one multiset is contained in another; `equal` says that they are of one size."""
     if equal:
         return dict.__eq__(part, whole)  # Counter compares in Python
     return all([count <= whole.get(item, 0) for item, count in part.items()])
 
 
 def same_list(gold: Answer, pred: Answer) -> bool:
-    """Whether some column order makes the row lists equal: exactly when the columns are equal as multisets."""
+    """Tell whether a column order makes the row lists equal: exactly if the columns are equal as multisets."""
     if gold.rows == pred.rows:
         return True
     if len(gold.rows) != len(pred.rows) or gold.width != pred.width or gold.width == 1:
@@ -80,7 +80,7 @@ def same_list(gold: Answer, pred: Answer) -> bool:
 
 
 def same_bag(gold: Answer, pred: Answer) -> bool:
-    """Whether some column order makes every row of `pred` (with its label) one of `gold`, counting repetitions.
+    """Tell whether a column order makes every row of `pred` (with its label) one of `gold`, counting repetitions.
 
     With equally many rows that is equality of multisets; `gold` may also hold more rows than `pred`.
     """
@@ -111,7 +111,7 @@ def _search(gold: Answer, pred: Answer) -> bool:
     cells = 0
 
     def level(depth: int, ids: list[int]) -> tuple[dict, Counter, list[int]]:
-        """Numbers for the different row prefixes of gold after `depth` + 1 columns; the same on every path."""
+        """Number the different row prefixes of gold after `depth` + 1 columns, equally on every path."""
         if depth == len(levels):
             numbers: dict = {}
             prefix = [
@@ -123,7 +123,7 @@ def _search(gold: Answer, pred: Answer) -> bool:
     interchangeable: dict[tuple[int, int], bool] = {}
 
     def swappable(i: int, j: int) -> bool:
-        """Whether exchanging two columns of pred gives the same multiset of rows: then trying one of them is enough."""
+        """Tell whether exchanging two columns of pred keeps the multiset of rows, so that trying one is enough."""
         if (i, j) not in interchangeable:
             labels = pred.labels or [0] * n
             bag = pred.bag if pred.labels else Counter(zip(labels, pred.rows, strict=True))
@@ -160,7 +160,7 @@ def _search(gold: Answer, pred: Answer) -> bool:
 
 
 def near(gold: Answer, pred: Answer) -> tuple[Answer, Answer] | None:
-    """Both tables with numbers that differ by less than `FLOAT_TOLERANCE` made equal; None where none do.
+    """Make numbers equal that differ by less than `FLOAT_TOLERANCE`, in both tables; None if none do.
 
     Two integers are never made equal: nothing rounds them.
     """
@@ -182,7 +182,7 @@ def near(gold: Answer, pred: Answer) -> tuple[Answer, Answer] | None:
 
 
 def rows_sort_alike(gold: list[tuple], pred: list[tuple], ordered: bool) -> bool:
-    """The reference evaluator's first look: rows with their cells sorted as text have to agree.
+    """Compare as the reference evaluator first does: rows with their cells sorted as text have to agree.
 
     It turns away some equal tables, (1, 10) against (1.0, 10) for one, because 1 and 1.0 sort differently as text.
     """

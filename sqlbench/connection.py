@@ -1,7 +1,7 @@
-"""A database of the user's own: opened read-only, introspected, with example questions that were checked to run.
+"""A database of the user's own: opened read-only, introspected, with example questions whose queries run.
 
-Whatever is wrong with the target is one `DatabaseError` of one line that never shows a password. What is merely unusual
-(no tables, a schema longer than a prompt shows) opens, and stands in `Connection.notice`.
+Every fault of the target raises a `DatabaseError` of one line that never shows a password. A merely unusual database
+(no tables, a schema longer than a prompt shows) opens, and `Connection.notice` says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMALL, LARGE = RolloutConfig().table_info_truncate, 12_000
 """Characters of schema that a prompt shows to the nano policy, and to any other model."""
 _LIMITS = Limits(seconds=1.0, rows=1000)
 _SECONDS = 5.0
-"""Time after which no further example is tried."""
+"""Seconds after which no further example is tried."""
 _KINDS_OF_TARGET = "the path of a SQLite file, :memory:, or postgresql://user@host:port/name"
 
 
@@ -42,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Connection:
-    """An open database and what is known of it."""
+    """An open database with its schema and examples."""
 
     name: str
     """For people: without path, user or password."""
@@ -51,7 +51,7 @@ class Connection:
     examples: tuple[Example, ...]
     """Up to five, made from the schema."""
     notice: str = ""
-    """One line on what will not work as expected; empty where all is well."""
+    """One line on limits of this database; empty if it has none."""
 
 
 def connect(target: str | Path | Database) -> Connection:
@@ -60,15 +60,15 @@ def connect(target: str | Path | Database) -> Connection:
     A database object is taken as it is.
 
     Raises:
-        DatabaseError: it is no address, cannot be reached, does not exist or is no database.
+        DatabaseError: the target is not an address or a database, does not exist, or cannot be reached.
     """
     if not isinstance(target, str | Path):
         return _connection(target)
     text = sqlite_path(str(target).strip())
     scheme = re.match(r"(\w+)(\+\w+)?:/", text)
     if not text or (scheme and not is_postgres(text)):
-        what = f"a database of kind '{scheme[0].rstrip(':/')}' is not supported" if scheme else "no database given"
-        raise DatabaseError(f"{what}; give {_KINDS_OF_TARGET}")
+        what = f"Unsupported kind of database: {scheme[0].rstrip(':/')}" if scheme else "No database given"
+        raise DatabaseError(f"{what}. Give {_KINDS_OF_TARGET}.")
     try:
         path = text if is_postgres(text) or text == ":memory:" else str(Path(text).expanduser())
         return _connection(open_database(path))
@@ -93,8 +93,8 @@ def _notice(name: str, schema: Schema) -> str:
         return ""
     widest = max(schema.tables, key=lambda table: len(table.columns))
     return (
-        f"{name} is large (its widest table, {widest.label}, has {len(widest.columns)} columns): prompts show the "
-        f"beginning of its schema only, {SMALL:,} characters to nano and {LARGE:,} to other models"
+        f"{name} is large (its widest table, {widest.label}, has {len(widest.columns)} columns): prompts show only the "
+        f"beginning of its schema, {SMALL:,} characters to nano and {LARGE:,} to other models"
     )
 
 
@@ -102,7 +102,7 @@ def _notice(name: str, schema: Schema) -> str:
 
 
 def schema_examples(database: Database, schema: Schema) -> list[Example]:
-    """Up to five questions made from the schema alone, of different kinds and on different tables where possible."""
+    """Make up to five questions from the schema alone, of different kinds and on different tables where possible."""
     deadline = time.monotonic() + _SECONDS
     tables = [_questions(table) for table in schema.tables if table.columns]
     kinds = [[tables[(kind + i) % len(tables)][kind] for i in range(len(tables))] for kind in range(EXAMPLES)]
@@ -118,7 +118,7 @@ def schema_examples(database: Database, schema: Schema) -> list[Example]:
 
 
 async def model_examples(connection: Connection, model: Model) -> list[Example]:
-    """Five questions from the model, filled up from the schema where fewer of its queries run.
+    """Ask the model for five questions; fill up from the schema where fewer of its queries run.
 
     Raises:
         ModelError: the model cannot be reached.
@@ -162,7 +162,7 @@ def _plural(words: str) -> str:
 
 
 def _columns(table: Table, *types: str) -> list[Column]:
-    """Columns of these types that are no keys."""
+    """Return the columns of these types that are not keys."""
     keys = {key.column for key in table.foreign_keys}
     return [
         c
@@ -176,7 +176,7 @@ _NUMBERS, _TEXT = ("INT", "REAL", "NUM", "DEC", "DOUBLE", "FLOA", "MONEY"), ("CH
 
 
 def _questions(table: Table) -> list[Example | None]:
-    """One question of each kind; None where the table has no columns for it."""
+    """Make one question of each kind; None where the table has no columns for it."""
     one, many, name = _words(table.name), _plural(_words(table.name)), quote(table.name, table.schema)
     found: list[Example | None] = [Example(f"How many {many} are there?", f"SELECT count(*) FROM {name}")]
     labels, numbers = _columns(table, *_TEXT), _columns(table, *_NUMBERS)

@@ -47,7 +47,7 @@ _drawing = threading.RLock()
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """The look of all figures. matplotlib's settings are global: one figure at a time, whatever the thread."""
+    """Set the look of all figures, one at a time: matplotlib's settings are shared by all threads."""
     with _drawing, plt.rc_context(STYLE):
         yield
 
@@ -63,7 +63,7 @@ class Series:
     each_step: bool = True
     """Whether it is logged at every step: noisy, so a running mean is drawn through it."""
     older: str = ""
-    """The key of runs from before there was `key`."""
+    """The key in older runs, which lack `key`."""
 
 
 SERIES = {
@@ -86,19 +86,19 @@ PANELS = ("val_ex", "reward", "entropy", "transitions", "response", "zero_varian
 
 
 def read_metrics(run: Path | str) -> pd.DataFrame:
-    """All metrics of a training run folder: one row a step, columns as the trainer names them.
+    """Read all metrics of a training run folder: one row per step, columns as the trainer names them.
 
     Raises:
-        DataError: nothing was logged there.
+        DataError: the run has no metrics.
     """
     rows = read_rows(Path(run) / METRICS)
     if not rows:
-        raise DataError(f"no training metrics in {run}; train there first, or wait for its first step")
+        raise DataError(f"No training metrics in {run}. Train there first, or wait for the first step.")
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index()
 
 
 def series(metrics: pd.DataFrame, name: str) -> pd.Series:
-    """One quantity over steps in the units of its title; empty where the run did not log it."""
+    """Return one quantity over steps in the units of its title; empty if the run did not log it."""
     spec = SERIES[name]
     key = spec.key if spec.key in metrics else spec.older
     if key not in metrics:
@@ -107,9 +107,9 @@ def series(metrics: pd.DataFrame, name: str) -> pd.Series:
 
 
 def time_shares(metrics: pd.DataFrame) -> dict[str, float]:
-    """Steps, seconds a step, and the percentages of it spent in rollout, actor update and everything else.
+    """Compute steps, seconds per step, and the percentages spent in rollout, actor update and the rest.
 
-    The trainer's step timer leaves validation out, and so does this.
+    The trainer's step timer leaves validation out, and so does this function.
     """
     parts = pd.concat([series(metrics, n) for n in ("step_s", "rollout_s", "update_s")], axis=1).dropna()
     if parts.empty:
@@ -121,9 +121,9 @@ def time_shares(metrics: pd.DataFrame) -> dict[str, float]:
 
 
 def curve_table(runs: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
-    """First -> last value of each curve, the mean over seeds.
+    """List the first -> last value of each curve, the mean over seeds.
 
-    For what is logged at every step these are the means of the first and the last tenth of the steps.
+    Curves logged at every step show the means of the first and the last tenth of the steps.
     """
     rows = []
     for label, folders in runs.items():
@@ -143,15 +143,15 @@ def curve_table(runs: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
 def reward_curves(
     runs: Mapping[str, Sequence[Path]], names: Sequence[str] = PANELS, *, smooth: int = 5, columns: int = 3
 ) -> Figure:
-    """Curves of training runs, a panel for each of `names`.
+    """Draw curves of training runs, one panel for each of `names`.
 
     Args:
         runs: label -> the run folders of its seeds. One folder gives a line; several give their mean and a band from
             the lowest to the highest.
         names: which of `SERIES` to show.
-        smooth: steps of the running mean drawn through what is logged at every step; raw values stay
-            visible behind it where there are few runs.
-        columns: panels in a row.
+        smooth: steps of the running mean drawn through values logged at every step; raw values stay
+            visible behind it if the runs are few.
+        columns: panels per row.
     """
     frames = {label: [read_metrics(folder) for folder in folders] for label, folders in runs.items() if folders}
     raw = len(frames) <= 4 and any(len(seeds) == 1 for seeds in frames.values())
@@ -174,7 +174,7 @@ def reward_curves(
             axis.set_xlabel("step")
             axis.xaxis.get_major_locator().set_params(integer=True)
             low, high = axis.dataLim.intervaly
-            if low == high:  # nothing moved: let it look like that, and like the size it has
+            if low == high:  # a constant curve: show it flat and at its size
                 axis.set_ylim(0, 2 * high or 1)
             elif axis.get_ylim()[0] < 0 <= low:  # none of the quantities can be negative
                 axis.set_ylim(bottom=0)
@@ -227,7 +227,7 @@ def _smoothed(values: pd.Series, window: int) -> pd.Series:
 
 
 def time_split(runs: Mapping[str, Sequence[Path]]) -> Figure:
-    """Where the time of a step goes, one bar a label (the mean over its seeds)."""
+    """Draw where the time of a step goes, one bar per label (the mean over its seeds)."""
     shares = {
         label: pd.DataFrame([time_shares(read_metrics(folder)) for folder in folders]).mean()
         for label, folders in runs.items()
@@ -262,7 +262,7 @@ def time_split(runs: Mapping[str, Sequence[Path]]) -> Figure:
 
 
 def before_after(rows: pd.DataFrame) -> Figure:
-    """Initial -> final accuracy with 95% intervals, one pair of bars a row.
+    """Draw initial -> final accuracy with 95% intervals, one pair of bars per row.
 
     Args:
         rows: columns ``label``, ``initial``, ``initial_low``, ``initial_high``, ``final``, ``final_low``,
@@ -290,7 +290,7 @@ def before_after(rows: pd.DataFrame) -> Figure:
 
 
 def png(figure: Figure, dpi: int = 160) -> bytes:
-    """A figure as PNG; the same figure always gives the same bytes."""
+    """Encode a figure as PNG; the same figure always gives the same bytes."""
     file = io.BytesIO()
     with _style():
         figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})

@@ -1,6 +1,6 @@
-"""What the notebooks show of data, rollouts and runs, as values that Jupyter and GitHub both render.
+"""Views of data, rollouts and runs for the notebooks, as values that Jupyter and GitHub both render.
 
-Nothing here computes a result: tables are made from summaries and audits, stories from trajectories.
+Tables are made from summaries and audits, stories from trajectories; no result is computed here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def open_project() -> Path:
 
 
 def ensure_data(data: Path | str, source: str = "pocket") -> DataSet:
-    """The data set in a folder, made and audited first where there is none.
+    """Open the data set in a folder; make and audit it first if it is missing.
 
     Args:
         data: its folder.
@@ -55,7 +55,7 @@ def ensure_data(data: Path | str, source: str = "pocket") -> DataSet:
 
 
 def audit_table(data: Path | str) -> pd.DataFrame:
-    """The gold audit, a row a split, with what one constant query would earn there."""
+    """Tabulate the gold audit, one row per split, with the score of one constant query."""
     return pd.DataFrame(
         {
             "split": name,
@@ -73,12 +73,12 @@ def audit_table(data: Path | str) -> pd.DataFrame:
 
 
 def task_frame(tasks: Iterable[Task]) -> pd.DataFrame:
-    """Tasks as a table."""
+    """Tabulate tasks."""
     return pd.DataFrame([task.model_dump() for task in tasks], columns=list(Task.model_fields))
 
 
 def score_table(scores: Mapping[str, Score], name: str) -> pd.DataFrame:
-    """Accuracies with their intervals, in percent."""
+    """Tabulate accuracies with their intervals, in percent."""
     rows = [
         {name: key, "tasks": s.n, "EX (%)": s.percent, "95% CI": s.interval_text} for key, s in scores.items() if s.n
     ]
@@ -86,10 +86,10 @@ def score_table(scores: Mapping[str, Score], name: str) -> pd.DataFrame:
 
 
 def sample_table(summaries: Mapping[str, Summary]) -> pd.DataFrame:
-    """What several rollouts a task give after each turn, in percent with intervals, and the model calls they cost.
+    """Tabulate the estimates from several rollouts per task after each turn, in percent, and their model calls.
 
     Args:
-        summaries: evaluations by name; those with one rollout a task are left out.
+        summaries: evaluations by name; those with one rollout per task are left out.
     """
     rows = []
     for name, summary in summaries.items():
@@ -102,7 +102,7 @@ def sample_table(summaries: Mapping[str, Summary]) -> pd.DataFrame:
 
 
 def error_table(summary: Summary) -> pd.DataFrame:
-    """Why rollouts scored nothing, and which executed statements failed."""
+    """Tabulate why rollouts scored nothing, and which executed statements failed."""
     rows = [("verdict", k, n) for k, n in summary.reasons.items()]
     rows += [("failed statement", k, n) for k, n in summary.query_errors.items()]
     rows += [("failed rollout", k, n) for k, n in summary.failures.items()]
@@ -110,7 +110,7 @@ def error_table(summary: Summary) -> pd.DataFrame:
 
 
 def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataFrame:
-    """Tasks whose verdict changed between two evaluations, gained ones first."""
+    """Tabulate the tasks whose verdict changed between two evaluations, gained ones first."""
     old, new = (Rollouts.of(side).rollouts.set_index(["task", "sample"]) for side in (before, after))
     both = new.join(old[["correct", "pred"]], rsuffix=" before", how="inner").rename(columns={"pred before": "before"})
     change = (both["correct"] - both["correct before"]).map({1.0: "gained", -1.0: "lost"})
@@ -120,7 +120,7 @@ def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataF
 
 
 def story(trajectory: Trajectory) -> Markdown:
-    """One rollout step by step: what each sub-agent answered and what the database said."""
+    """Tell one rollout step by step: the answers of the sub-agents and of the database."""
     verdict = {None: "could not be scored", False: "wrong", True: "right"}[trajectory.correct]
     if trajectory.match is not None:
         verdict += f", reward {trajectory.reward:g}"

@@ -1,4 +1,6 @@
-"""One error type per boundary that sqlbench crosses; each text says what happened, the value seen, and what to do next.
+"""One error type per boundary that sqlbench crosses; a text says what failed, the value, and what to do.
+
+Texts have the form ``<What failed>: <value>. <What to do>.``
 
 Four rules hold everywhere:
 
@@ -32,8 +34,8 @@ class ModelError(SqlbenchError, RuntimeError):
 class PromptTooLongError(ModelError):
     """A prompt has more tokens than are allowed; prompts are never cut.
 
-    The first prompt of a rollout holds nothing of the policy's, so the rollout failed. Later ones hold its answers, so
-    it was wrong: reward 0 with the reason ``overlong``.
+    The first prompt of a rollout has no answers of the policy, so the rollout failed. Later prompts have them, so the
+    rollout is wrong: reward 0 with the reason ``overlong``.
     """
 
 

@@ -1,4 +1,4 @@
-"""What a training on GPUs takes in memory and on disk: plain arithmetic on its configuration, before anything runs.
+"""Memory and disk of a training on GPUs: plain arithmetic on its configuration, before anything runs.
 
 With P parameters, N GPUs on n nodes, tensor parallelism T, and 4 bytes for verl's own float32 (2 for bfloat16):
 
@@ -17,7 +17,7 @@ With P parameters, N GPUs on n nodes, tensor parallelism T, and 4 bytes for verl
 | | a checkpoint being collected as a Hugging Face model | (4 + 2) P |
 | disk | a checkpoint: `model`, `optimizer`, `hf_model` | 4 P + 8 P + 4 P |
 | | the exported policy | 4 P |
-| | trajectories, at most | rollouts x 2 turns x (3 bytes a prompt character + 35 a response token) |
+| | trajectories, at most | rollouts x 2 turns x (3 bytes per prompt character + 35 per response token) |
 
 D is the hidden size, F that of the MLP, L the layers, V the vocabulary. A micro-batch has `ppo_max_token_len_per_gpu`
 tokens with `use_dynamic_bsz`, and otherwise `ppo_micro_batch_size_per_gpu` rows of at most `max_prompt_length +
@@ -58,9 +58,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 """From the ``config.json`` that each model is published with on the Hugging Face hub."""
 
 GPU_BYTES = 80e9
-"""Memory of the GPU that is assumed where there is none."""
+"""Assumed memory of the GPU on a machine without one."""
 RESERVE = 0.1
-"""Share of a card that is left free for what is not in the estimate."""
+"""Share of a card that is left free for everything outside the estimate."""
 FUSED_TOKENS = 512
 """Tokens for which verl's fused kernels hold logits at a time."""
 _ACTOR = "actor_rollout_ref.actor.fsdp_config"
@@ -69,19 +69,19 @@ SAVINGS = (f"{_ACTOR}.optimizer_offload", f"{_ACTOR}.param_offload", CHECKPOINTI
 """Settings that trade time for GPU memory, in the order in which they are worth it: the first two during rollouts, the
 last one during the update."""
 LEFT_OUT = (
-    "CUDA context and NCCL (1 to 2 GB a GPU), the layers that FSDP gathers, entropy and attention buffers, vLLM's own "
-    "activations and CUDA graphs, fragmentation, Python processes and Ray's object store, logs"
+    "CUDA context and NCCL (1 to 2 GB per GPU), the layers that FSDP gathers, entropy and attention buffers, vLLM's "
+    "own activations and CUDA graphs, fragmentation, Python processes and Ray's object store, logs"
 )
 PROMPT_BYTES, RESPONSE_BYTES = 3, 35
-"""Of a line of trajectories: a character of prompt (its text, and its share of a token id), a token of response (text,
-id, log-probability)."""
+"""Bytes in a line of trajectories: per character of prompt (its text, and its share of a token id), and per token of
+response (text, id, log-probability)."""
 OTHER_CHARACTERS, RESPONSE_TOKENS = 1500, 320
 """Instructions and question of a prompt; the longest mean response that the seed experiment published."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What counts of a model of the Llama, Qwen2 or Qwen3 kind; fields are those of its ``config.json``."""
+    """Sizes of a model of the Llama, Qwen2 or Qwen3 kind; fields are those of its ``config.json``."""
 
     model_type: str
     hidden_size: int
@@ -95,7 +95,7 @@ class Shape:
 
     @classmethod
     def of(cls, model: str) -> Shape | None:
-        """The shape of a model in a folder, or of a published one in `SHAPES`; None for any other."""
+        """Read the shape of a model in a folder, or of a published one in `SHAPES`; None for any other."""
         file = Path(model) / "config.json"
         config = json.loads(file.read_text()) if file.is_file() else SHAPES.get(model)
         if config is None or config["model_type"] not in ("llama", "qwen2", "qwen3"):
@@ -105,7 +105,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All parameters: embeddings, attention (with Qwen2's biases, Qwen3's norms), gated MLP, two norms a layer."""
+        """Count all parameters: embeddings, attention (Qwen2's biases, Qwen3's norms), MLP, two norms per layer."""
         d, q, kv = self.hidden_size, self.head_dim * self.num_attention_heads, self.head_dim * self.num_key_value_heads
         special = {"qwen2": q + 2 * kv, "qwen3": 2 * self.head_dim}.get(self.model_type, 0)
         layer = 2 * d * q + 2 * d * kv + 3 * d * self.intermediate_size + 2 * d + special
@@ -113,18 +113,18 @@ class Shape:
 
     @property
     def embedding(self) -> int:
-        """Parameters of one embedding matrix."""
+        """Count the parameters of one embedding matrix."""
         return self.vocab_size * self.hidden_size
 
     @property
     def kv_bytes(self) -> int:
-        """KV cache of one token in bfloat16."""
+        """Compute the bytes of one token's KV cache in bfloat16."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * 2
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by what takes them."""
+    """Bytes by use."""
 
     parameters: int
     update: dict[str, float]
@@ -132,7 +132,7 @@ class Estimate:
     rollout: dict[str, float]
     """On each GPU while rollouts are sampled."""
     kv_tokens: int
-    """Tokens that the KV cache of one GPU holds; 0 where the weights do not even fit."""
+    """Tokens that the KV cache of one GPU holds; 0 if the weights alone do not fit."""
     host: dict[str, float]
     """Memory of each node."""
     disk: dict[str, float]
@@ -142,34 +142,34 @@ class Estimate:
 
     @property
     def update_peak(self) -> float:
-        """Bytes of each GPU at the update's largest moment: the last micro-batch, or the optimizer's step."""
+        """Compute the peak bytes of each GPU during the update: at the last micro-batch, or the optimizer's step."""
         parts = self.update
         state = parts["weights"] + parts["gradients"] + parts["Adam"]
         return state + max(parts["longest micro-batch"], parts["weights"])
 
     def too_large(self) -> dict[str, tuple[str, ...]]:
-        """What does not fit into the card, in words, and the `SAVINGS` that would make it smaller."""
+        """Describe each peak that does not fit the card, with the `SAVINGS` that would reduce it."""
         peaks = {"rollouts": (sum(self.rollout.values()), SAVINGS[:2]), "the update": (self.update_peak, SAVINGS[2:])}
         room = (1 - RESERVE) * self.gpu_bytes
         return {f"{_gb(peak)} for {what}": keys for what, (peak, keys) in peaks.items() if peak > room}
 
     def needed(self, key: str) -> bool:
-        """Whether one of `SAVINGS` would make smaller what does not fit."""
+        """Tell whether one of `SAVINGS` would reduce a peak that does not fit."""
         return any(key in keys for keys in self.too_large().values())
 
     def warning(self) -> str | None:
-        """Say in one line that the card is too small; None where it is not."""
+        """Say in one line that the card is too small; None if it is not."""
         if not (found := self.too_large()):
             return None
         savings = [f"{key}=true" for key in self.unused if self.needed(key)]
-        advice = [*savings, "fewer tokens a micro-batch", "less gpu_memory_utilization", "more GPUs"]
+        advice = [*savings, "fewer tokens per micro-batch", "less gpu_memory_utilization", "more GPUs"]
         return (
             f"This may not fit GPUs of {_gb(self.gpu_bytes)}: it takes about {' and '.join(found)}, and {RESERVE:.0%} "
             f"should stay free. Give {', '.join(advice[:-1])} or {advice[-1]}."
         )
 
     def lines(self) -> list[str]:
-        """The estimate for people."""
+        """Write the estimate for people."""
         rows = {
             f"each GPU, while {self.parameters / 1e9:.2f}B parameters are updated": self.update,
             f"each GPU of {_gb(self.gpu_bytes)}, while rollouts are sampled": self.rollout,
@@ -186,7 +186,7 @@ class Estimate:
 
 
 def estimate(config: Any, steps: int, gpu_bytes: float = GPU_BYTES) -> Estimate | None:
-    """What a resolved training configuration takes for a number of steps; None where the model's shape is not known."""
+    """Estimate a resolved training configuration for a number of steps; None if the model's shape is unknown."""
     actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
     model = config.actor_rollout_ref.model
     shape = Shape.of(model.path)
@@ -239,7 +239,7 @@ def estimate(config: Any, steps: int, gpu_bytes: float = GPU_BYTES) -> Estimate 
 
 
 def gpu_bytes() -> int:
-    """Memory of this machine's first GPU; 0 where there is none."""
+    """Return the memory of this machine's first GPU; 0 without one."""
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0

@@ -1,12 +1,12 @@
 """Run a split through the agent and leave what came out in a run folder.
 
-Rollouts are written as they finish; a run that was interrupted goes on where it stopped, by the content of its tasks
-and not by row number. Failed rollouts and tasks that cannot be scored are counted and left out of the accuracy; an
-evaluation that is repeated runs its failed rollouts again, a finished one too. Where every rollout fails (a dead
+Rollouts are written as they finish. An interrupted run resumes where it stopped, by the content of its tasks and not
+by row number. Failed rollouts and tasks that cannot be scored are counted and left out of the accuracy; an
+evaluation that is repeated reruns its failed rollouts, even if it was finished. Where every rollout fails (a dead
 endpoint), the evaluation stops instead of failing a thousand times. Of a rollout only a few numbers stay in memory.
 
-Of several rollouts a task, each sample draws from a seed of its own, so that an interrupted run ends with the same
-rollouts as one that was not. Sample 0 is the rollout that an evaluation with one rollout a task makes.
+With several rollouts per task, each sample draws from a seed of its own, so that an interrupted run ends with the same
+rollouts as an undisturbed one. Sample 0 is the rollout that an evaluation with one rollout per task makes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sqlbench.runs import TRAJECTORIES, RunFolder, run_path
 from sqlbench.samples import estimate_samples, judge
 
 STOP_AFTER = 8
-"""So many rollouts failing one after another in the same words end an evaluation, three times as many in any words."""
+"""Abort after this many consecutive failures with the same message (three times as many with any message)."""
 
 
 @takes(EvalConfig, "data", "split", "model", "run")
@@ -48,8 +48,8 @@ def evaluate(settings: EvalConfig) -> Summary:
     `Prompts`.
 
     Raises:
-        DataError: no such data set or split.
-        ModelError: no such model, it cannot be reached, or it cannot sample as asked.
+        DataError: the data set or split does not exist.
+        ModelError: the model does not exist, cannot be reached, or cannot sample as asked.
         PluginError: a ``module:attribute`` cannot be loaded.
         RunError: the run folder cannot be written, is in use, finished, or belongs to other settings.
     """
@@ -58,7 +58,7 @@ def evaluate(settings: EvalConfig) -> Summary:
     tasks = dataset.load(headline_split(dataset) if split == "headline" else split)
     chosen = [task for task in tasks if task.scorable][: settings.limit]
     if not chosen:
-        raise DataError(f"split '{split}' of {settings.data} has no scorable task")
+        raise DataError(f"No scorable task in the split: {split} of {settings.data}. Choose another split.")
     model, prompts = settings.model, settings.prompts
     name = model if isinstance(model, str) else model.name
     if isinstance(model, str):
@@ -104,7 +104,7 @@ Result = TypeVar("Result")
 
 
 def run_sync(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """What a coroutine returns, also where an event loop runs already (Jupyter): it then gets a thread of its own."""
+    """Run a coroutine and return its result; inside a running event loop (Jupyter) in a thread of its own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -156,10 +156,7 @@ async def _run(
             alike = len(recent) >= STOP_AFTER and len(set(list(recent)[-STOP_AFTER:])) == 1
             if record.failed and (alike or (len(recent) == recent.maxlen and all(recent))):
                 count = STOP_AFTER if alike else recent.maxlen
-                raise ModelError(
-                    f"stopped: {count} rollouts in a row failed with: {record.error} (what is done is kept; the same "
-                    "command goes on from there)"
-                )
+                raise ModelError(f"Evaluation stopped: {count} rollouts in a row failed with: {_stop(recent[-1])}")
 
     with tqdm(total=total, initial=total - len(left), desc="rollouts", unit="rollout", mininterval=0.5) as bar:
         try:
@@ -169,17 +166,18 @@ async def _run(
         except BaseExceptionGroup as problems:
             raise problems.exceptions[0] from None
     if len(recent) == total and all(recent):  # fewer than it takes to stop, and none that could be scored
-        raise ModelError(
-            f"stopped: all {total} rollouts failed, the last with: {recent[-1]} (what is done is kept; the same "
-            "command goes on from there)"
-        )
+        raise ModelError(f"Evaluation stopped: all {total} rollouts failed, the last with: {_stop(recent[-1])}")
+
+
+def _stop(error: str) -> str:
+    return f"{error.rstrip('.')}. Fix this and rerun the command; finished work is kept."
 
 
 def _samplers(model: Model, samples: int, seed: int | None) -> list[Model]:
-    """The model of each sample; a model that cannot be seeded draws as it does by itself.
+    """Return the model of each sample; a model that cannot be seeded is used as it is.
 
     Raises:
-        ModelError: samples at temperature 0, or a seed for a model without any.
+        ModelError: samples at temperature 0, or a seed for a model that cannot be seeded.
     """
     own = getattr(model, "seeded", None)
     if seed is not None and own is None:
@@ -197,12 +195,12 @@ def _samplers(model: Model, samples: int, seed: int | None) -> list[Model]:
 
 
 def _not_yet_run(tasks: list[Task], samples: int, folder: RunFolder) -> list[tuple[Task, int]]:
-    """The samples of tasks without a good rollout in the folder; failed rollouts are taken out of it.
+    """Return the samples of tasks without a good rollout in the folder, and remove its failed rollouts.
 
-    All tasks come once before one comes again: what breaks one task's rollouts does not look like a dead model.
+    Every task comes once before any comes again, so that one broken task does not look like a dead model.
 
     Raises:
-        RunError: it has rollouts of tasks that are not among these.
+        RunError: the folder has rollouts of other tasks.
     """
     have: Counter[tuple[str, int]] = Counter()
     failed = 0
@@ -211,8 +209,8 @@ def _not_yet_run(tasks: list[Task], samples: int, folder: RunFolder) -> list[tup
         have[t.task_key, t.sample] += not t.failed
     if strange := {key for key, _ in +have} - {task.key for task in tasks}:
         raise RunError(
-            f"the run {folder.root} has rollouts of {len(strange)} tasks that the split does not have, so the data set "
-            "was changed; choose another name, or ask to overwrite it"
+            f"Data set changed since the run began: {folder.root} has rollouts of {len(strange)} tasks that the split "
+            "does not have. Choose another --run, or pass --overwrite."
         )
     if failed:
         folder.rewrite(TRAJECTORIES, (t for t in folder.trajectories() if not t.failed))
@@ -227,7 +225,7 @@ def _not_yet_run(tasks: list[Task], samples: int, folder: RunFolder) -> list[tup
 
 
 def _weights(model: Model) -> str | None:
-    """Checksum of a model in this process, so that a run is never continued with other weights."""
+    """Compute the checksum of a model in this process, so that a run never continues with other weights."""
     if model.name.startswith("openai:"):
         return None
     from sqlbench.models.local import LocalChatModel

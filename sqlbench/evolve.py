@@ -2,9 +2,9 @@
 
 Every few queries one cycle of GEPA reflects on what failed, rewrites a component of the prompts and tries it. A rewrite
 becomes the next generation only if it answers more held-out questions than the prompts in use; held-out questions are
-never reflected on. What cannot be taken on trust: a user's "right" is held-out gold as it stands, and with few held-out
-questions one lucky answer can decide. GEPA keeps its candidates and their Pareto front in a folder, which a cycle that
-was killed goes on from, and so does the next cycle while the held-out questions stay the same.
+never reflected on. Two limits: a user's "right" is held-out gold unchecked, and with few held-out
+questions one lucky answer can decide. GEPA keeps its candidates and their Pareto front in a folder, from which a
+killed cycle resumes, and so does the next cycle while the held-out questions stay the same.
 
 A folder holds ``feedback.jsonl`` and, for each set of prompts that evolution started from, ``history.jsonl``, GEPA's
 ``run-*`` and, while a cycle is under way, ``cycle.json``.
@@ -44,7 +44,8 @@ TRAIN, HELD_OUT, MIN_HELD_OUT = 20, 20, 3
 PROPOSALS = 3
 """Rewrites that a cycle tries."""
 CONCURRENCY = 8
-STOPPED = "prompt evolution stopped, and will go on from there"
+STOPPED = "Prompt evolution stopped"
+RETRY = "Fix this and try again; it resumes from there."
 REFLECTION = """\
 An agent answers questions about databases with SQL. This is the part `{name}` of its prompts:
 ```
@@ -61,7 +62,7 @@ part between two lines of ```."""
 
 
 class Feedback(Record):
-    """One query of the user's and what became of it; recorded again when the user says more about it."""
+    """One query of the user's and its outcome; recorded again when the user says more about it."""
 
     question: Text
     db: str
@@ -71,16 +72,16 @@ class Feedback(Record):
     verdict: Literal["right", "wrong"] | None = None
     remark: Text = ""
     generation: int = 0
-    """Of the prompts that wrote the query."""
+    """Generation of the prompts that wrote the query."""
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What makes it the same query."""
+        """Return the key by which two records are the same query."""
         return self.db, self.question, self.sql, self.generation
 
     @property
     def failed(self) -> bool:
-        """Whether there is something to learn from it."""
+        """Tell whether there is something to learn from it."""
         unhappy = bool(self.remark.strip()) or self.execution.startswith("error")
         return self.verdict == "wrong" or (self.verdict is None and unhappy)
 
@@ -96,7 +97,7 @@ class FeedbackStore:
         append_line(self.path, feedback)
 
     def all(self) -> list[Feedback]:
-        """Every query once, in order, as it was recorded last."""
+        """Return every query once, in order, as it was recorded last."""
         return list({f.key: f for f in _read(self.path, Feedback)}.values())
 
 
@@ -106,7 +107,7 @@ class Generation(Record):
     number: int
     components: dict[str, str]
     parent: int | None = None
-    """The generation that it took the place of."""
+    """The generation that it replaced."""
     score: float | None = None
     """Share of the held-out questions answered right; None for the prompts that evolution started from."""
     baseline: float | None = None
@@ -124,11 +125,11 @@ class _Example(Record):
 
 
 class _Step(Record):
-    """A line of the history: what happened, and what is in use from then on."""
+    """One line of the history: an event, and the generation in use from then on."""
 
     current: int = 0
     seen: int = 0
-    """Queries up to here count for no further cycle."""
+    """Number of feedback records already consumed by earlier cycles."""
     outcome: str = ""
     generation: Generation | None = None
     run: str = ""
@@ -138,17 +139,17 @@ class _Step(Record):
 
 
 class _Cycle(Record):
-    """All that a cycle works with, so that it can go on after a crash."""
+    """Inputs of one cycle, kept so that it can resume after a crash."""
 
     after: int
-    """Steps of the history before it; with more of them it is over."""
+    """Length of the history when the cycle started; a longer history means the cycle was recorded."""
     step: _Step
     train: list[_Example]
     held_out: list[_Example]
 
 
 class Evolution:
-    """The prompts in use and how they came about.
+    """The prompts in use and their history.
 
     Args:
         folder: where everything is kept; one process at a time evolves.
@@ -191,7 +192,7 @@ class Evolution:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise RunError(f"cannot write {self.folder}: {error.strerror}; choose another folder") from error
+                raise RunError(f"Cannot write {self.folder}: {error.strerror}. Choose another folder.") from error
             with self._locked(wait=True):  # other pages of the chat may be opening, too
                 self._steps = _read(self.folder / "history.jsonl", _Step)
                 if not self._steps:
@@ -200,39 +201,39 @@ class Evolution:
 
     @property
     def history(self) -> list[Generation]:
-        """Every generation, those that were rolled back included."""
+        """Return every generation, those that were rolled back included."""
         return [step.generation for step in self._steps if step.generation is not None]
 
     @property
     def generation(self) -> int:
-        """Number of the generation in use."""
+        """Return the number of the generation in use."""
         return self._steps[-1].current
 
     @property
     def prompts(self) -> Prompts:
-        """The prompts in use."""
+        """Return the prompts in use."""
         return Prompts(family=self.start.family, components=self.history[self.generation].components)
 
     @property
     def outcome(self) -> str:
-        """What the last cycle or rollback came to, in one line."""
+        """Describe the result of the last cycle or rollback in one line."""
         return self._steps[-1].outcome
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Queries since the last cycle, and how many make the next one due."""
+        """Return the queries since the last cycle, and how many make the next one due."""
         return len(self.store.all()) - self._steps[-1].seen, self.every
 
     @property
     def due(self) -> bool:
-        """Whether it is time for `evolve`."""
+        """Tell whether it is time for `evolve`."""
         return self.progress[0] >= self.every and self.unavailable is None
 
     @property
     def unavailable(self) -> str | None:
-        """Why evolution cannot run, in one line; None where it can."""
+        """Explain in one line why evolution cannot run; None if it can."""
         if not self.reflection.startswith("openai:"):
-            what = f"'{self.reflection}' is none" if self.reflection else "none was given"
+            what = f"'{self.reflection}' is not one" if self.reflection else "none was given"
             return (
                 f"prompt evolution is off: it takes a capable model behind an OpenAI-compatible endpoint, and {what}; "
                 "name one as openai:NAME, with OPENAI_BASE_URL or OPENAI_API_KEY set"
@@ -252,29 +253,29 @@ class Evolution:
         return None
 
     def record(self, feedback: Feedback) -> None:
-        """Keep what became of a query; recorded again, it counts once."""
+        """Keep the outcome of a query; recorded again, it counts once."""
         self.store.append(feedback)
 
     def rollback(self, generation: int) -> None:
         """Use another generation again; the next cycle starts from there.
 
         Raises:
-            DataError: there is no such generation.
-            RunError: a cycle is under way.
+            DataError: the generation does not exist.
+            RunError: a cycle is running.
         """
         if not 0 <= generation < len(self.history):
-            raise DataError(f"no generation {generation}; there are 0 to {len(self.history) - 1}")
+            raise DataError(f"Unknown generation: {generation}. Choose one from 0 to {len(self.history) - 1}.")
         with self._locked():
             self._pending.unlink(missing_ok=True)
             outcome = f"rolled back from generation {self.generation} to {generation}"
             self._add(self._next(current=generation, outcome=outcome, held_out=""))
 
     def evolve(self) -> Generation | None:
-        """Run one cycle, or go on with the one that was interrupted; the new generation, or None and an `outcome`.
+        """Run one cycle, or resume the interrupted one, and return the new generation, or None with an `outcome`.
 
         Raises:
-            ModelError: evolution is unavailable, or an endpoint broke: call again to go on.
-            RunError: another process is at it, or the folder cannot be written.
+            ModelError: evolution is unavailable, or an endpoint broke; call again to resume.
+            RunError: another process is evolving, or the folder cannot be written.
         """
         if reason := self.unavailable:
             raise ModelError(reason)
@@ -288,21 +289,23 @@ class Evolution:
             try:
                 step = self._run(cycle)
             except OSError as error:
-                raise RunError(f"cannot write {self.folder}: {error.strerror}; make room and call it again") from error
+                raise RunError(
+                    f"Cannot write {self.folder}: {error.strerror}. Free some space and try again."
+                ) from error
             self._add(step)
             self._pending.unlink()
             return step.generation
 
     def _cycle(self) -> _Cycle:
         if self._pending.is_file():
-            with suppress(ValidationError):  # of another version: begin anew
+            with suppress(ValidationError):  # of another version: start over
                 cycle = _Cycle.model_validate_json(self._pending.read_bytes())
                 if cycle.after == len(self._steps) and self._open({x.db for x in (*cycle.train, *cycle.held_out)}):
                     return cycle
         asked = self.store.all()
         train, held_out = self._examples(asked)
         last, digest = self._steps[-1], _digest(*held_out)
-        # GEPA's candidates go on living while they are measured on the same questions.
+        # GEPA's candidates survive while they are measured on the same questions.
         same = last.held_out == digest
         run, tried = (last.run, last.proposals) if same else (f"run-{len(self._steps):03d}-{digest}", 0)
         step = self._next(seen=len(asked), run=run, held_out=digest, proposals=tried + PROPOSALS)
@@ -334,7 +337,7 @@ class Evolution:
                     seed=self.seed,
                 )
         except _ReflectionFailed as stop:
-            raise ModelError(f"{STOPPED}: {stop.__cause__}") from stop
+            raise ModelError(f"{STOPPED}: {str(stop.__cause__).rstrip('.')}. {RETRY}") from stop
         scores, best, n = result.val_aggregate_scores, result.best_idx, len(cycle.held_out)
         before, after = scores[result.candidates.index(self.prompts.components)], scores[best]
         if after <= before:
@@ -354,7 +357,7 @@ class Evolution:
         return cycle.step.model_copy(update={"current": number, "outcome": outcome, "generation": made})
 
     def _examples(self, asked: list[Feedback]) -> tuple[list[_Example], list[_Example]]:
-        """What to reflect on, and what to hold out."""
+        """Split the feedback into examples to reflect on and examples to hold out."""
         usable = {db for db in {f.db for f in asked} if self._open({db})}
         known = [f for f in asked if f.db in usable]
         right = {(f.db, f.question): f.sql for f in known if f.verdict == "right"}
@@ -398,12 +401,12 @@ class Evolution:
         try:
             lock = open(self.folder / ".lock", "a")  # noqa: SIM115
         except OSError as error:
-            raise RunError(f"cannot write {self.folder}: {error.strerror}; make it writable and try again") from error
+            raise RunError(f"Cannot write {self.folder}: {error.strerror}. Make it writable and try again.") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
-                raise RunError(f"the prompts in {self.folder} are evolving right now; wait for it to end") from error
+                raise RunError(f"Prompts are evolving already: {self.folder}. Wait for that to end.") from error
             yield
 
 
@@ -422,7 +425,7 @@ class _Unfit(Exception):
 
 
 class _Adapter:
-    """How GEPA runs and reads the agent: see ``gepa.core.adapter``."""
+    """Lets GEPA run and read the agent: see ``gepa.core.adapter``."""
 
     def __init__(self, evolution: Evolution, folder: Path) -> None:
         self.evolution, self.folder = evolution, folder
@@ -434,7 +437,7 @@ class _Adapter:
         from gepa.core.adapter import EvaluationBatch
 
         if not capture_traces and (self.folder / "gepa_state.bin").is_file():
-            # Going on, GEPA scores the first candidate once more and then takes all scores from what it had saved.
+            # A resumed GEPA scores the first candidate once more, then takes all scores from its saved state.
             return EvaluationBatch([""] * len(batch), [0.0] * len(batch))
         prompts = Prompts(family=self.evolution.start.family, components=candidate)
         traces = run_sync(lambda: self._rollouts(batch, prompts))
@@ -445,14 +448,14 @@ class _Adapter:
 
         async def one(x: _Example) -> _Trace:
             fields = {"question": x.question, "gold": x.gold or x.rejected, "split": "feedback"}
-            task = Task(task_id="", db_id=x.db, scorable=bool(x.gold), **fields)  # what was rejected need not run
+            task = Task(task_id="", db_id=x.db, scorable=bool(x.gold), **fields)  # a rejected query need not run
             database, config = self.evolution.database(x.db), self.evolution.config
             async with places:
                 done = await rollout(
                     task, database, self.model, prompts, config, self.evolution.repair, agent=self.evolution.agent
                 )
-            if done.failed:  # not the candidate's fault, so no score
-                raise ModelError(f"{STOPPED}: {done.error}")
+            if done.error is not None:  # not the candidate's fault, so no score
+                raise ModelError(f"{STOPPED}: {done.error.rstrip('.')}. {RETRY}")
             if x.gold:
                 return _Trace(x, done, done.reward or 0.0)
             # Without gold: it runs, and gives another answer than the one that was rejected.
@@ -500,7 +503,7 @@ class _Adapter:
             answer = run_sync(lambda: self.reflection.complete([Message(role="user", content=prompt)]))
         except Exception as error:
             raise _ReflectionFailed from error
-        text = answer.text.split("</think>", 1)[-1]  # what a model thinks first is no part of its answer
+        text = answer.text.split("</think>", 1)[-1]  # the thoughts before it are not part of the answer
         if answer.finish_reason == "length" or text.count("```") % 2:
             raise _Unfit("was cut")
         if re.search(r"</?think\b", text):
@@ -509,7 +512,7 @@ class _Adapter:
 
 
 def needs(component: str) -> list[str]:
-    """What a rewrite of a component must keep: its fields, and the verdicts that the program looks for."""
+    """Return what a rewrite of a component must keep: its fields, and the verdicts that the program looks for."""
     verdicts = [line for line in (CORRECT, INCORRECT) if line in component]
     return [*dict.fromkeys(re.findall(r"\{[a-z]+\}", component)), *verdicts]
 
@@ -517,7 +520,7 @@ def needs(component: str) -> list[str]:
 def _component(
     state: Any, traces: list[_Trace], scores: list[float], index: int, candidate: dict[str, str]
 ) -> list[str]:
-    """The component to rewrite: those that the failed rollouts used take turns, instructions before templates."""
+    """Choose the component to rewrite: those of the failed rollouts take turns, instructions before templates."""
     used = [t for trace in traces if trace.score < 1 for t in trace.trajectory.transitions]
     agents = dict.fromkeys(t.agent for t in used)
     repairs = dict.fromkeys(f"repair.{t.strategy}" for t in used if t.strategy)
@@ -527,7 +530,7 @@ def _component(
 
 
 def _reflective(trace: _Trace) -> dict[str, Any]:
-    """One rollout as the reflecting model reads it."""
+    """Describe one rollout to the reflecting model."""
     x, done = trace.example, trace.trajectory
     said = {f"{t.agent} {t.turn}": t.completion.text for t in done.transitions}
     results = {f"result {e.turn}": e.error or f"{e.n_rows} rows, such as {e.rows[:3]}" for e in done.executions}
@@ -555,4 +558,4 @@ def _read(path: Path, kind: type[Any]) -> list[Any]:
         return [kind.model_validate(row) for row in read_jsonl(path)]
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"{path} is damaged ({first['loc']}: {first['msg']}); move it away to start afresh") from error
+        raise DataError(f"Damaged file {path}: {first['loc']}: {first['msg']}. Move it away to start over.") from error

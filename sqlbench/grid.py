@@ -1,4 +1,4 @@
-"""The cells of an ablation, what each of them trains, and the named grids that demo, tests and tables run."""
+"""The cells of an ablation, and the named grids that demo, tests and tables run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Cell(Settings):
     control: Literal["coin", "permuted"] | None = None
     """Rewards from which nothing can be learned (`sqlbench.training.credit.CONTROLS`)."""
     credit: str = "rollout"
-    """What a transition is rewarded for, one of `sqlbench.training.credit.CREDITS`."""
+    """Credit for a transition, one of `sqlbench.training.credit.CREDITS`."""
     steps: int = 40
 
     @model_validator(mode="before")
@@ -44,7 +44,7 @@ class Cell(Settings):
 
     @property
     def name(self) -> str:
-        """Folder name; unique among cells that differ."""
+        """Return the folder name, unique among cells that differ."""
         parts = [f"t{self.turns}", f"c{self.context}", self.agents.replace("|", "-")]
         parts += [] if self.model == "nano" else [slug(self.model)]
         parts += [] if self.steps == 40 else [f"{self.steps}steps"]
@@ -55,7 +55,7 @@ class Cell(Settings):
 
     @property
     def label(self) -> str:
-        """Model column of the tables."""
+        """Return the text of the tables' model column."""
         model = "nano" if self.model == "nano" else re.sub(r"-[\d.]+B.*", "", self.model.split("/")[-1])
         notes = [f"seed {self.seed}"] * (self.seed != 1) + ([_CONTROLS[self.control]] if self.control else [])
         notes += self._credit
@@ -63,7 +63,7 @@ class Cell(Settings):
 
     @property
     def title(self) -> str:
-        """The cell in words, without its seed."""
+        """Describe the cell in words, without its seed."""
         words = [] if self.model == "nano" else [self.model.split("/")[-1]]
         words += [f"{self.turns} turn{'s' * (self.turns > 1)}", f"context {self.context}", self.agents]
         words += [] if self.steps == 40 else [f"{self.steps} step{'s' * (self.steps > 1)}"]
@@ -76,7 +76,7 @@ class Cell(Settings):
 
     @property
     def mini_batch(self) -> int:
-        """Tasks of an optimizer step that take about as many steps a batch of 32 as the seed experiment did.
+        """Return the tasks per optimizer step, so that a batch of 32 takes about as many steps as the seed experiment.
 
         It counted 32 rows, not tasks: one step with a single turn, two with three turns, three to four with the check.
         """
@@ -84,7 +84,7 @@ class Cell(Settings):
 
     @property
     def rollout(self) -> RolloutConfig:
-        """Settings of every rollout of this cell, in training and in evaluation."""
+        """Return the settings of every rollout of this cell, in training and in evaluation."""
         return RolloutConfig(max_turns=self.turns, table_info_truncate=self.context, execution_truncate=self.context)
 
 
@@ -97,13 +97,13 @@ class Grid:
     limit: int | None = None
     overrides: tuple[str, ...] = ()
     recipe: str | None = None
-    """What every training begins with (`sqlbench.training.launch.train`)."""
+    """Recipe of every training (`sqlbench.training.launch.train`)."""
     names: tuple[str, ...] = ()
-    """Short names of the cells, in their order; their own names where there are none."""
+    """Short names of the cells, in their order; their own names if empty."""
 
     @property
     def rows(self) -> dict[str, Cell]:
-        """The cells by the name under which one of them can be chosen."""
+        """Return the cells by the name under which one of them can be chosen."""
         return dict(zip(self.names or [cell.name for cell in self.cells], self.cells, strict=True))
 
 
@@ -138,7 +138,7 @@ SMALLEST = (
     "actor_rollout_ref.rollout.n=2",
     "sqlbench.validation_tasks=8",
 )
-"""Overrides that make a training as small as it can be."""
+"""Overrides for the smallest training."""
 
 GRIDS: dict[str, Grid] = {
     "smoke": Grid((Cell(steps=2), Cell(turns=1, steps=1)), limit=8, overrides=SMALLEST),
@@ -154,8 +154,8 @@ GRIDS: dict[str, Grid] = {
     "seed": Grid(
         tuple(_SEED_ROWS.values()),
         split="dev_500",
-        # 436 steps of 32 are 2 epochs of train_spider.json, 7,000 tasks. A release with train_others.json has more; of
-        # one that lacks databases the gold audit leaves fewer, and a third epoch is begun.
+        # 436 steps of 32 are 2 epochs of train_spider.json, 7,000 tasks. A release with train_others.json has more. For
+        # one that lacks databases the gold audit leaves fewer, and a third epoch begins.
         overrides=("data.train_max_samples=7000", "trainer.total_epochs=3"),
         recipe="seed",
         names=tuple(_SEED_ROWS),
@@ -166,5 +166,5 @@ the headline cell and its random-reward control, ``seed`` for the eight rows of 
 
 
 def slug(model: str) -> str:
-    """A model's name as part of a folder name."""
+    """Turn a model's name into a part of a folder name."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", model.split("/")[-1])

@@ -1,4 +1,4 @@
-"""Folders for Jupyter and what it starts where those of the user cannot be written."""
+"""Temporary folders for Jupyter where those of the user cannot be written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDERS = ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPY
 
 
 def ensure_folders() -> None:
-    """Use temporary folders, and say so, where Jupyter's own cannot be written; they go when this process ends."""
+    """Use temporary folders, and say so, if Jupyter's own cannot be written; remove them when this process ends."""
     from jupyter_core.paths import jupyter_config_dir, jupyter_data_dir, jupyter_runtime_dir
 
     try:
@@ -25,6 +25,6 @@ def ensure_folders() -> None:
         home = tempfile.mkdtemp(prefix="sqlbench-home-")
         atexit.register(shutil.rmtree, home, ignore_errors=True)
         print(
-            f"cannot write {folder} ({error.strerror}); using the temporary folder {home}", file=sys.stderr, flush=True
+            f"Cannot write {folder}: {error.strerror}. Using the temporary folder {home}.", file=sys.stderr, flush=True
         )
         os.environ.update({name: f"{home}/{name}" for name in FOLDERS})

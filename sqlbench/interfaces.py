@@ -1,9 +1,9 @@
-"""The six parts of an experiment that can be replaced, and how a replacement is found by its name.
+"""The six replaceable parts of an experiment, and the look-up of a replacement by its name.
 
 A name is one that sqlbench ships, or ``module:attribute`` of your own, looked up in the working directory first. Names
 are what configurations hold: runs resume by them, and the processes of a training resolve them again. A class is called
-without arguments; the object serves all rollouts of its process, several at a time, so what belongs to one rollout
-belongs into local variables. Agents and rewards get a `sqlbench.rollout.RolloutContext`.
+without arguments; the object serves all rollouts of its process, several at a time, so the state of one rollout
+belongs in local variables. Agents and rewards get a `sqlbench.rollout.RolloutContext`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Database(Protocol):
         ...
 
     def execute(self, sql: str, limits: Limits | None = None) -> QueryResult:
-        """Run one statement; one that fails is a result. An exception says that the database itself is gone."""
+        """Run one statement and return its result, also of one that fails; raise only if the database is gone."""
         ...
 
 
@@ -81,7 +81,7 @@ class Dataset(Protocol):
     """Questions with their gold queries and databases: a data set folder, or your own."""
 
     def splits(self) -> list[str]:
-        """Name the splits. ``headline`` stands for the attribute of that name, or for the only split."""
+        """Name the splits. ``headline`` means the attribute of that name, or the only split."""
         ...
 
     def load(self, split: str) -> list[Task]:
@@ -100,7 +100,7 @@ class Agent(Protocol):
         """Return the final query.
 
         ``await context.ask(name, messages)`` asks the model and ``await context.execute(sql)`` runs a query; both are
-        recorded, limited and shown to whoever watches. A model or database that breaks makes the rollout a failed one,
+        recorded, limited and shown to observers. A model or database that breaks makes the rollout a failed one,
         even where the agent catches the exception. A sub-agent named ``check`` judges the last query; any other writes
         the next one.
         """
@@ -113,7 +113,7 @@ class Reward(Protocol):
     def __call__(self, task: Task, context: RolloutContext) -> float | Awaitable[float | None] | None:
         """Return a number from 0 to 1, or None where the task cannot be scored; a function may be ``async``.
 
-        Execution match is recorded beside it, so accuracies of runs with different rewards can be compared.
+        Execution match is recorded with it, so accuracies of runs with different rewards can be compared.
         """
         ...
 
@@ -124,7 +124,7 @@ class Trainer(Protocol):
     def fit(self, run: RunFolder, config: Any, tasks: Sequence[Task], validation: Sequence[Task]) -> dict[str, Any]:
         """Train, or continue from what the run folder holds, and return the run's summary.
 
-        It leaves a checkpoint in ``<run>/policy`` and a line a step in ``metrics.jsonl``.
+        It leaves a checkpoint in ``<run>/policy`` and one line per step in ``metrics.jsonl``.
 
         Args:
             run: the folder, open for writing.

@@ -1,4 +1,4 @@
-"""Takes credentials out of texts that others wrote, also where they come back escaped, encoded or in part."""
+"""Removal of credentials from texts that others wrote, also if they are escaped, encoded or cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import quote, quote_plus, unquote
 SHORTEST = 6
 """A shorter secret would be found in any text."""
 PART = 10
-"""Characters in a row that give a secret away; an endpoint may cut or wrap what it repeats."""
+"""Consecutive characters that give a secret away; an endpoint may cut or wrap the text that it repeats."""
 _ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([nrt])|(.))")
 
 
@@ -32,7 +32,7 @@ def mask(text: str, secrets: Iterable[str]) -> str:
 
 
 def _escaped(secret: str) -> set[str]:
-    """The secret as it may have been before it was encoded; for most keys these are all the same."""
+    """Return the forms that a secret may have before it is encoded; for most keys they are all the same."""
     ways = (
         _unescaped,
         quote,
@@ -45,7 +45,7 @@ def _escaped(secret: str) -> set[str]:
 
 
 def _encoded(secret: str) -> list[str]:
-    """The secret as it is, in hexadecimal, and in base64 wherever it starts in what was encoded."""
+    """Return the secret as it is, in hexadecimal, and in base64 at each offset in the encoded text."""
     raw = secret.encode()
     forms = [secret, raw.hex()]
     for before in range(3):
@@ -67,7 +67,7 @@ def _unescaped(text: str) -> str:
 
 
 def _without(text: str, forms: Iterable[str]) -> str:
-    """The text without parts of the forms, whatever their case and the white space in between."""
+    """Mask parts of the forms in a text, whatever their case and the white space in between."""
     places = [i for i, c in enumerate(text) if not c.isspace()]
     compact = "".join(text[i].lower() if text[i].isascii() else text[i] for i in places)
     hidden = [False] * len(text)

@@ -1,6 +1,6 @@
-"""Strict headless notebooks: parameters are checked before anything runs, what is done is skipped, failures say where.
+"""Strict headless notebooks: parameters are checked first, finished notebooks are skipped, failures say where.
 
-papermill executes; this module adds what it leaves out. Unknown parameters and wrong types are refused (papermill logs
+papermill executes; this module adds the rest. Unknown parameters and wrong types are refused (papermill logs
 them and runs the defaults). A notebook is skipped when its executed copy was made from the same source with the same
 parameters. A failing cell becomes a `NotebookError` with the notebook, the cell, the error and the partial notebook's
 path. Every executed copy carries its provenance in ``metadata.sqlbench``.
@@ -51,7 +51,7 @@ class Parameter:
     default: Value
 
     def parse(self, text: str) -> Value:
-        """The value that ``-p name=text`` means, by the type of the default."""
+        """Parse the text of ``-p name=text`` by the type of the default."""
         if isinstance(self.default, str):
             return text
         try:
@@ -63,9 +63,9 @@ class Parameter:
                 return text
 
     def problem(self, value: Value) -> str:
-        """Why `value` cannot stand for this parameter; empty where it can."""
+        """Name a value that does not fit this parameter, with what does; empty if it fits."""
         if not _fits(value, self.default):
-            return f"parameter '{self.name}' must be {_type_name(self.default)}, got {value!r}"
+            return f"{value!r}. Give {_type_name(self.default)}."
         return ""
 
 
@@ -84,35 +84,35 @@ def _fits(value: Value, default: Value) -> bool:
 def _type_name(default: Value) -> str:
     if isinstance(default, list) and default:
         return f"a list of {type(default[0]).__name__}"
-    return f"of type {type(default).__name__}"
+    return f"a value of type {type(default).__name__}"
 
 
 def read_parameters(path: Path) -> dict[str, Parameter]:
-    """The parameters of a notebook, read from its one cell tagged ``parameters``.
+    """Read the parameters of a notebook from its one cell tagged ``parameters``.
 
     Raises:
-        NotebookError: no such notebook, no such cell, or a line that is not ``name = literal``.
+        NotebookError: the notebook or the cell is missing, or a line is not ``name = literal``.
     """
     cells = [c for c in _read(path).cells if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
-        raise NotebookError(f"{path} has {len(cells)} cells tagged 'parameters'; it needs exactly one")
+        raise NotebookError(f"Wrong number of cells tagged 'parameters' in {path}: {len(cells)}. Tag exactly one.")
     found: dict[str, Parameter] = {}
     for node in ast.parse(cells[0].source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
         if not isinstance(node, ast.Assign) or not isinstance(target, ast.Name):
-            raise NotebookError(f"{path}: parameters cell, line {node.lineno}: write 'name = literal' and nothing else")
+            raise NotebookError(f"Invalid parameters cell of {path}: line {node.lineno}. Write 'name = literal' only.")
         try:
             default = ast.literal_eval(node.value)
         except ValueError:
             raise NotebookError(
-                f"{path}: parameter '{target.id}' is {ast.unparse(node.value)!r}; it must be a plain literal"
+                f"Invalid parameter '{target.id}' of {path}: {ast.unparse(node.value)}. Write a plain literal."
             ) from None
         found[target.id] = Parameter(target.id, default)
     return found
 
 
 def check_parameters(path: Path, given: Mapping[str, Value]) -> dict[str, Value]:
-    """All parameters of a notebook with `given` applied to its defaults.
+    """Return all parameters of a notebook with `given` applied to its defaults.
 
     Raises:
         NotebookError: an unknown name or a value of the wrong type.
@@ -120,10 +120,10 @@ def check_parameters(path: Path, given: Mapping[str, Value]) -> dict[str, Value]
     known = read_parameters(path)
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise NotebookError(f"{path.stem} has no parameter '{unknown[0]}'; it has: {', '.join(known)}")
+        raise NotebookError(f"Unknown parameter of {path.stem}: {unknown[0]}. Choose one of: {', '.join(known)}.")
     for name, value in given.items():
         if problem := known[name].problem(value):
-            raise NotebookError(f"{path.stem}: {problem}")
+            raise NotebookError(f"Invalid parameter '{name}' of {path.stem}: {problem}")
     return {name: given.get(name, parameter.default) for name, parameter in known.items()}
 
 
@@ -132,7 +132,7 @@ def check_parameters(path: Path, given: Mapping[str, Value]) -> dict[str, Value]
 
 @dataclass(frozen=True)
 class Executed:
-    """One notebook of a run: where its executed copy lies, and whether it was `skipped` because that was done."""
+    """One notebook of a run: its executed copy, and whether it was `skipped` because that was finished."""
 
     name: str
     path: Path
@@ -142,14 +142,14 @@ class Executed:
 
 @dataclass(frozen=True)
 class NotebookRun:
-    """What `run_notebooks` did."""
+    """Result of `run_notebooks`."""
 
     folder: Path
     """The run folder, ``results/<profile>/<run>``."""
     executed: list[Executed] = field(default_factory=list)
 
     def text(self) -> str:
-        """Where everything is, and the headline."""
+        """List the folders of the run and its headline."""
         lines = [f"{name}: {self.folder / name}" for name in ("notebooks", "tables", "figures", "cells")]
         lines = [line for line in lines if Path(line.split(": ")[1]).is_dir()]
         try:
@@ -157,7 +157,7 @@ class NotebookRun:
 
             lines.append(headline(load_results(self.folder)))
         except DataError:
-            lines.append("no training yet, so there is no accuracy before and after to report")
+            lines.append("No training yet: accuracy before and after is unknown.")
         return "\n".join(lines)
 
 
@@ -170,7 +170,7 @@ def run_notebooks(settings: NotebooksConfig) -> NotebookRun:
     """
     profile, results = settings.profile, settings.results
     if profile not in PRESETS:
-        raise NotebookError(f"unknown profile '{profile}'; choose one of {', '.join(PRESETS)}")
+        raise NotebookError(f"Unknown profile: {profile}. Choose one of: {', '.join(PRESETS)}.")
     paths = _select(settings.folder, [name for item in settings.only for name in item.split(",")])
     root = results / "smoke" if profile == "smoke" else results
     base = run_path(root, "gpu" if profile == "gpu" else "laptop", settings.run)
@@ -179,7 +179,7 @@ def run_notebooks(settings: NotebooksConfig) -> NotebookRun:
         (base / "notebooks").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NotebookError(
-            f"cannot write the results folder {base}: {error.strerror}; choose another with --results"
+            f"Cannot write the results folder {base}: {error.strerror}. Choose another with --results."
         ) from error
     ensure_folders()
     done: list[Executed] = []
@@ -187,8 +187,8 @@ def run_notebooks(settings: NotebooksConfig) -> NotebookRun:
     with lock(base / "notebooks"):
         for number, (path, values) in enumerate(plan, 1):
             output = base / "notebooks" / path.name
-            # A notebook reads what the ones before it left: once one has run, in this call or in one that was killed
-            # after it, those after it run too.
+            # A notebook reads the results of earlier ones: once one has run, in this call or in a killed one, the later
+            # ones run too.
             stale = settings.force or any(not e.skipped for e in done) or _started(output) < newest
             title = f"[{number}/{len(plan)}] {path.stem}"
             done.append(run_notebook(path, output, values, force=stale, title=title))
@@ -197,24 +197,24 @@ def run_notebooks(settings: NotebooksConfig) -> NotebookRun:
 
 
 def _started(output: Path) -> str:
-    """When the run began that left an executed notebook; empty where there is none."""
+    """Return when the run of an executed notebook began; empty if it was not executed."""
     return str(_read(output).metadata.get("sqlbench", {}).get("started", "")) if output.is_file() else ""
 
 
 def _select(folder: Path, only: list[str]) -> list[Path]:
     paths = {p.stem: p for p in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not paths:
-        raise NotebookError(f"no notebooks in {folder}; run from the project folder or name it with --folder")
+        raise NotebookError(f"No notebooks in {folder}. Run from the project folder, or name it with --folder.")
     if not only:
         ours = [paths[name] for name in ORDER if name in paths]
         if not ours:
-            raise NotebookError(f"{folder} has none of the ordered notebooks; name what to run with --only")
+            raise NotebookError(f"No ordered notebooks in {folder}. Name the notebooks to run with --only.")
         return ours
     chosen = []
     for name in only:
         match = [p for stem, p in paths.items() if stem == name or stem.split("_")[0] == name.zfill(2)]
         if not match:
-            raise NotebookError(f"no notebook '{name}' in {folder}; there are: {', '.join(paths)}")
+            raise NotebookError(f"Unknown notebook of {folder}: {name}. Choose one of: {', '.join(paths)}.")
         chosen += match
     return sorted(set(chosen))
 
@@ -222,13 +222,13 @@ def _select(folder: Path, only: list[str]) -> list[Path]:
 def _plan(
     paths: list[Path], given: dict[str, Value], preset: Mapping[str, dict[str, Value]], texts: list[str]
 ) -> list[tuple[Path, dict[str, Value]]]:
-    """Each notebook with its full parameters: defaults < run and profile < preset < ``name=value`` texts."""
+    """Pair each notebook with its parameters: defaults < run and profile < preset < ``name=value`` texts."""
     pairs = dict(_split(text) for text in texts)
     known = {path: read_parameters(path) for path in paths}
     for name in pairs:
         if not any(name in parameters for parameters in known.values()):
             names = sorted({n for parameters in known.values() for n in parameters})
-            raise NotebookError(f"no chosen notebook has a parameter '{name}'; they have: {', '.join(names)}")
+            raise NotebookError(f"Unknown parameter of the notebooks: {name}. Choose one of: {', '.join(names)}.")
     plan = []
     for path, parameters in known.items():
         wanted = given | preset.get("*", {}) | preset.get(path.stem, {})
@@ -241,7 +241,7 @@ def _plan(
 def _split(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip().isidentifier():
-        raise NotebookError(f"parameter '{text}' is not of the form name=value")
+        raise NotebookError(f"Invalid parameter: {text}. Write name=value.")
     return name.strip(), value
 
 
@@ -259,7 +259,7 @@ def run_notebook(
         path: the notebook.
         output: in the folder ``notebooks`` of a run folder.
         parameters: where they are not its own.
-        force: execute it also where it is done.
+        force: execute it even if it is finished.
         title: what stands before its progress bar; its name by default.
 
     Raises:
@@ -296,9 +296,11 @@ def run_notebook(
     except PapermillExecutionError as error:
         number = error.cell_index + 1 - bool(changed)
         message = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        raise NotebookError(f"notebook {path.stem}, cell {number}: {message}; partial notebook: {partial}") from error
+        raise NotebookError(
+            f"Notebook {path.stem} failed in cell {number}: {message.rstrip('.')}. See {partial}."
+        ) from error
     except DeadKernelError as error:
-        raise NotebookError(f"notebook {path.stem}: its kernel died; partial notebook: {partial}") from error
+        raise NotebookError(f"Notebook {path.stem} failed: its kernel died. See {partial}.") from error
     seconds = time.monotonic() - begin
     provenance = stamp | {
         "finished": True,
@@ -313,7 +315,7 @@ def run_notebook(
 
 
 def source_hash(path: Path) -> str:
-    """Hash of a notebook's prose and code, without outputs and without an injected parameters cell."""
+    """Hash a notebook's prose and code, without outputs and without an injected parameters cell."""
     cells = [c for c in _read(path).cells if "injected-parameters" not in c.metadata.get("tags", [])]
     return _digest("\x1f".join(f"{c.cell_type}\x1e{c.source}" for c in cells))
 
@@ -341,11 +343,11 @@ def _finish(partial: Path, output: Path, name: str, provenance: dict) -> None:
 
 def _read(path: Path) -> nbformat.NotebookNode:
     if not path.is_file():
-        raise NotebookError(f"no notebook {path}")
+        raise NotebookError(f"No such notebook: {path}. Check the path.")
     try:
         return nbformat.read(path, as_version=4)
     except Exception as error:
-        raise NotebookError(f"{path} is not a notebook: {type(error).__name__}") from error
+        raise NotebookError(f"Not a notebook: {path} ({type(error).__name__}). Check the file.") from error
 
 
 def _digest(text: str) -> str:
@@ -353,7 +355,7 @@ def _digest(text: str) -> str:
 
 
 def _git_commit(folder: Path) -> str | None:
-    """Commit of the working tree, with ``-dirty`` where it has changes; None outside a repository."""
+    """Name the commit of the working tree, with ``-dirty`` if it has changes; None outside a repository."""
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

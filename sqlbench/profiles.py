@@ -1,7 +1,7 @@
-"""The two training profiles: what each starts from, and the environment of its processes.
+"""The two training profiles: model, data set, and the environment of the processes.
 
 ``laptop`` trains the built-in policy on a CPU; ``gpu`` is the seed experiment (Qwen2.5-Coder-3B-Instruct on Spider, one
-GPU). What a profile changes in verl's configuration stands in ``training/config/<name>.yaml``.
+GPU). Its changes of verl's configuration are in ``training/config/<name>.yaml``.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Profile:
     """Training tasks of the default data set as it was published: for plans made where it is not at hand."""
 
     def on(self, device: str) -> Profile:
-        """Return this profile with another ``trainer.device``: what was made for the CPU also runs on a GPU.
+        """Return this profile with another ``trainer.device``: a CPU profile also runs on a GPU.
 
         Raises:
-            TrainingError: there is no such device for this profile.
+            TrainingError: this profile does not run on the device.
         """
         if device == self.device:
             return self
         if device != "cuda":
             known = " or ".join(dict.fromkeys((self.device, "cuda")))
-            raise TrainingError(f"trainer.device={device} does not go with the profile '{self.name}'; choose {known}")
+            raise TrainingError(f"Unsupported trainer.device of profile {self.name}: {device}. Choose {known}.")
         environment = {name: value for name, value in self.environment.items() if name != "VERL_PLATFORM"}
         return replace(self, device=device, environment=environment)
 
@@ -78,8 +78,8 @@ def find_profile(name: str) -> Profile:
     """Return the profile of a name.
 
     Raises:
-        RunError: there is none.
+        RunError: the profile does not exist.
     """
     if name not in PROFILES:
-        raise RunError(f"no profile '{name}'; there are: {', '.join(PROFILES)}")
+        raise RunError(f"Unknown profile: {name}. Choose one of: {', '.join(PROFILES)}.")
     return PROFILES[name]

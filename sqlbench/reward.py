@@ -68,7 +68,7 @@ GOLD_ROWS = 1_000_000
 
 @dataclass(slots=True)
 class Verdict:
-    """What became of one prediction."""
+    """Outcome of scoring one prediction."""
 
     match: int | None
     """1 or 0; None where the gold query itself cannot be scored."""
@@ -89,7 +89,7 @@ def score(
     keep_distinct: bool = False,
     limits: Limits | None = None,
 ) -> Verdict:
-    """The verdict on one prediction; over several databases (a test suite) it has to match on each.
+    """Judge one prediction; over several databases (a test suite) it has to match on each.
 
     Gold answers are kept per process by content of the database, gold text and mode.
     """
@@ -108,7 +108,7 @@ def score(
 
 
 async def ascore(gold: str, pred: str, database: Database, *, strict: bool = True) -> Verdict:
-    """Like `score`, in a database thread: the event loop goes on."""
+    """Judge one prediction as `score` does, in a database thread, so that the event loop is not blocked."""
     return await in_thread(lambda: score(gold, pred, database, strict=strict))
 
 
@@ -134,7 +134,7 @@ def _score(gold: str, pred: str, database: Database, rules: Strictness, keep_dis
         if result.error == NO_STATEMENT and not rules.real_empty:
             result = QueryResult("ok")
         elif result.status == "too_large" and len(result.rows) > len(answer.result.rows):
-            result.status = "ok"  # one row more than gold was enough to know
+            result.status = "ok"  # one row more than gold decides it
         else:
             reason = "too_large" if result.status == "too_large" else f"pred_{result.status}"
             return Verdict(0, reason, result.error)
@@ -155,7 +155,7 @@ def _with_rows(limits: Limits, rows: int) -> Limits:
 
 
 class _Gold:
-    """One gold query's answer on one database, with what comparisons need of it."""
+    """One gold query's answer on one database, with values derived for comparisons."""
 
     def __init__(self, gold: str, database: Database, rules: Strictness, keep_distinct: bool, limits: Limits) -> None:
         self.gold, self.database, self.rules, self.limits = gold, database, rules, limits
@@ -173,7 +173,7 @@ class _Gold:
 
     @cached_property
     def ordered(self) -> bool:
-        """Whether the order of rows matters."""
+        """Tell whether the order of rows matters."""
         text = (self.statement or "").lower()
         if self.rules.outer_order and "order" in text:
             from sqlbench.sqltree import outer_order
@@ -184,7 +184,7 @@ class _Gold:
         return "order by" in text
 
     def compare(self, result: QueryResult, pred: str) -> str:
-        """The reason code for a prediction's answer."""
+        """Return the reason code for a prediction's answer."""
         gold_rows, pred_rows = self.result.rows, result.rows
         if not gold_rows and not pred_rows:
             return "equal" if not self.rules.real_empty or self._is_real(result, pred) else "empty_unrelated"
@@ -215,7 +215,7 @@ class _Gold:
         return same_width and (pred == self.gold or same_subject(self.gold, pred, self.database.dialect))
 
     def _sort_alike(self, pred_rows: list[tuple]) -> bool:
-        """The reference's first look, run only where it could differ from equality: numbers of two types."""
+        """Compare as the reference first does, only if that could differ from equality: numbers of two types."""
         if self.answer.width == 1 or not (self.answer.has_whole_floats or Answer(pred_rows).has_whole_floats):
             return True
         return rows_sort_alike(self.result.rows, pred_rows, self.ordered)
@@ -231,12 +231,12 @@ class _Gold:
 
     @cached_property
     def _places(self) -> list[int]:
-        """Block of each place of the gold answer; set with `_blocks`."""
+        """Return the block of each place of the gold answer; set with `_blocks`."""
         return []
 
     @cached_property
     def _blocks(self) -> Answer | None:
-        """Every row that could stand in the gold answer, labelled with its block of ties; None without any ties."""
+        """Return every row possible in the gold answer, labelled with its block of ties; None without any ties."""
         from sqlbench.sqltree import with_order_keys
 
         keyed = with_order_keys(self.statement or "", self.result.columns, self.database.dialect)
@@ -306,9 +306,9 @@ _GO = re.compile(r"\bgo\b")
 
 
 def prepare(sql: str, rules: Strictness = STRICT, keep_distinct: bool = False) -> str | None:
-    """The statement that is run for a query; None where the reference finds no statement at all.
+    """Return the statement to run for a query; None if the reference finds no statement at all.
 
-    A text of more than `LONG_TEXT` characters is run as it stands: sqlparse can take the square of a text's length.
+    A text of more than `LONG_TEXT` characters is run unchanged: sqlparse can take time with the square of its length.
     """
     if len(sql) > LONG_TEXT:
         return sql
@@ -330,18 +330,18 @@ def prepare(sql: str, rules: Strictness = STRICT, keep_distinct: bool = False) -
 _WORDS = re.compile(r"'(?:''|[^'])*'|\"(?:\"\"|[^\"])*\"|\w+|\s+|.", re.DOTALL)
 _DISTINCT = re.compile(r"('(?:''|[^'])*'|\"(?:\"\"|[^\"])*\")|\bdistinct\b", re.IGNORECASE)
 _ODD = ("\\", "--", "/*", "#", "$", "`", "[", "@", "{")
-"""Where none of these occurs, the two patterns find the same words as sqlparse's lexer, many times faster."""
+"""In a text without any of these, the two patterns find the same words as sqlparse's lexer, many times faster."""
 
 
 def _tokens(sql: str) -> list[tuple[bool, str]]:
-    """(is it space or comment, text) of every token; together they are the text."""
+    """Split a text into tokens (is it space or comment, text), which together are the text."""
     if any(odd in sql for odd in _ODD):
         return [(kind in T.Whitespace or kind in T.Comment, value) for kind, value in tokenize(sql)]
     return [(value.isspace(), value) for value in _WORDS.findall(sql)]
 
 
 def _drop_distinct(sql: str, keep_inner: bool) -> str:
-    """The text without its DISTINCT tokens: all of them, or only those of the outermost SELECTs."""
+    """Remove the DISTINCT tokens of a text: all of them, or only those of the outermost SELECTs."""
     if not keep_inner and not any(odd in sql for odd in _ODD):
         return _DISTINCT.sub(lambda found: found[1] or "", sql)
     tokens = _tokens(sql)
@@ -352,7 +352,7 @@ def _drop_distinct(sql: str, keep_inner: bool) -> str:
         word = value.lower()
         if word == "distinct" and depth == 0 and before == "select":
             following = next((v.lower() for skip, v in tokens[i + 1 :] if not skip), "")
-            if following != "on":  # PostgreSQL's DISTINCT ON is another thing
+            if following != "on":  # PostgreSQL's DISTINCT ON differs
                 continue
         depth += (value == "(") - (value == ")")
         if not space:

@@ -33,22 +33,22 @@ from sqlbench.reward import Verdict, ascore, execution_match
 from sqlbench.text import clean
 
 SHOWN_ROWS = 20
-NO_TEXT = "allow it more tokens, or turn its thinking off with a request field"
+NO_TEXT = "Allow it more tokens, or turn its thinking off with a request field."
 MOST_CALLS = 999
-"""Model calls, and queries, of one rollout; an agent that wants more fails."""
+"""Most model calls, and most queries, of one rollout; an agent that makes more fails."""
 
 
 class Observer(Protocol):
-    """Is told of a rollout's events, in their order and on its event loop; it must return soon and not raise."""
+    """Receives rollout events in order on the event loop. Implementations must be fast and must not raise."""
 
     def text(self, agent: str, turn: int, piece: str) -> None:
-        """A piece of a model's answer was generated."""
+        """Receive a piece of a model's answer."""
 
     def transition(self, transition: Transition) -> None:
-        """A model call is over."""
+        """Receive a finished model call."""
 
     def execution(self, execution: Execution, execution_text: str) -> None:
-        """A query was executed; the text is what the prompts show of it."""
+        """Receive an executed query; the text is what the prompts show of it."""
 
 
 class RolloutFailed(Exception):
@@ -77,13 +77,13 @@ class RolloutContext:
     sql: str | None = None
     """The query written last; after the rollout the final one."""
     error: str | None = None
-    """What broke, if anything did."""
+    """The failure outside the policy, if any."""
     overlong: bool = False
-    """Whether the policy's own answers made a prompt too long, which is no failure."""
+    """Whether the policy's own answers made a prompt too long, which is not a failure."""
 
     @property
     def takes_temperature(self) -> bool:
-        """Whether the model can be asked at another temperature; one of your own may not."""
+        """Tell whether the model can be asked at another temperature; one of your own may not."""
         return "temperature" in inspect.signature(self.model.complete).parameters
 
     async def ask(
@@ -114,7 +114,7 @@ class RolloutContext:
     async def execute(self, sql: str) -> Execution:
         """Run a query; the last text of `history` is then what prompts show of its result."""
         if not isinstance(sql, str):
-            raise TypeError(f"a query is a text, not {type(sql).__name__}")
+            raise TypeError(f"Invalid query: {type(sql).__name__}. Pass a string.")
         self.sql = sql = clean(sql)
         limit = self.config.execution_truncate
         with self.boundary("database", self.executions):
@@ -129,13 +129,13 @@ class RolloutContext:
 
     @contextmanager
     def boundary(self, where: str, done: Sequence[object] = ()) -> Iterator[None]:
-        """Attribute whatever escapes a block to a part of the rollout, which has failed then."""
+        """Attribute an exception of a block to a part of the rollout, which has then failed."""
         try:
-            if self.error is not None:  # the agent went on after a failure
+            if self.error is not None:  # the agent continued after a failure
                 raise RolloutFailed(self.error)
             if len(done) >= MOST_CALLS:
                 where = "agent"
-                raise RuntimeError(f"more than {MOST_CALLS} calls in one rollout")
+                raise RuntimeError(f"Too many calls in one rollout: {MOST_CALLS}. Stop the agent earlier.")
             yield
         except RolloutFailed:
             raise
@@ -168,7 +168,7 @@ async def rollout(
 
     Args:
         agent: the self-correcting one by default.
-        reward: what the trajectory's `reward` is; execution match stands beside it.
+        reward: computes the trajectory's `reward`; execution match is recorded with it.
     """
     started = time.perf_counter()
     context = await run_agent(task, database, model, prompts, config, repair, observer, agent=agent)
@@ -192,17 +192,17 @@ async def rollout(
 
 
 async def judge(task: Task, context: RolloutContext, reward: Reward = execution_match) -> tuple[float | None, Verdict]:
-    """Return the reward of a finished rollout and its execution match; what breaks stands in the context's `error`."""
+    """Return the reward of a finished rollout and its execution match; a fault goes to the context's `error`."""
     value, verdict = None, Verdict(None, "no_gold")
     try:
         with context.boundary("reward"):
             if task.gold.strip():
                 verdict = await ascore(task.gold, context.sql or "", context.database, strict=context.config.strict)
                 if verdict.match is None and task.scorable:
-                    hint = f"was {context.database.target} changed?"
+                    hint = f"Check whether {context.database.target} was changed, or audit the data set again."
                     if verdict.reason == "gold_timeout":
-                        hint = f"it may take {context.config.query_timeout:g} s (--query-timeout)"
-                    raise DatabaseError(f"the gold query of a scorable task fails ({verdict.reason}); {hint}")
+                        hint = f"Raise --query-timeout from {context.config.query_timeout:g} s."
+                    raise DatabaseError(f"Gold query of a scorable task failed: {verdict.reason}. {hint}")
             given: Any = verdict.match if reward is execution_match else reward(task, context)
             value = _in_range(await given if inspect.isawaitable(given) else given, reward)
     except RolloutFailed:
@@ -214,7 +214,7 @@ def _in_range(value: Any, reward: Any) -> float | None:
     if value is None or (isinstance(value, Real) and 0 <= float(value) <= 1):
         return None if value is None else float(value)
     name = getattr(reward, "__qualname__", type(reward).__qualname__)
-    raise ValueError(f"the reward {name} returned {value!r}; it must return a number from 0 to 1, or None")
+    raise ValueError(f"Invalid value of the reward {name}: {value!r}. Return a number from 0 to 1, or None.")
 
 
 async def run_agent(
@@ -235,7 +235,7 @@ async def run_agent(
 
     Args:
         repair: chooses the strategy of each rewrite (`sqlbench.agent.repair`).
-        observer: is told of everything as it happens.
+        observer: receives every event as it happens.
         start: queries that did not answer it, oldest first, each with the text of its result: the built-in agent then
             begins with a rewrite of the last one.
         agent: the self-correcting one by default.
@@ -255,7 +255,7 @@ async def run_agent(
             if context.error is None:
                 if not isinstance(sql, str):
                     kind = type(agent).__name__
-                    raise TypeError(f"{kind}.run returned {type(sql).__name__}; it must return the final query")
+                    raise TypeError(f"Invalid value of {kind}.run: {type(sql).__name__}. Return the final query.")
                 sql = clean(sql)
                 if sql not in {execution.sql for execution in context.executions}:
                     await context.execute(sql)
@@ -266,7 +266,7 @@ async def run_agent(
     # A policy in this process that says nothing is wrong; an endpoint that says nothing was not measured.
     if context.error is None and answers and all(a.empty and a.sent is not None for a in answers):
         flaws = ", ".join(sorted({a.flaw.removeprefix("empty: ") for a in answers}))
-        context.error = failure("model", ModelError(f"{model.name} gave no text at all ({flaws}); {NO_TEXT}"))
+        context.error = failure("model", ModelError(f"No text at all from {model.name}: {flaws}. {NO_TEXT}"))
     return context
 
 

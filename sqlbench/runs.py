@@ -1,9 +1,9 @@
 """A run is a folder: one process writes it at a time, whole lines only, and it can always be continued.
 
-``config.json`` (what was asked, complete), ``trajectories.jsonl`` (one rollout a line), ``metrics.jsonl`` (one step a
-line), ``summary.json`` (there when the run is finished). Lines are flushed, not synced: after a crash of the machine
-the end of a file may be missing. A line that a kill or a full disk has torn is dropped wherever it is read, and by
-whoever appends next. The locks are the operating system's, so they end with their process; they do not hold across
+``config.json`` (all settings), ``trajectories.jsonl`` (one rollout per line), ``metrics.jsonl`` (one step per line),
+``summary.json`` (present when the run is finished). Lines are flushed, not synced: after a crash of the machine
+the end of a file may be missing. A line that a kill or a full disk has torn is dropped wherever it is read, and by the
+next writer. The locks are the operating system's, so they end with their process; they do not hold across
 machines that share a network drive.
 """
 
@@ -38,31 +38,31 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has its summary."""
+        """Tell whether the run has its summary."""
         return (self.root / SUMMARY).is_file()
 
     def config(self) -> dict[str, Any]:
-        """What the run was asked to do.
+        """Read the settings of the run.
 
         Raises:
-            DataError: this is no run folder.
+            DataError: this is not a run folder.
         """
         return _read_json(self.root / CONFIG)
 
     def summary(self) -> dict[str, Any]:
-        """The summary of a finished run.
+        """Read the summary of a finished run.
 
         Raises:
-            DataError: the run is not finished, or this is no run folder.
+            DataError: the run is not finished, or this is not a run folder.
         """
         return _read_json(self.root / SUMMARY)
 
     def trajectories(self) -> Iterator[Trajectory]:
-        """All rollouts written so far."""
+        """Read all rollouts written so far."""
         return read_trajectories(self.root / TRAJECTORIES)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """All metric lines written so far."""
+        """Read all metric lines written so far."""
         return read_jsonl(self.root / METRICS)
 
     def open(self, config: BaseModel | dict[str, Any], *, overwrite: bool = False) -> RunFolder:
@@ -87,11 +87,11 @@ class RunFolder:
         if overwrite:
             self._discard()
         elif self.finished and not self.summary().get("failed"):
-            raise RunError(f"the run {self.root} is finished; choose another name, or ask to overwrite it")
+            raise RunError(f"Run is already finished: {self.root}. Choose another --run, or pass --overwrite.")
         elif (self.root / CONFIG).is_file() and (difference := differences(self.config(), wanted)):
             raise RunError(
-                f"the run {self.root} was started with other settings ({'; '.join(difference[:5])}); "
-                "choose another name, or ask to overwrite it"
+                f"Run was started with other settings: {self.root} ({'; '.join(difference[:5])}). "
+                "Choose another --run, or pass --overwrite."
             )
         try:
             (self.root / SUMMARY).unlink(missing_ok=True)
@@ -114,7 +114,7 @@ class RunFolder:
             raise _cannot_write(self.root, error) from error
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -139,26 +139,26 @@ class RunFolder:
 
 
 def lock(folder: Path) -> IO[str]:
-    """Take a folder, made where it is missing, for writing; to give it back, close the result or end the process.
+    """Lock a folder for writing, made if it is missing; close the result or end the process to release it.
 
     Raises:
-        RunError: it cannot be written, or another process has it.
+        RunError: it cannot be written, or another process has locked it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")  # noqa: SIM115
     except OSError as error:
-        raise RunError(f"cannot write the run folder {folder}: {error.strerror}; choose another") from error
+        raise RunError(f"Cannot write the run folder {folder}: {error.strerror}. Choose another.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise RunError(f"another process is writing the run {folder}; wait or choose another name") from error
+        raise RunError(f"Another process is writing the run: {folder}. Wait, or choose another --run.") from error
     return file
 
 
 def write_whole(path: Path, parts: Iterable[str]) -> None:
-    """Replace a file in one move: it is the old one until all of the new one is written.
+    """Replace a file in one move; the old one stays until the new one is complete.
 
     Raises:
         RunError: it cannot be written.
@@ -191,43 +191,44 @@ def append_line(path: Path, record: BaseModel | dict[str, Any]) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
     return RunError(
-        f"cannot write {path}: {error.strerror}; make room or make it writable, and give the same command again"
+        f"Cannot write {path}: {error.strerror}. Free some space or make it writable, then rerun the command; finished "
+        "work is kept."
     )
 
 
 def run_path(results: str | Path, profile: str, run: str) -> Path:
-    """The folder ``<results>/<profile>/<run>``; a run's name may have several parts, but stays below its profile.
+    """Return ``<results>/<profile>/<run>``; the name of a run may have several parts below its profile.
 
     Raises:
-        RunError: that is no name for a run.
+        RunError: the name is not valid.
     """
     for what, name in (("profile", profile), ("run", run)):
         if not name.strip() or not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise RunError(f"'{name}' is no name for a {what}; use letters, digits, '-' and '_'")
+            raise RunError(f"Invalid {what} name: {name!r}. Use letters, digits, '-' and '_'.")
     return Path(results) / profile / run
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file, a torn last one left out; nothing where there is no file.
+    """Read the lines of a file without a torn last one; a missing file has none.
 
     Raises:
-        DataError: a line before the last is no JSON object.
+        DataError: a line before the last is not a JSON object.
     """
     for number, line in _lines(path):
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}, is no JSON: {error}") from error
+            raise DataError(f"Not JSON: {path}, line {number} ({error}). Remove the line.") from error
         if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}, is no JSON object: {line[:60]!r}")
+            raise DataError(f"Not a JSON object: {path}, line {number} ({line[:60]!r}). Remove the line.")
         yield record
 
 
 def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
-    """The rollouts of a ``trajectories.jsonl``, or of the run folder that holds one.
+    """Read the rollouts of a ``trajectories.jsonl``, or of the run folder that holds one.
 
     Raises:
-        DataError: a line before the last is no trajectory.
+        DataError: a line before the last is not a trajectory.
     """
     path = Path(path)
     for number, line in _lines(path / TRAJECTORIES if path.is_dir() else path):
@@ -236,11 +237,13 @@ def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise DataError(f"{path}, line {number}, is no trajectory: {where} {first['msg']}") from error
+            raise DataError(
+                f"Not a trajectory: {path}, line {number} ({where} {first['msg']}). Remove the line."
+            ) from error
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Every setting in which two configs differ, in words."""
+    """Describe every setting in which two configs differ."""
     before, now = flat(old), flat(new)
     return [
         f"{key} was {_short(before.get(key))}, is now {_short(now.get(key))}"
@@ -250,7 +253,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a tree of settings, by their dotted keys."""
+    """Return the leaves of a tree of settings by their dotted keys."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
@@ -269,9 +272,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; choose another run name, or ask to overwrite it") from error
+        raise DataError(f"Cannot read {path}: {error}. Choose another --run, or pass --overwrite.") from error
     return found
 
 

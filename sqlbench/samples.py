@@ -1,6 +1,6 @@
-"""What several rollouts of each task give: avg@n, pass@k, a majority vote, and the first query that ran.
+"""Estimates from several rollouts of each task: avg@n, pass@k, a majority vote, and the first query that ran.
 
-All of them spend the same model calls, so they are what training has to beat. Every number is a mean over tasks with an
+All of them spend the same model calls, so training has to beat them. Every number is a mean over tasks with an
 interval that resamples tasks: rollouts of one task are not independent. Failed rollouts are left out.
 
 - ``avg@n``: the share of a task's rollouts that are right.
@@ -46,16 +46,16 @@ class Estimate(Record):
 
 
 class Samples(Record):
-    """What the rollouts of an evaluation give together."""
+    """Estimates from all rollouts of an evaluation."""
 
     n: int
-    """Rollouts a task."""
+    """Rollouts per task."""
     by_turn: list[dict[str, Estimate]]
-    """Estimates by name for the queries that stand after turn 1, 2 and so on; the last are the rollouts' answers."""
+    """Estimates by name for the current queries after turn 1, 2 and so on; the last are the rollouts' answers."""
 
     def text(self) -> str:
-        """A line a turn, for the command line."""
-        lines = [f"\n{self.n} rollouts a task, 95% intervals over tasks:"]
+        """Write one line per turn, for the command line."""
+        lines = [f"\n{self.n} rollouts per task, 95% intervals over tasks:"]
         for turn, estimates in enumerate(self.by_turn, 1):
             shown = (f"{name} {e.value:.1%} ({e.low:.1%} to {e.high:.1%})" for name, e in estimates.items())
             lines.append(f"after turn {turn}: {', '.join(shown)}")
@@ -95,7 +95,7 @@ def result_of(execution: Execution) -> bytes:
 
 
 def _text(value: str | int | float | None) -> str:
-    """A cell as a text that is equal for equal numbers, also where a sum differs in its last bits."""
+    """Write a cell as a text that is equal for equal numbers, also if a sum differs in its last bits."""
     if isinstance(value, float):
         near = value if value.is_integer() else float(f"{value:.9g}")
         value = int(near) if near.is_integer() else near
@@ -112,7 +112,7 @@ def estimate_samples(found: Rollouts, n: int, judge: Judge) -> Samples:
 
     Args:
         found: n rollouts of each task.
-        n: rollouts a task.
+        n: rollouts per task.
         judge: tells of the queries that a rollout replaced; its answer was judged already.
     """
     scored = found.rollouts[found.rollouts["correct"].notna()].sort_values("sample", kind="stable")
@@ -148,5 +148,5 @@ def _estimates(queries: pd.DataFrame, n: int) -> dict[str, Estimate]:
 
 
 def _mean(values: Sequence[float]) -> Estimate:
-    low, high = bootstrap(sorted(values))  # in whatever order the tasks came
+    low, high = bootstrap(sorted(values))  # independent of the order of the tasks
     return Estimate(value=fsum(values) / len(values), low=low, high=high, tasks=len(values))

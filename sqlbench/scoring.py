@@ -42,17 +42,17 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int]:
     data, pairs, out, workers = settings.data, settings.pairs, settings.out, settings.workers
     folder = data / "database"
     if not folder.is_dir():
-        raise DataError(f"no databases in {data}: it has no folder 'database' with <db_id>/<db_id>.sqlite in it")
+        raise DataError(f"No databases in {data}. Put them at database/<db_id>/<db_id>.sqlite.")
     rows = list(_read(pairs))
     usable = [row for row, fault in rows if not fault]
     if not usable:
         why = f" ({rows[0][1]})" if rows else ""
-        raise DataError(f"{pairs} holds no pairs{why}; write one JSON object with db_id, gold and pred a line")
+        raise DataError(f"No pairs in {pairs}{why}. Write one JSON object with db_id, gold and pred per line.")
     if out.exists() and out.samefile(pairs):
-        raise DataError(f"{out} holds the pairs themselves; choose another file with --out")
+        raise DataError(f"Output would overwrite the pairs: {out}. Choose another file with --out.")
     if not any(_databases(folder, row["db_id"]) for row in usable):
         named = usable[0]["db_id"]
-        raise DataError(f"none of the databases that {pairs} names is under {folder}, for example {named!r}")
+        raise DataError(f"No database of {pairs} in {folder}, for example: {named}. Check --data.")
     counts: Counter[str] = Counter()
     if workers is None:  # forking is safe, and worth it, only from a process without threads
         workers = len(os.sched_getaffinity(0)) if len(rows) > 1000 and threading.active_count() == 1 else 1
@@ -60,7 +60,7 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int]:
         out.parent.mkdir(parents=True, exist_ok=True)
         sink = out.open("w", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot write {out}: {error.strerror}") from error
+        raise DataError(f"Cannot write {out}: {error.strerror}. Choose another file with --out.") from error
     how = settings.keep_distinct, settings.strict, Limits(seconds=settings.query_timeout)
     jobs = ((str(folder), fault, [row.get(k) for k in FIELDS], *how) for row, fault in rows)
     with sink, tqdm(total=len(rows), desc="score", unit="pair", mininterval=0.5) as progress:
@@ -88,7 +88,9 @@ def _verdicts(jobs: Iterator[tuple], workers: int) -> Iterator[Verdict]:
             for chunk in pool.map(_verdict_chunk, iter(lambda: list(islice(jobs, 50)), [])):
                 yield from chunk
     except BrokenProcessPool as error:
-        raise DataError("a scoring process was killed, perhaps for memory; free some and score again") from error
+        raise DataError(
+            "Scoring process killed, perhaps for memory. Free some memory and rerun the command."
+        ) from error
 
 
 def _verdict_chunk(jobs: list[tuple]) -> list[Verdict]:
@@ -113,7 +115,7 @@ _files: dict[tuple[Path, str], list[Path]] = {}
 
 
 def _databases(folder: Path, db_id: str) -> list[Path]:
-    """Every database file of one folder, as the reference evaluator takes them."""
+    """Return every database file of one folder, as the reference evaluator takes them."""
     if (folder, db_id) not in _files:
         side_files = ("-journal", "-wal", "-shm")
         inside = [p for p in folder.iterdir() if p.name == db_id and p.is_dir()]
@@ -123,7 +125,7 @@ def _databases(folder: Path, db_id: str) -> list[Path]:
 
 
 def _read(path: Path) -> Iterator[tuple[dict, str]]:
-    """Every line that is not empty: the pair and nothing, or the line's number and what is wrong with it."""
+    """Read every line that is not empty: the pair with no fault, or the line's number with its fault."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -137,4 +139,4 @@ def _read(path: Path) -> Iterator[tuple[dict, str]]:
                         fault = f"not JSON: {error}"
                     yield ({"line": number}, f"line {number}: {fault}") if fault else (row, "")
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"Cannot read {path}: {error}. Check the path and the file.") from error

@@ -1,7 +1,7 @@
 """Serve a checkpoint with an OpenAI-compatible endpoint, by a server that others wrote.
 
-The server takes the place of this process: its log is what is seen from then on, and whatever ends this process ends
-it. It asks for no key, so it listens on this machine alone unless told otherwise.
+The server replaces this process: its log is shown from then on, and it ends with this process. It
+asks for no key, so it listens on this machine alone unless told otherwise.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ NEEDS = {"vllm": ["vllm"], "transformers": ["transformers", "torch", "fastapi", 
 
 
 def serve(settings: ServeConfig) -> NoReturn:
-    """Become a server; one line on standard output says where, under which name, and how to use it.
+    """Replace this process by a server; print its address, its name and how to use it in one line.
 
     Raises:
         ServerError: the engine is missing, or the address cannot be used.
-        ModelError, TrainingError: there is no such checkpoint.
+        ModelError, TrainingError: the checkpoint does not exist.
     """
     model, host = settings.model, settings.host
     folder, name = find_policy(model)
     engine = settings.engine or ("vllm" if importlib.util.find_spec("vllm") else "transformers")
     if engine not in ENGINES:
-        raise ServerError(f"no engine '{engine}'; there are: {', '.join(ENGINES)}")
+        raise ServerError(f"Unknown engine: {engine}. Choose one of: {', '.join(ENGINES)}.")
     if missing := " ".join(package for package in NEEDS[engine] if importlib.util.find_spec(package) is None):
-        raise ServerError(f"the engine {engine} needs what is not installed; run 'pip install {missing}'")
+        raise ServerError(f"Not installed for the engine {engine}: {missing}. Run 'pip install {missing}'.")
     with listen(host, settings.port) as free:
         port = free.getsockname()[1]
     import torch
@@ -61,7 +61,7 @@ def serve(settings: ServeConfig) -> NoReturn:
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"
     fitting = " --prompts nano --max-tokens 128" if checkpoint_family(folder) == "nano" else ""
     print(
-        f"serving {model} as '{name}' at {url} once {engine} has loaded it (Ctrl-C stops); to evaluate it: "
+        f"Serving {model} as '{name}' at {url} once {engine} has loaded it. Press Ctrl-C to stop. Evaluate it with: "
         f"OPENAI_BASE_URL={shlex.quote(url)} sqlbench eval --model openai:{name}{fitting} --run {name}-served",
         flush=True,
     )
@@ -72,19 +72,19 @@ def listen(host: str, port: int) -> socket.socket:
     """Open a socket that listens; port 0 takes a free one.
 
     Raises:
-        ServerError: the address is in use or no address of this machine.
+        ServerError: the address is in use or does not belong to this machine.
     """
     try:
         return socket.create_server((host, port))
     except OSError as error:
         why = str(error.strerror).split(" (")[0]
-        raise ServerError(f"cannot listen on {host}:{port}: {why}; choose another --port or --host") from error
+        raise ServerError(f"Cannot listen on {host}:{port}: {why}. Choose another --port or --host.") from error
 
 
 def find_policy(model: str) -> tuple[Path, str]:
     """Return the checkpoint folder that `model` means, and the name to serve it under, one that a hub would take."""
     if model.startswith("openai:"):
-        raise ModelError(f"cannot serve {model}, an endpoint; give 'nano', a checkpoint folder or a run folder")
+        raise ModelError(f"Cannot serve an endpoint: {model}. Give 'nano', a checkpoint folder or a run folder.")
     name = re.sub(r"[^\w.]+|[.-]{2,}", "-", Path(model).resolve().name, flags=re.ASCII).strip("-.")
     return check_checkpoint(policy_folder(model)).resolve(), name or "policy"
 

@@ -1,6 +1,6 @@
-"""What a query looks like, read from sqlglot's tree: Spider hardness, component match, subject; and classes of errors.
+"""Properties of a query from sqlglot's tree: Spider hardness, component match, subject; and classes of errors.
 
-Nothing here decides a verdict of the reference mode, and a tree is no security boundary: the database is. A query
+Nothing here decides a verdict of the reference mode. The security boundary is the database, not the tree. A query
 without a tree (`parse`) has hardness ``extra`` and no components.
 """
 
@@ -31,7 +31,7 @@ Spider's 8,034 gold queries take at most 577 characters, 160 steps and a depth o
 MAX_HEX = 1000
 """Digits of a hexadecimal number: sqlglot writes it in decimal, and Python refuses that from 4,300 digits on."""
 
-logging.getLogger("sqlglot").setLevel(logging.ERROR)  # its warnings are about what a model or a user wrote
+logging.getLogger("sqlglot").setLevel(logging.ERROR)  # its warnings are about queries of models and users
 
 
 class _TooManySteps(Exception):
@@ -40,9 +40,9 @@ class _TooManySteps(Exception):
 
 @cache
 def _parser(dialect: str) -> Any:
-    """A class of sqlglot's parser that stops after `MAX_STEPS`.
+    """Make a class of sqlglot's parser that stops after `MAX_STEPS`.
 
-    sqlglot goes back and tries another rule where one does not fit, and the steps double with every join without ON.
+    sqlglot backtracks to another rule if one does not fit, and the steps double with every join without ON.
     Every rule moves over tokens through the one method that counts here, so the bound holds for all of them.
     """
 
@@ -59,9 +59,9 @@ def _parser(dialect: str) -> Any:
 
 
 def statements(sql: str, dialect: str = "sqlite") -> list[exp.Expression | None]:
-    """The trees of a text's statements; none where it cannot be parsed, or not within the bounds above.
+    """Parse the statements of a text; empty if it cannot be parsed within the bounds above.
 
-    Whatever the text is, this ends within a fraction of a second, and no tree is too deep to be walked recursively.
+    For any text this ends within a fraction of a second, and no tree is too deep to be walked recursively.
     """
     if len(sql) > MAX_CHARS:
         return []
@@ -69,7 +69,7 @@ def statements(sql: str, dialect: str = "sqlite") -> list[exp.Expression | None]
         read = Dialect.get_or_raise(_DIALECTS[dialect])
         tokens = read.tokenize(sql)
         kinds = Counter(token.token_type for token in tokens)
-        # The work for these two is the square of the text without a step: each one copies or types the tree before it.
+        # These two take quadratic time without parser steps: each copies or types the tree before it.
         if kinds[TokenType.PIPE_GT] or kinds[TokenType.L_BRACKET] > MAX_DEPTH:
             return []
         if any(len(t.text) > MAX_HEX for t in tokens if t.token_type == TokenType.HEX_STRING):
@@ -91,7 +91,7 @@ def _is_deep(tree: exp.Expression) -> bool:
 
 @lru_cache(maxsize=256)
 def parse(sql: str, dialect: str = "sqlite") -> exp.Query | None:
-    """The tree of one query, shared between callers (copy it before changing it); None where there is none."""
+    """Parse one query into a tree shared between callers (copy it before changing it); None if that fails."""
     trees = statements(sql, dialect)
     return trees[0] if trees and isinstance(trees[0], exp.Query) else None
 
@@ -100,9 +100,9 @@ def parse(sql: str, dialect: str = "sqlite") -> exp.Query | None:
 
 
 def hardness(sql: str) -> str:
-    """One of `HARDNESS`, by Spider's published rules.
+    """Classify a query as one of `HARDNESS`, by Spider's published rules.
 
-    Counted is the first SELECT of a set operation. Its components are WHERE, GROUP BY, ORDER BY, LIMIT, each join, each
+    Of a set operation the first SELECT counts. Its components are WHERE, GROUP BY, ORDER BY, LIMIT, each join, each
     OR and each LIKE; nested are set operations and subqueries that a condition compares with; others are more than one
     aggregate, more than one output column, more than one condition and more than one group column.
     """
@@ -149,7 +149,7 @@ def _counts(select: exp.Expression, set_operation: bool) -> tuple[int, int, int]
 
 
 def _units(condition: exp.Expression | None) -> list[exp.Expression]:
-    """The conditions between AND and OR."""
+    """Split a condition at AND and OR."""
     if condition is None:
         return []
     if isinstance(condition, exp.Paren):
@@ -172,7 +172,7 @@ def _positive(unit: exp.Expression) -> exp.Expression:
 
 
 def _subqueries(unit: exp.Expression) -> list[exp.Expression]:
-    """Outermost queries inside a condition."""
+    """Find the outermost queries inside a condition."""
     found, stack = [], [unit]
     while stack:
         node = stack.pop()
@@ -195,7 +195,7 @@ def _has_aggregate(node: exp.Expression) -> bool:
 
 
 def component_match(gold: str, pred: str) -> dict[str, float]:
-    """F1 between the clauses of two queries: ``select, where, group, order, joins, set``, over all their SELECTs.
+    """Compute F1 between the clauses of two queries: ``select, where, group, order, joins, set``, over all SELECTs.
 
     A clause that neither query has is left out. Names are compared without case, table qualifiers and aliases; literals
     count. It is a description for summaries: two queries with equal answers need not have equal clauses.
@@ -240,7 +240,7 @@ def _components(sql: str) -> dict[str, Counter]:
 
 
 def _text(node: exp.Expression) -> str:
-    """A normal form: no qualifiers, no case, sides of a symmetric comparison in one order, queries as a mark."""
+    """Normalise a node: no qualifiers, no case, sides of a symmetric comparison in one order, queries as a mark."""
 
     def plain(part: exp.Expression) -> exp.Expression:
         if isinstance(part, (exp.Select, exp.SetOperation)):
@@ -258,14 +258,14 @@ def _text(node: exp.Expression) -> str:
 
 
 def outer_order(sql: str, dialect: str = "sqlite") -> bool | None:
-    """Whether the statement itself, not a subquery, ends in ORDER BY; None where it cannot be parsed."""
+    """Tell whether the statement itself, not a subquery, ends in ORDER BY; None if it cannot be parsed."""
     tree = parse(sql, dialect)
     return None if tree is None else tree.args.get("order") is not None
 
 
 @dataclass(frozen=True)
 class Keyed:
-    """A query without its LIMIT whose rows also carry what they are ordered by."""
+    """A query without its LIMIT whose rows also carry the order terms."""
 
     sql: str
     keys: tuple[int, ...]
@@ -274,7 +274,7 @@ class Keyed:
 
 
 def with_order_keys(sql: str, columns: tuple[str, ...], dialect: str = "sqlite") -> Keyed | None:
-    """The query with its order terms as further columns, to see which rows tie; None where that cannot be written."""
+    """Add the order terms of a query as columns, to see which rows tie; None if that cannot be written."""
     tree = parse(sql, dialect)
     if tree is None or tree.args.get("order") is None:
         return None
@@ -309,20 +309,20 @@ def with_order_keys(sql: str, columns: tuple[str, ...], dialect: str = "sqlite")
 
 @dataclass(frozen=True)
 class Subject:
-    """What a query is about: enough to tell a real question from a query that is empty by construction."""
+    """Tables, columns and values of a query: enough to tell a real one from one that is empty by construction."""
 
     tables: frozenset[str]
     columns: frozenset[str]
-    """Columns that conditions look at."""
+    """Columns in conditions."""
     values: frozenset[str]
     """Literals of the conditions; quoted names count, since SQLite reads unknown ones as text."""
     constant: bool
-    """Some condition looks at no column or compares a thing with itself, or a LIMIT or OFFSET may leave nothing."""
+    """Whether a condition has no column or compares a thing with itself, or a LIMIT or OFFSET may leave nothing."""
 
 
 @lru_cache(maxsize=4096)
 def subject(sql: str, dialect: str = "sqlite") -> Subject | None:
-    """The subject of a query; None where it cannot be parsed."""
+    """Return the subject of a query; None if it cannot be parsed."""
     tree = parse(sql, dialect)
     if tree is None:
         return None
@@ -349,7 +349,7 @@ def subject(sql: str, dialect: str = "sqlite") -> Subject | None:
 
 
 def _value(node: exp.Expression) -> str:
-    """A literal in a normal form in which ``>= 2`` is ``> 1`` and ``LIKE '%x%'`` is ``= 'x'``."""
+    """Normalise a literal so that ``>= 2`` is ``> 1`` and ``LIKE '%x%'`` is ``= 'x'``."""
     text = node.name.lower().strip("%_ ")
     try:
         number = float(text)
@@ -368,7 +368,7 @@ def _is_constant(unit: exp.Expression) -> bool:
 
 
 def same_subject(gold: str, pred: str, dialect: str = "sqlite") -> bool:
-    """Whether `pred` is a real query over what `gold` is about.
+    """Tell whether `pred` is a real query with the subject of `gold`.
 
     It reads the same tables, compares with the same literals, filters by at least one of the same columns wherever gold
     filters, and nothing in it is empty by construction (a constant condition, LIMIT 0, OFFSET).
@@ -437,6 +437,6 @@ _PATTERNS = [
 
 
 def error_class(message: str) -> str:
-    """The class of a database's error message (SQLite or PostgreSQL), one of `ERROR_CLASSES`."""
+    """Classify a database's error message (SQLite or PostgreSQL) as one of `ERROR_CLASSES`."""
     told = re.sub(r'".*"', '""', message, flags=re.DOTALL)[:1000]  # without the query's own words, which may be many
     return next((name for name, pattern in _PATTERNS if pattern.search(told)), "other")

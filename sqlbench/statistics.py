@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson score interval of a proportion at 95%, as (low, high); (0, 1) where there is nothing to count."""
+    """Compute the 95% Wilson score interval of a proportion; (0, 1) if n is 0."""
     if n == 0:
         return 0.0, 1.0
     from statsmodels.stats.proportion import proportion_confint
@@ -20,13 +20,13 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def paired_bootstrap(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean difference ``b - a`` over the same tasks, by resampling tasks from a fixed seed."""
+    """Compute the 95% interval of the mean difference ``b - a``, by resampling tasks from a fixed seed."""
     _check(a, b)
     return bootstrap([y - x for x, y in zip(a, b, strict=True)])
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean of one number a task, by resampling tasks from a fixed seed."""
+    """Compute the 95% interval of the mean of one number per task, by resampling tasks from a fixed seed."""
     import numpy as np
     from scipy import stats
 
@@ -45,7 +45,7 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p-value of McNemar's exact test: are the tasks that changed split evenly between better and worse?"""
+    """Compute the two-sided p-value of McNemar's exact test: do as many tasks get better as worse?"""
     from statsmodels.stats.contingency_tables import mcnemar as test
 
     _check(a, b)
@@ -55,4 +55,4 @@ def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _check(a: Sequence[float], b: Sequence[float]) -> None:
     if len(a) != len(b) or not len(a):
-        raise ValueError(f"a paired comparison needs the same tasks on both sides, got {len(a)} and {len(b)} outcomes")
+        raise ValueError(f"Unpaired outcomes: {len(a)} and {len(b)}. Give the same tasks on both sides.")

@@ -13,7 +13,7 @@ GONE = (errno.EPIPE, errno.EIO)
 
 
 class _Stream(io.FileIO):
-    """The file below a standard stream; drops what cannot be written. Output on a full disk is an error, once."""
+    """The file below a standard stream; drops output that cannot be written. A full disk is an error, once."""
 
     failed = False
 

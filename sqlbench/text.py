@@ -1,4 +1,4 @@
-"""Text from a model, a user or a file, in a form that can be stored, sent and shown."""
+"""Cleaning of text from a model, a user or a file, so that it can be stored, sent and shown."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class CleanPieces:
         self._half = ""
 
     def add(self, piece: str) -> str:
-        """Return what is whole so far of the text that was not returned before."""
+        """Return the complete text so far that was not returned before."""
         piece = self._half + piece
         self._half = piece[-1:] if "\ud800" <= piece[-1:] <= "\udbff" else ""
         return clean(piece[: len(piece) - len(self._half)])
 
     def end(self) -> str:
-        """Return what is left: nothing, or the stand-in for a half that stayed alone."""
+        """Return the rest: nothing, or the replacement of half a character."""
         return clean(self._half)
 
 

@@ -29,7 +29,7 @@ class BatchedEngine:
         self._lines: dict[asyncio.AbstractEventLoop, tuple[_Line, asyncio.Task[None]]] = {}
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """Continue one prompt, together with whatever else is waiting.
+        """Generate the answer to one prompt, in a batch with the other waiting ones.
 
         Raises:
             EngineError: see `LocalEngine.generate`; only the request at fault gets it.

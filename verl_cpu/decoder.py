@@ -1,8 +1,8 @@
-"""One decoding step of a small llama-like model in about twenty operations a layer.
+"""One decoding step of a small llama-like model in about twenty operations per layer.
 
-The general model code of transformers spends 5 to 8 ms a step on Python for a model whose arithmetic takes one; batches
-of short answers with a long tail are mostly such steps. `Decoder` computes the same numbers (up to the rounding of
-floating-point sums) from the same weights for the families it knows; for others `Decoder.of` gives None.
+The general model code of transformers spends 5 to 8 ms per step on Python for a model whose arithmetic takes one;
+batches of short answers with a long tail are mostly such steps. `Decoder` computes the same numbers (up to the rounding
+of floating-point sums) from the same weights for the families it knows; for others `Decoder.of` gives None.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Decoder:
 
     @classmethod
     def of(cls, model: Any) -> Decoder | None:
-        """A decoder of a transformers model, or None where its family or its settings are not known."""
+        """Make a decoder of a transformers model, or None if its family or its settings are unknown."""
         config = model.config
         rope = config.rope_parameters or {}
         known = (
@@ -63,16 +63,16 @@ class Decoder:
             )
 
     def _qk_norm(self, attention: Any) -> torch.Tensor:
-        """Norm weights of every query and key head."""
+        """Return the norm weights of every query and key head."""
         q, k = attention.q_norm.weight, attention.k_norm.weight
         return torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
 
     def step(self, ids: torch.Tensor, position: torch.Tensor, mask: torch.Tensor, caches: list[Any]) -> torch.Tensor:
-        """Logits after one more token in every row; keys and values are appended to the caches.
+        """Compute the logits after one more token in every row; append keys and values to the caches.
 
         Args:
-            ids: the tokens, one a row.
-            position: their positions, one a row (a column).
+            ids: the tokens, one per row.
+            position: their positions, one per row (a column).
             mask: which columns of the cache, the new one included, each row may see.
             caches: key-value caches of the layers, with a method ``update``.
         """
@@ -100,5 +100,5 @@ class Decoder:
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last axis (torch's own takes three times as long on a CPU)."""
+    """Apply the root-mean-square norm over the last axis (torch's own takes three times as long on a CPU)."""
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight

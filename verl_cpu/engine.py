@@ -2,8 +2,8 @@
 
 Guarantees: the tokens returned are the tokens sampled, with their log-probability under the distribution they were
 sampled from (temperature and filters applied; at temperature 0 the plain softmax); a request with a seed gives the
-same tokens whatever else is in its batch, up to the rounding of floating-point sums; a prompt is never cut. Batches
-are static: each distinct prompt is computed once, what prompts share at their start once, and rows that are done leave
+same tokens in any batch, up to the rounding of floating-point sums; a prompt is never cut. Batches
+are static: each distinct prompt is computed once, and so are shared prefixes; finished rows leave
 the batch. A frozen engine keeps keys and values from batch to batch too (`verl_cpu.frozen`).
 """
 
@@ -49,7 +49,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was sampled for one request."""
+    """Tokens sampled for one request."""
 
     token_ids: list[int]
     """End-of-sequence token included."""
@@ -63,7 +63,7 @@ class EngineError(ValueError):
 
 
 def shared_prefixes(prompts: list[tuple[int, ...]]) -> list[int]:
-    """For each of the sorted prompts, how many of its first tokens to compute together with its neighbours'.
+    """Count for each sorted prompt how many of its first tokens to compute together with its neighbours'.
 
     Neighbours form a group while they share at least half of a prompt; one token is always left to each prompt.
     """
@@ -116,11 +116,12 @@ class LocalEngine:
                 path, dtype=getattr(torch, dtype), attn_implementation=_ATTENTION
             ).to(device)
         except Exception as error:
-            raise EngineError(f"cannot load the checkpoint {path}: {type(error).__name__}: {error}") from error
+            why = f"{type(error).__name__}: {error}".rstrip(".")
+            raise EngineError(f"Cannot load the checkpoint {path}: {why}. Check its files.") from error
         self.model.eval()
         self._checksum = ""
         if packed:
-            self._checksum = self.checksum()  # what is packed cannot be read any more
+            self._checksum = self.checksum()  # packed weights cannot be read any more
             pack(self.model)
         self._kept = PromptCache() if frozen else None
         self._decoder: Decoder | None = None
@@ -144,7 +145,8 @@ class LocalEngine:
         for request in requests:
             if not 0 < len(request.prompt_ids) < self.max_model_len:
                 raise EngineError(
-                    f"a prompt has {len(request.prompt_ids)} tokens, the model takes 1 to {self.max_model_len - 1}"
+                    f"Prompt does not fit: {len(request.prompt_ids)} tokens, and the model takes 1 to "
+                    f"{self.max_model_len - 1}."
                 )
         with torch.inference_mode():
             self._decoder = self._decoder or Decoder.of(self.model)
@@ -203,9 +205,9 @@ class LocalEngine:
         ]
 
     def _prefill(self, prompts: list[tuple[int, ...]], room: int) -> tuple[Any, Any, Any]:
-        """Next-token logits, key-value cache and attention mask of the prompts, with `room` free columns in the latter.
+        """Compute next-token logits, key-value cache and attention mask of the prompts, with `room` free mask columns.
 
-        Each distinct prompt is computed once, and what neighbours in alphabetical order share is computed once.
+        Each distinct prompt is computed once, and so is the prefix that neighbours in alphabetical order share.
         """
         distinct = sorted(set(prompts))
         shares = shared_prefixes(distinct)
@@ -289,12 +291,14 @@ class LocalEngine:
         with torch.no_grad():
             for name, tensor in named:
                 if name not in state or state[name].shape != tensor.shape:
-                    raise EngineError(f"weight '{name}' of shape {tuple(tensor.shape)} does not belong to this model")
+                    raise EngineError(
+                        f"Unknown weight: {name} of shape {tuple(tensor.shape)}. Load those of this model."
+                    )
                 state[name].copy_(tensor)
         self._decoder = None
 
     def checksum(self) -> str:
-        """Hash of all weights; equal checksums mean equal models."""
+        """Hash all weights; equal checksums mean equal models."""
         if self._checksum:
             return self._checksum
         digest = hashlib.sha256()
@@ -304,7 +308,7 @@ class LocalEngine:
 
 
 def _sample(logits: Any, temperature: Any, draw: Any, requests: list[GenerationRequest]) -> tuple[Any, Any]:
-    """Chosen token and its log-probability for every row, by inversion of the cumulative distribution."""
+    """Sample a token and its log-probability for every row, by inversion of the cumulative distribution."""
     greedy = temperature <= 0
     scaled = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1)
     if any(r.top_k > 0 or r.top_p < 1 for r in requests):
@@ -318,7 +322,7 @@ def _sample(logits: Any, temperature: Any, draw: Any, requests: list[GenerationR
 
 
 def _filter(logits: Any, requests: list[GenerationRequest]) -> Any:
-    """Logits with everything outside top-k and top-p set to minus infinity, row by row."""
+    """Set the logits outside top-k and top-p to minus infinity, row by row."""
     size = logits.shape[1]
     top_k = torch.tensor([r.top_k if 0 < r.top_k < size else size for r in requests], device=logits.device)
     top_p = torch.tensor([r.top_p for r in requests], device=logits.device)
@@ -337,10 +341,10 @@ def _attend(
 ) -> tuple[Any, None]:
     """Attend with key-value heads shared in place.
 
-    The stock ``sdpa`` copies them for every query head where there is a mask: three times slower on a CPU.
+    The stock ``sdpa`` copies them for every query head if a mask is given: three times slower on a CPU.
     """
     if query.shape[2] == 1 and query.dtype != torch.float32:
-        # The heads of one group read the same keys, so they stand as rows of one query: ten times faster.
+        # The heads of one group read the same keys, so they become rows of one query: ten times faster.
         grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
         if attention_mask is not None:
             attention_mask = attention_mask.expand(-1, -1, grouped.shape[2], -1)

@@ -46,14 +46,14 @@ PRELOAD_VLLM = (
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
 )
-"""What vLLM itself has imported where it forks its engine; its models, and verl's modules for it, start CUDA."""
+"""Modules that vLLM has imported when it forks its engine; its models, and verl's modules for it, start CUDA."""
 PLAIN = "VERL_PLAIN_START"
-"""Environment variable: start verl the plain way."""
+"""Environment variable: start verl without forks."""
 PROBE_SECONDS = 120
 STARTED = time.monotonic()
 BORN_AS = {"RAY_JOB_ID": os.getpid().to_bytes(4, "little").hex()}
 """Ray's library reads its worker settings when it is loaded, which is before they exist: the job has the number of this
-process (`_number_job`), and a worker lives as long as this process, which therefore stands for its raylet."""
+process (`_number_job`), and a worker lives as long as this process, which therefore takes the place of its raylet."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -133,17 +133,17 @@ def _preload(config: Any, modules: list[str]) -> None:
     if config.actor_rollout_ref.rollout.name == "vllm":
         for name in PRELOAD_VLLM:
             importlib.import_module(name)
-        # vLLM would look at the model's class in a new Python, which imports vLLM, lest CUDA starts in the server. It
-        # has been started there by verl's own imports, and the engine is a process of its own.
+        # vLLM would inspect the model's class in a new Python, which imports vLLM, lest CUDA start in the server. But
+        # verl's own imports have started it there already, and the engine is a process of its own.
         registry: Any = importlib.import_module("vllm.model_executor.models.registry")
         registry._run_in_subprocess = lambda function: function()
         _say("imported vLLM")
 
 
 def _preload_without_cuda(config: Any, modules: list[str]) -> bool:
-    """Import it all without starting CUDA; whether a fork can compute on the device of the training afterwards."""
+    """Import it all without starting CUDA; tell whether a fork can compute on the training's device afterwards."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray has it for its workers
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or a look for GPUs would start CUDA
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # otherwise a search for GPUs would start CUDA
     try:
         import torch
 
@@ -184,7 +184,7 @@ def _ray_draws_no_ids() -> Iterator[None]:
 
 
 def _in_a_fork(function: Callable[[], bytes]) -> bytes:
-    """What a function returns in a fork of this process; nothing where it fails there."""
+    """Call a function in a fork of this process and return its result; None if it fails there."""
     reader, writer = os.pipe()
     pid = _fork()
     if pid == 0:
@@ -202,7 +202,7 @@ def _say(text: str) -> None:
 
 
 def _drive(config: Any, modules: list[str]) -> None:
-    """verl's own main, after its command line."""
+    """Run verl's own main, after its command line."""
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -247,11 +247,11 @@ class _InThisProcess:
 
 
 def _serve(server: socket.socket, driver: int, imported: dict[str, str] | None = None, python: str = "") -> int:
-    """Fork at every request until the driver ends; its exit status.
+    """Fork at every request until the driver ends, and return its exit status.
 
     Args:
         imported: environment variables that the imports have set.
-        python: stands for the Python interpreter where `multiprocessing` starts one.
+        python: takes the place of the Python interpreter that `multiprocessing` starts.
     """
     wakeup, signalled = os.pipe()
     os.set_blocking(signalled, False)
@@ -283,7 +283,7 @@ def _serve(server: socket.socket, driver: int, imported: dict[str, str] | None =
 
 
 def _start_worker(connection: socket.socket, imported: dict[str, str], python: str) -> int:
-    """Fork what the client asks for; 0 where it was killed before it had asked."""
+    """Fork for a client's request and return the process id; 0 if the client was killed before it asked."""
     message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 64)
     while not message.endswith(b"\0"):
         if not (more := connection.recv(1 << 20)):
@@ -311,7 +311,7 @@ def _start_worker(connection: socket.socket, imported: dict[str, str], python: s
 
 
 def _run(arguments: list[str]) -> None:
-    """Do what the Python interpreter does with these arguments: a script, or ``-c CODE``."""
+    """Run these arguments as the Python interpreter would: a script, or ``-c CODE``."""
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
         exec(arguments[1], {"__name__": "__main__"})
@@ -335,14 +335,14 @@ def _fork() -> int:
 
 
 def _end(*_: Any) -> NoReturn:
-    """Leave by way of Ray's shutdown, so that its servers end too; if that hangs, leave anyway."""
+    """Exit through Ray's shutdown, so that its servers end too; if that hangs, exit anyway."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.alarm(10)
     sys.exit(128 + signal.SIGTERM)
 
 
 def _leave(function: Any) -> NoReturn:
-    """Call and end the process, without going back up the stack of the process that was forked."""
+    """Run `function` in the forked child and exit without unwinding the parent's stack."""
     status = 1
     try:
         function()

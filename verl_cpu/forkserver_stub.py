@@ -1,8 +1,8 @@
-"""Stands for one Python process that `verl_cpu.forkserver` has forked: passes its files through, ends when it ends.
+"""Stub of one Python process that `verl_cpu.forkserver` has forked: passes its files through, ends when it ends.
 
-Ray and multiprocessing run this in place of Python, as ``forkserver_stub.py SOCKET ARGUMENTS``, with what they would
-give Python: a script and its arguments, or ``-c CODE``. It imports next to nothing. Where the server cannot be reached,
-and for multiprocessing's resource tracker, which imports nothing either, it becomes Python.
+Ray and multiprocessing run this in place of Python, as ``forkserver_stub.py SOCKET ARGUMENTS``, with the
+arguments of Python: a script and its arguments, or ``-c CODE``. It imports next to nothing. If the server cannot be
+reached, and for multiprocessing's resource tracker, which imports nothing either, it becomes Python.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What makes an engine fast whose weights never change: packed weights, and keys and values of earlier prompts.
+"""Speed-ups of an engine whose weights never change: packed weights, and keys and values of earlier prompts.
 
 Prompts of one agent on one database begin with the same instructions and schema, most of their tokens.
 """
@@ -13,7 +13,7 @@ _KEPT_BYTES = 2**29
 
 
 def half_precision() -> bool:
-    """Whether this CPU computes in bfloat16; elsewhere it is slower than float32."""
+    """Tell whether this CPU computes in bfloat16; elsewhere it is slower than float32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -26,7 +26,7 @@ class _PackedLinear(torch.nn.Module):
         self.bias = None if layer.bias is None else layer.bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply."""
+        """Compute the product."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 

@@ -2,7 +2,7 @@
 
 verl computes logits, log-probabilities and entropy of every token, and the loss takes those of the answers. With
 prompts five times as long as answers and a vocabulary of a thousand, the others are a third of a small model's update.
-Here they are taken out right before the output layer, and stand as zeros in what goes to the loss. The numbers of the
+Here they are taken out right before the output layer, and the loss gets zeros for them. The numbers of the
 answers are verl's own, to the rounding of sums. Importing this module selects the engine where the platform is a CPU.
 """
 
@@ -22,7 +22,7 @@ class CpuEngine(FSDPEngineWithLMHead):
     """See the module."""
 
     _answers: torch.Tensor
-    """Which positions (row, column) predict a token of an answer."""
+    """Positions (row, column) that predict a token of an answer."""
 
     def initialize(self) -> None:  # noqa: D102
         super().initialize()

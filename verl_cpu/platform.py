@@ -1,4 +1,4 @@
-"""Registers with verl what it lacks for a machine without an accelerator: a CPU platform and a local rollout engine.
+"""Registers two missing parts with verl for a machine without an accelerator: a CPU platform and a rollout engine.
 
 verl imports this module in every process (``VERL_USE_EXTERNAL_MODULES``), so it must stay cheap and must not import
 verl's trainer. The platform is chosen only by ``VERL_PLATFORM=cpu``, never detected, so nothing changes on a machine
@@ -23,7 +23,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 @cache
 def _device_module() -> types.ModuleType:
-    """``torch.cpu`` with the members of ``torch.cuda`` that verl calls without asking; memory is this process's."""
+    """Extend ``torch.cpu`` by the members of ``torch.cuda`` that verl calls anyway; memory is this process's."""
     module = types.ModuleType("verl_cpu_torch_cpu")
     for name in dir(torch.cpu):
         setattr(module, name, getattr(torch.cpu, name))
@@ -94,7 +94,7 @@ class CPUPlatform(PlatformBase):
         return None, None
 
     def communication_backend_name(self) -> str:
-        """Name of the backend; also forms the process group.
+        """Form the process group and return the name of its backend.
 
         verl asks for the name right before it tests whether a group exists, and would otherwise form one for
         ``cpu:gloo,cpu:gloo``, which torch refuses.

@@ -23,7 +23,7 @@ NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
 
 def _whereabouts(_: Any) -> tuple[str, str]:
-    """Node of the Ray actor that calls it, and the GPU that Ray gave it."""
+    """Return the node of the calling Ray actor, and the GPU that Ray gave it."""
     context = ray.get_runtime_context()
     return context.get_node_id(), context.get_accelerator_ids()["GPU"][0]
 
@@ -84,6 +84,6 @@ class LocalAdapter(BaseRollout):
         **_: Any,
     ) -> None:
         if wire_format != "named_tensors":
-            raise ValueError(f"the local rollout engine takes named tensors, not {wire_format}")
+            raise ValueError(f"Unsupported wire_format of the local rollout engine: {wire_format}. Use named_tensors.")
         named = [(name, tensor.detach().cpu()) for name, tensor in weights]
         await self._server().update_weights.remote(named, global_steps)

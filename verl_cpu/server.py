@@ -1,9 +1,9 @@
-"""Ray actors that do without verl, so that they start quickly: the sampling server, the router.
+"""Ray actors that do not import verl, so that they start quickly: the sampling server, the router.
 
-`LocalServer` answers whole batches, which `verl_cpu.client.LocalClient`
-collects: one remote call a batch instead of three a prompt. The other methods are
-those that verl's synchronous trainer calls on a rollout server. Calls are served one after another, so weights never
-change under a batch. `Router` is what verl wants as a load balancer; the client does not ask it.
+`LocalServer` answers whole batches, which `verl_cpu.client.LocalClient` collects: one remote call per batch instead of
+three per prompt. The other methods are those that verl's synchronous trainer calls on a rollout server. Calls are
+served one after another, so weights never change under a batch. `Router` is the load balancer that verl requires; the
+client does not use it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def server_name(rank: int) -> str:
-    """Ray name of the server of one rank."""
+    """Return the Ray name of the server of one rank."""
     return f"verl_cpu_server_{rank}"
 
 
@@ -37,7 +37,7 @@ class LocalServer:
         return ray.get_runtime_context().get_node_id()
 
     def generate_batch(self, requests: list[GenerationRequest]) -> tuple[list[Generation], int]:
-        """Answers, and the number of updates that the weights which gave them had seen."""
+        """Return the answers, and the number of updates that the sampling weights had seen."""
         return self.engine.generate(requests), self.steps
 
     def update_weights(self, named: list[tuple[str, Any]], steps: int | None) -> None:
@@ -49,7 +49,7 @@ class LocalServer:
         self.steps = steps
 
     def checksum(self) -> str:
-        """Hash of the weights that sample."""
+        """Hash the sampling weights."""
         return self.engine.checksum()
 
     def abort_all_requests(self, reject_request: bool = False) -> None: ...  # noqa: D102
@@ -72,7 +72,7 @@ class LocalServer:
 
 
 class Router:
-    """Knows the servers; nobody asks it for one."""
+    """Stub load balancer: verl requires one, but our client calls the servers directly."""
 
     def __init__(self, servers: dict[str, Any], settings: dict[str, Any]) -> None:
         self.servers = sorted(servers)

@@ -1,6 +1,6 @@
-"""The server. Nobody logs in: whoever reaches the port can spend the model's time.
+"""The server. It has no login: every client that reaches the port can spend the model's time.
 
-That is why the default address is this machine alone.
+The default address is therefore this machine alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_SESSIONS = 100
 
 
 def create(episodes: Episodes) -> FastAPI:
-    """The server's application: OpenEnv's routes, and ``/env/tasks`` and ``/env/info``."""
+    """Make the server's application: OpenEnv's routes, ``/env/tasks`` and ``/env/info``."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page of ENABLE_WEB_INTERFACE=true reports home
     made = create_app(
         lambda: SqlEnvironment(episodes),  # a function: the page takes a `partial` for an environment
@@ -69,7 +69,7 @@ def create(episodes: Episodes) -> FastAPI:
         }
 
     async def refuse(request: Request, error: Any) -> Response:
-        """Say what is wrong, without repeating what came: FastAPI's own answer breaks on text that is not Unicode."""
+        """Say what is wrong without repeating the request: FastAPI's own answer breaks on text that is not Unicode."""
         if isinstance(error, RequestError):
             status, detail = error.status, str(error)
         elif isinstance(error, HTTPException):
@@ -86,7 +86,7 @@ def create(episodes: Episodes) -> FastAPI:
 
 
 def __getattr__(name: str) -> FastAPI:
-    """``sql_env.server.app:app``, for ``openenv.yaml``, with settings from the environment."""
+    """Make ``sql_env.server.app:app``, for ``openenv.yaml``, with settings from the environment."""
     if name != "app":
         raise AttributeError(name)
     get = os.environ.get
@@ -99,16 +99,17 @@ def serve(settings: EnvConfig) -> None:
     """Serve until interrupted. Standard output carries the episodes' lines and nothing else.
 
     Raises:
-        ServerError: the address is in use or no address of this machine.
-        DataError: there is no such data set or split.
-        ModelError: there is no such model.
+        ServerError: the address is in use or does not belong to this machine.
+        DataError: the data set or split does not exist.
+        ModelError: the model does not exist.
     """
     data, host = settings.data, settings.host
     with listen(host, settings.port) as listener:
         made = create(Episodes(**settings.model_dump(exclude={"host", "port"})))
-        print(f"serving {data} on http://{host}:{listener.getsockname()[1]}; Ctrl-C stops", file=sys.stderr, flush=True)
+        line = f"Serving {data} on http://{host}:{listener.getsockname()[1]}. Press Ctrl-C to stop."
+        print(line, file=sys.stderr, flush=True)
         config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-        # OpenEnv closes sockets once more that the client closed; that is no error.
+        # OpenEnv closes sockets again that the client has closed already, which is not an error.
         logging.getLogger("uvicorn.error").addFilter(
             lambda r: not (r.exc_info and r.exc_info[0] is WebSocketDisconnect)
         )

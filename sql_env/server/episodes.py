@@ -1,7 +1,7 @@
 """Episodes of the agent's task: reset gives a question, a step is one attempt, the reward is shaped.
 
 An attempt is the rollout's own graph run for a single query, so prompts, limits and verdicts are those of evaluation
-and training. What a client sees of gold is whether its query matched, never the gold query or its rows.
+and training. A client learns of gold only whether its query matched, never the gold query or its rows.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Episode:
 
     @property
     def done(self) -> bool:
-        """Whether it was solved or all attempts are used."""
+        """Tell whether it is solved or all attempts are used."""
         return self.success or len(self.attempts) >= MAX_ATTEMPTS
 
     def observation(self) -> SqlObservation:
-        """What a client sees after reset or the last step."""
+        """Return what a client sees after reset or the last step."""
         last = self.attempts[-1].model_dump(exclude={"strategy"}) | {"success": self.success} if self.attempts else {}
         return SqlObservation(
             **self._facts(),
@@ -70,7 +70,7 @@ class Episode:
         )
 
     def state(self) -> SqlState:
-        """Everything that happened in it."""
+        """Return everything that happened in it."""
         total, steps = sum(a.reward for a in self.attempts), len(self.attempts)
         return SqlState(
             **self._facts(), step_count=steps, attempts=self.attempts, success=self.success, total_reward=total
@@ -92,7 +92,7 @@ class Episode:
 
 
 class _Given:
-    """The caller's query in the model's place, so that it goes the same way through the graph."""
+    """A model that answers with the caller's query, so that it takes the same way through the graph."""
 
     name = "caller"
 
@@ -110,14 +110,14 @@ class Episodes:
         data: data set folder.
         split: which of its tasks are served; those that cannot be scored are left out.
         model: writes the queries that the caller does not write.
-        reward: what a query that ends an episode is worth; the built-in one, or ``module:attribute``.
-        limit: episodes that are kept; the one that was not used for longest goes first.
-        idle_seconds: an episode is forgotten after so long without a step.
+        reward: of a query that ends an episode; the built-in one, or ``module:attribute``.
+        limit: episodes kept; the least recently used is dropped first.
+        idle_seconds: an episode without a step for this long is dropped.
         query_timeout: seconds that a query may take, the caller's and the gold one alike.
 
     Raises:
-        DataError: there is no such data set or split, or no task in it.
-        ModelError: there is no such model.
+        DataError: the data set or split does not exist, or has no scorable task.
+        ModelError: the model does not exist.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Episodes:
         self.dataset, self.split = open_dataset(data), split
         self.tasks = {task.task_id: task for task in self.dataset.load(split) if task.scorable}
         if not self.tasks:
-            raise DataError(f"split '{split}' of {data} has no scorable task; choose another split")
+            raise DataError(f"No scorable task in the split: {split} of {data}. Choose another split.")
         self.model, self.reward = open_model(model), load_plugin("reward", reward)
         self.prompts = prompts_for(self.model.family)
         self.config = RolloutConfig(max_turns=1, query_timeout=query_timeout)
@@ -143,23 +143,28 @@ class Episodes:
         self._kept: dict[str, Episode] = {}  # the one used last is last
 
     def shuffled(self, seed: int) -> Iterator[Task]:
-        """The tasks without end, in an order that depends on the seed alone."""
+        """Yield the tasks without end, in an order that depends on the seed alone."""
         random, tasks = Random(seed), list(self.tasks.values())
         while True:
             yield from random.sample(tasks, len(tasks))
 
     async def start(self, task: Task, episode_id: str, instead_of: Episode | None) -> Episode:
-        """A new episode under this id; the one it takes the place of ends."""
+        """Start a new episode under this id; end the one it replaces."""
         try:
             database = cached_database(self.dataset.database(task.db_id), self.config.limits)
             schema = await in_thread(database.schema)
         except SqlbenchError as error:
-            raise RequestError(503, f"task {task.task_id} cannot be played: {error}") from error
+            raise RequestError(
+                503,
+                f"Cannot open the database of task {task.task_id}: {str(error).rstrip('.')}. Choose another task_id.",
+            ) from error
         text = schema_text(schema, schema_style(self.prompts.family), self.config.table_info_truncate)
         self._expire()
         running = self._kept.get(episode_id)
         if running is not None and not running.done and running is not instead_of:
-            raise RequestError(409, f"episode '{episode_id}' is running; choose another episode_id, or leave it out")
+            raise RequestError(
+                409, f"Episode is already running: {episode_id}. Choose another episode_id, or leave it out."
+            )
         if instead_of is not None:
             self._drop(instead_of)
         episode = Episode(episode_id, task, database, text)
@@ -168,10 +173,10 @@ class Episodes:
         return episode
 
     def find(self, episode_id: str) -> Episode:
-        """The episode of this id."""
+        """Find the episode of this id."""
         self._expire()
         if episode_id not in self._kept:
-            raise RequestError(404, f"no episode '{episode_id}': it never was, or it expired; call reset")
+            raise RequestError(404, f"Unknown or expired episode: {episode_id}. Call reset first.")
         return self._kept[episode_id]
 
     def _use(self, episode: Episode) -> None:
@@ -194,10 +199,10 @@ class Episodes:
                 episode.log_end(abandoned=True)
 
     async def attempt(self, episode: Episode, action: SqlAction) -> SqlObservation:
-        """Play one attempt; where anything but the query fails, it does not count."""
+        """Play one attempt; it does not count if anything but the query fails."""
         async with episode.lock:
             if self.find(episode.episode_id) is not episode:
-                raise RequestError(404, f"episode '{episode.episode_id}' expired; call reset")
+                raise RequestError(404, f"Unknown or expired episode: {episode.episode_id}. Call reset first.")
             done = episode.attempts
             _check(episode, action)
             self._use(episode)
@@ -211,16 +216,16 @@ class Episodes:
                 start=[(a.sql, a.result) for a in done],
             )
             if context.error is not None:
-                raise RequestError(502, f"the attempt does not count, try again: {context.error}")
+                raise RequestError(502, f"Attempt failed and does not count: {context.error.rstrip('.')}. Try again.")
             value, verdict = await judge(episode.task, context, self.reward)
             if context.error is not None or value is None:
-                why = context.error or f"no verdict is possible now ({verdict.reason})"
-                raise RequestError(503, f"the attempt does not count, try again: {why}")
+                why = context.error or f"no verdict ({verdict.reason})"
+                raise RequestError(503, f"Attempt failed and does not count: {why.rstrip('.')}. Try again.")
             episode.success = bool(is_correct(value, verdict.match))
             classes = [*(a.error_class for a in done), failure_class(context.executions[-1])]
             if episode.success or len(classes) == MAX_ATTEMPTS:
                 reward = shaped(classes, value)[-1]
-            else:  # a further attempt follows, and what it brings does not change this one's reward
+            else:  # a further attempt follows, whose outcome does not change this one's reward
                 reward = shaped([*classes, classes[-1]], 0.0)[-2]
             sql, text = context.history[-1]
             result = {"result": text, "error_class": classes[-1], "reward": reward}
@@ -236,9 +241,11 @@ def _check(episode: Episode, action: SqlAction) -> None:
     every, number = (GENERATE, *STRATEGIES), len(episode.attempts) + 1
     allowed = STRATEGIES if episode.attempts else (GENERATE,)
     if action.strategy not in every:
-        raise RequestError(422, f"unknown strategy '{action.strategy}'; choose one of: {', '.join(every)}")
+        raise RequestError(422, f"Unknown strategy: {action.strategy}. Choose one of: {', '.join(every)}.")
     if episode.done:
         how = "solved" if episode.success else "not solved"
-        raise RequestError(409, f"episode '{episode.episode_id}' is done ({how} in {number - 1} attempts); call reset")
+        raise RequestError(409, f"Episode is done: {episode.episode_id} ({how} in {number - 1} attempts). Call reset.")
     if action.strategy not in allowed:
-        raise RequestError(422, f"attempt {number} cannot be '{action.strategy}'; choose {' or '.join(allowed)}")
+        raise RequestError(
+            422, f"Invalid strategy for attempt {number}: {action.strategy}. Choose {' or '.join(allowed)}."
+        )

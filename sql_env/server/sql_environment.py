@@ -1,7 +1,7 @@
 """OpenEnv's side of the episodes.
 
 OpenEnv keeps one environment object for a WebSocket session, but makes a new one for every HTTP request. Episodes
-therefore live in `Episodes`, beside both, and HTTP requests name theirs by the id that reset returned.
+therefore live in `Episodes`, outside both, and HTTP requests name theirs by the id that reset returned.
 """
 
 from __future__ import annotations
@@ -39,18 +39,22 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
         """Start an episode.
 
         Args:
-            seed: the order of tasks from here on; without one a session goes on in its order.
+            seed: the order of tasks from here on; without one a session continues in its order.
             episode_id: a name of the caller's own; it must not be that of another running episode.
             task_id: this task instead of the next one.
         """
         self._loop = asyncio.get_running_loop()
         if unknown:
-            raise RequestError(422, f"reset takes seed, episode_id and task_id, not {', '.join(sorted(unknown))}")
+            raise RequestError(
+                422, f"Unknown argument of reset: {', '.join(sorted(unknown))}. Use seed, episode_id and task_id."
+            )
         if seed is not None:
             self._order = self._episodes.shuffled(seed)
         task = next(self._order) if task_id is None else self._episodes.tasks.get(str(task_id))
         if task is None:
-            raise RequestError(404, f"no task '{task_id}' in split '{self._episodes.split}'; /env/tasks lists them")
+            raise RequestError(
+                404, f"Unknown task of split {self._episodes.split}: {task_id}. Choose one that /env/tasks lists."
+            )
         name = uuid.uuid4().hex if episode_id is None else str(episode_id)
         self._episode = await self._episodes.start(task, name, instead_of=self._episode)
         return self._episode.observation()
@@ -59,23 +63,27 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
         self, action: SqlAction, timeout_s: float | None = None, episode_id: str | None = None, **unknown: Any
     ) -> SqlObservation:
         """Play one attempt of this session's episode, or of the one named."""
-        if not isinstance(episode_id, str | None):  # OpenEnv passes on what came, whatever its type
-            raise RequestError(422, f"episode_id is a text, not {json.dumps(episode_id)[:60]}")
+        if not isinstance(episode_id, str | None):  # OpenEnv passes it on with any type
+            raise RequestError(422, f"Invalid episode_id: {json.dumps(episode_id)[:60]}. Send a string.")
         episode = self._episode if episode_id is None else self._episodes.find(episode_id)
         if episode is None:
-            raise RequestError(409, "no episode: call reset first; over HTTP send the episode_id that it returned")
+            raise RequestError(
+                409, "No episode is running. Call reset first; over HTTP send the episode_id that it returned."
+            )
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._episodes.attempt(episode, action)
         except TimeoutError as error:
-            raise RequestError(408, f"no attempt within {timeout_s:g} s; it does not count") from error
+            raise RequestError(
+                408, f"Attempt timed out and does not count: {timeout_s:g} s. Allow more time."
+            ) from error
 
     def reset(self, seed: int | None = None, episode_id: str | None = None, **options: Any) -> SqlObservation:
-        """`reset_async` for callers without an event loop."""
+        """Call `reset_async` from a thread without an event loop."""
         return asyncio.run(self.reset_async(seed, episode_id, **options))
 
     def step(self, action: SqlAction, timeout_s: float | None = None, **options: Any) -> SqlObservation:
-        """`step_async` for a thread without an event loop, as OpenEnv's page calls it."""
+        """Call `step_async` from a thread without an event loop, as OpenEnv's page does."""
         work = self.step_async(action, timeout_s, **options)
         if self._loop is not None and self._loop.is_running():  # the model's connections belong to this loop
             return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -83,9 +91,9 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
 
     @property
     def state(self) -> SqlState:
-        """Where this session's episode stands."""
+        """Return the state of this session's episode."""
         return SqlState() if self._episode is None else self._episode.state()
 
     def get_metadata(self) -> EnvironmentMetadata:
-        """What OpenEnv shows of the environment."""
+        """Return what OpenEnv shows of the environment."""
         return EnvironmentMetadata(name="sqlbench", description=DESCRIPTION, version=sqlbench.__version__)

@@ -1,9 +1,9 @@
 """The built-in agent: write, execute, check, rewrite, as one LangGraph state machine.
 
 ``write -> execute -> check -> (rewrite -> execute ...) -> END``. It ends when the check calls the query correct or
-when `max_turns` queries were executed; the last one is not checked, since its verdict could change nothing. A query
+when `max_turns` queries were executed; the last one is not checked, because its verdict would change nothing. A query
 that did not run to its end is rewritten without a check. A rewrite that repeats a query of this rollout that ran ends
-it with that query: the policy stands by it. One that repeats any other query is sampled again at the temperatures
+it with that query: the policy insists on it. One that repeats any other query is sampled again at the temperatures
 `AGAIN`, and the rollout ends when that brings nothing new. With a repair policy a rewrite follows the strategy it
 chooses. No checkpointer, no tracing.
 """
@@ -36,7 +36,7 @@ REJECTED = "The query does not answer the question; answer it in another way."
 
 
 class State(TypedDict, total=False):
-    """What one node hands to the next; everything else is in the context."""
+    """State passed from node to node; everything else is in the context."""
 
     sql: str
     feedback: str
@@ -62,9 +62,9 @@ def draw() -> str:
 
 @cache
 def compiled() -> CompiledStateGraph:
-    """Compile the graph, at the first call of a process.
+    """Compile the graph once per process.
 
-    Nodes say themselves where to go, with a `Command`: a conditional edge costs LangGraph as much again as its node.
+    Nodes choose the next node themselves with a `Command`: a conditional edge costs LangGraph as much as its node.
     """
     graph = StateGraph(State, context_schema=dict)  # a `RolloutContext`, which LangGraph only hands over
     graph.add_node("write_query", _write)
@@ -129,6 +129,6 @@ async def _execute(state: State, runtime: Runtime) -> Command[Literal["check_que
 def _situation(ctx: RolloutContext) -> Situation:
     if ctx.executions:
         return situation(ctx.transitions, ctx.executions)
-    text = ctx.history[-1][1]  # of a query before this rollout only what the prompts show of it is known
+    text = ctx.history[-1][1]  # only the prompts' text is known of a query before this rollout
     shown = error_class(text) if text.startswith("error: ") else "empty" if text == "empty result" else "none"
     return Situation(error_class=shown, attempt=len(ctx.history))

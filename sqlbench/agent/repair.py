@@ -1,13 +1,13 @@
-"""Which repair strategy the next rewrite follows, and what is learned from how it went.
+"""Choice of the repair strategy for the next rewrite, and learning from its outcome.
 
-A rollout with repair describes to a `RepairPolicy` where it stands (`Situation`) before each rewrite. `LinUCBRepair`
+A rollout with repair describes its state (`Situation`) to a `RepairPolicy` before each rewrite. `LinUCBRepair`
 learns from finished rollouts which strategy suits which situation; `FixedRepair` follows one always. The same seed,
-choices and lessons give the same next choice, in another process too: what is saved are the lessons, in plain JSON, and
-loading learns them again.
+choices and lessons give the same next choice, in another process too: the lessons are saved as plain JSON, and loading
+learns them again.
 
 Rewards are shaped by a potential (Ng, Harada, Russell: Policy invariance under reward transformations, ICML 1999): an
-attempt gets what the potential of its outcome is above that of the outcome before. Start and end have potential 0, so
-the rewards of a rollout add up to its success minus the cost of its attempts whatever the potentials, and no policy
+attempt gets the potential of its outcome minus that of the outcome before. Start and end have potential 0, so
+the rewards of a rollout add up to its success minus the cost of its attempts for any potentials, and no policy
 gains by being bad first. The bandit looks one attempt ahead; the closer a potential is to what can still be won from
 there, the less it misses by that. Potentials are not negative: a rollout that ends in failure falls back to 0.
 """
@@ -31,7 +31,7 @@ from sqlbench.sqltree import error_class
 from sqlbench.text import clean
 
 GENERATE = "generate"
-"""What the first query of a rollout followed."""
+"""Strategy of the first query of a rollout."""
 ATTEMPT_COST = 0.05
 POTENTIAL = {
     "rejected": 0.0,
@@ -48,7 +48,7 @@ POTENTIAL = {
     "empty": 0.4,
     "none": 0.5,
 }
-"""How far a query that is not right yet got, by class of failure, in the order in which a database finds mistakes.
+"""Progress of a query that is not right yet, by class of failure, in the order in which a database finds mistakes.
 
 The classes are `sqlbench.sqltree.ERROR_CLASSES`, the statuses of a query that was stopped, ``empty`` (it ran and gave
 no rows) and ``none`` (it ran and gave rows).
@@ -56,7 +56,7 @@ no rows) and ``none`` (it ran and gave rows).
 
 
 class Situation(Record):
-    """Where a rollout stands before a rewrite."""
+    """Bandit context: the state of a rollout just before a rewrite."""
 
     error_class: str
     """Failure class of the last query, a key of `POTENTIAL`."""
@@ -66,11 +66,11 @@ class Situation(Record):
     error_changed: bool = False
     """Whether the database said something else to the query before."""
     repeats: int = 0
-    """How many queries just before the last one failed in the same class."""
+    """Number of queries just before the last one that failed in the same class."""
 
 
 class Lesson(Record):
-    """What one rewrite brought."""
+    """One bandit observation: context, strategy, reward."""
 
     situation: Situation
     strategy: str
@@ -78,22 +78,22 @@ class Lesson(Record):
 
 
 class RepairPolicy(Protocol):
-    """Chooses the strategy of each rewrite, and does nothing else."""
+    """Chooses the strategy of each rewrite."""
 
     def choose(self, situation: Situation) -> str:
-        """One of `sqlbench.agent.prompts.STRATEGIES`."""
+        """Return one of `sqlbench.agent.prompts.STRATEGIES`."""
         ...
 
 
 class FixedRepair:
-    """The same strategy always."""
+    """Follows the same strategy always."""
 
     def __init__(self, strategy: str) -> None:
         _check(strategy)
         self.strategy = strategy
 
     def choose(self, situation: Situation) -> str:
-        """The strategy."""
+        """Return the strategy."""
         return self.strategy
 
 
@@ -112,15 +112,15 @@ class LinUCBRepair:
         self.lessons: list[Lesson] = []
         # mabwiser takes l2_lambda * I for the *inverse* of an unseen arm's matrix too: only 1 makes its score right.
         self._bandit = MAB(list(STRATEGIES), LearningPolicy.LinUCB(alpha=alpha, l2_lambda=1.0))
-        # It answers nothing before a first lesson, and one whose features are all 0 changes no model.
+        # It cannot predict before a first lesson; one with all features 0 changes nothing.
         self._bandit.fit([STRATEGIES[0]], [0.0], [[0.0] * len(features(Situation(error_class="none", attempt=1)))])
 
     def scores(self, situation: Situation) -> dict[str, float]:
-        """Upper confidence bound of each strategy's reward."""
+        """Return the upper confidence bound of each strategy's reward."""
         return dict(self._bandit.predict_expectations([features(situation)]))
 
     def choose(self, situation: Situation) -> str:
-        """The strategy with the highest score."""
+        """Return the strategy with the highest score."""
         scores = self.scores(situation)
         best = max(scores.values())
         # Loading sums in another order than learning did: scores that differ by rounding only are equal.
@@ -129,7 +129,7 @@ class LinUCBRepair:
         return Random(f"{self.seed} {self.choices}").choice(tied)
 
     def learn(self, situation: Situation, strategy: str, reward: float) -> None:
-        """Take in what a strategy brought in a situation."""
+        """Learn the reward of a strategy in a situation."""
         self._learn([Lesson(situation=situation, strategy=strategy, reward=reward)])
 
     def _learn(self, lessons: Sequence[Lesson]) -> None:
@@ -141,21 +141,23 @@ class LinUCBRepair:
             self._bandit.partial_fit([x.strategy for x in lessons], [x.reward for x in lessons], contexts)
 
     def save(self, path: str | Path) -> None:
-        """Write the state; the old file stays whole until the new one is."""
+        """Write the state; replace the old file only when the new one is complete."""
         state = _State(alpha=self.alpha, seed=self.seed, choices=self.choices, lessons=self.lessons)
         new = Path(path).with_name(f".{Path(path).name}.new")
         try:
             new.write_text(state.model_dump_json() + "\n", encoding="utf-8")
             os.replace(new, path)
         except OSError as error:
-            raise DataError(f"cannot write the repair state {path}: {error.strerror}; choose another place") from error
+            raise DataError(
+                f"Cannot write the repair state {path}: {error.strerror}. Choose another folder."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> LinUCBRepair:
-        """The policy that was saved.
+        """Load a saved policy.
 
         Raises:
-            DataError: there is none, or the file is damaged.
+            DataError: the file is missing or damaged.
         """
         try:
             state = _State.model_validate_json(Path(path).read_text(encoding="utf-8"))
@@ -163,7 +165,7 @@ class LinUCBRepair:
             policy._learn(state.lessons)
         except (OSError, ValueError) as error:
             first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise DataError(f"cannot read the repair state {path}: {first}; delete it to start afresh") from error
+            raise DataError(f"Cannot read the repair state {path}: {first}. Delete it to start over.") from error
         policy.choices = state.choices
         return policy
 
@@ -176,7 +178,7 @@ class _State(Record):
 
 
 def features(situation: Situation) -> list[float]:
-    """What LinUCB sees of a situation, each number in [0, 1] over the usual five attempts."""
+    """Encode a situation for LinUCB, each number in [0, 1] over the usual five attempts."""
     return [
         *(float(situation.error_class == name) for name in POTENTIAL),
         *(float(situation.previous_strategy == name) for name in (GENERATE, *STRATEGIES)),
@@ -187,14 +189,14 @@ def features(situation: Situation) -> list[float]:
 
 
 def failure_class(execution: Execution) -> str:
-    """How an execution failed to be the answer, one of `POTENTIAL`."""
+    """Classify how an execution failed, as a key of `POTENTIAL`."""
     if execution.status == "ok":
         return "none" if execution.n_rows else "empty"
     return error_class(execution.error or "") if execution.status == "error" else execution.status
 
 
 def situation(transitions: Sequence[Transition], executions: Sequence[Execution]) -> Situation:
-    """Where a rollout stands after the last of these executions."""
+    """Describe the state of a rollout after the last of these executions."""
     classes = [failure_class(e) for e in executions]
     last, others = classes[-1], classes[-2::-1]
     followed = {t.turn: t.strategy or GENERATE for t in transitions if t.agent != "check"}
@@ -208,10 +210,10 @@ def situation(transitions: Sequence[Transition], executions: Sequence[Execution]
 
 
 def shaped(classes: Sequence[str], solved: float) -> list[float]:
-    """The reward of each attempt.
+    """Return the reward of each attempt.
 
     Args:
-        classes: failure class of each query; that of the last one does not count, since the rollout ends with it.
+        classes: failure class of each query; the last one does not count, because the rollout ends there.
         solved: 1 where the last query was right, else 0.
     """
     potentials = [0.0, *(POTENTIAL[name] for name in classes[:-1]), 0.0]
@@ -220,7 +222,7 @@ def shaped(classes: Sequence[str], solved: float) -> list[float]:
 
 
 def lessons(transitions: Sequence[Transition], executions: Sequence[Execution], solved: float) -> list[Lesson]:
-    """What a finished rollout teaches: one lesson for each rewrite that followed a strategy.
+    """Return the lessons of a finished rollout, one for each rewrite that followed a strategy.
 
     A rollout that ended because a rewrite only repeated queries made an attempt that changed nothing.
 
@@ -240,12 +242,12 @@ def lessons(transitions: Sequence[Transition], executions: Sequence[Execution], 
 
 
 def normal(sql: str) -> str:
-    """The form in which two queries are compared: white space and closing semicolons do not count."""
+    """Normalise a query for comparison: ignore white space and closing semicolons."""
     return " ".join(clean(sql).split()).rstrip("; ")
 
 
 def repeated(transitions: Sequence[Transition], executions: Sequence[Execution]) -> list[bool]:
-    """Tell of each transition whether it is a rewrite that gave an earlier query of its rollout again."""
+    """Tell for each transition whether it is a rewrite that repeats an earlier query of its rollout."""
     queries = [(e.turn, normal(e.sql)) for e in executions]
     return [
         t.agent == "rewrite"
@@ -256,4 +258,4 @@ def repeated(transitions: Sequence[Transition], executions: Sequence[Execution])
 
 def _check(strategy: str) -> None:
     if strategy not in STRATEGIES:
-        raise ValueError(f"'{strategy}' is no repair strategy; choose one of: {', '.join(STRATEGIES)}")
+        raise ValueError(f"Unknown repair strategy: {strategy}. Choose one of: {', '.join(STRATEGIES)}.")

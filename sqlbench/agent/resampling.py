@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from sqlbench.rollout import RolloutContext
 
 TEMPERATURE = 1.0
-"""Of every query but the first."""
+"""Temperature of every query but the first."""
 
 
 class ResamplingAgent:
     """Forgets a query that did not run to its end and writes another one, from the same prompt.
 
-    There is no check and no rewrite. It ends with the first query that ran, or with the last of `max_turns`.
+    It does not check or rewrite. It ends with the first query that ran, or with the last of `max_turns`.
     """
 
     async def run(self, context: RolloutContext) -> str:

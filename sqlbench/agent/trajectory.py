@@ -1,6 +1,6 @@
 """The records of one rollout, and their append-only JSONL store.
 
-A `Trajectory` is everything one rollout left behind: every model call (`Transition`), every executed statement
+A `Trajectory` holds everything of one rollout: every model call (`Transition`), every executed statement
 (`Execution`), the reward and its reason code, or the error that made it fail. Records are frozen and written
 whole, one line per rollout; readers drop a torn last line.
 """
@@ -22,13 +22,13 @@ WITHOUT_TEXT = {
     "refusal": "a refusal",
     "content_filter": "stopped by a content filter",
 }
-"""What an endpoint gave instead of text, by finish reason."""
+"""Descriptions of an answer without text, by finish reason."""
 
 
 class Record(BaseModel):
     """Base of everything written to disk: immutable, unknown fields refused."""
 
-    # Of a policy that diverged, log-probabilities may be no numbers: written as null they could not be read again.
+    # A diverged policy may have NaN log-probabilities, which could not be read back if written as null.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
@@ -40,7 +40,7 @@ class Message(Record):
 
 
 class Completion(Record):
-    """What a model answered to one prompt. Token fields are None where the model does not give them."""
+    """Answer of a model to one prompt. Token fields are None if the model does not give them."""
 
     text: Text
     prompt_ids: list[int] | None = None
@@ -54,19 +54,19 @@ class Completion(Record):
     """``stop``, ``length`` (cut at the token limit), ``content_filter``, or another key of `WITHOUT_TEXT`."""
     seconds: float = 0.0
     temperature: float | None = None
-    """What the answer was sampled at, where that is not the model's own temperature; it is then not trained on."""
+    """Temperature of the answer if it is not the model's own; such an answer is not trained on."""
     sent: dict[str, Any] | None = None
-    """Request fields, besides model and messages, that an endpoint accepted; None where the model is not one."""
+    """Request fields, besides model and messages, that an endpoint accepted; None for other models."""
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is left once the model's thinking is taken away."""
+        """Tell whether nothing is left without the model's thinking."""
         _, closed, answer = self.text.rpartition("</think>")
         return not answer.strip() or (not closed and answer.lstrip().startswith("<think>"))
 
     @property
     def flaw(self) -> str:
-        """Why the answer is empty or incomplete, in words; empty for a whole answer."""
+        """Explain why the answer is empty or incomplete; empty for a whole answer."""
         if self.empty:
             return f"empty: {WITHOUT_TEXT.get(self.finish_reason, 'no text')}"
         cut = {"length": "cut at the token limit", "content_filter": "cut by a content filter"}
@@ -87,7 +87,7 @@ class Transition(Record):
 
 
 class Execution(Record):
-    """One executed statement and as much of its result as the prompts show."""
+    """One executed statement and the part of its result that the prompts show."""
 
     turn: int
     sql: str
@@ -100,26 +100,26 @@ class Execution(Record):
     n_rows: int = 0
     seconds: float = 0.0
     match: int | None = None
-    """Its execution match, where a training rewards queries for themselves (`sqlbench.training.credit`)."""
+    """Its execution match, if a training rewards each query (`sqlbench.training.credit`)."""
 
     @property
     def cut(self) -> bool:
-        """Whether it gave more rows or bytes than are kept; `error` then says how many, and `rows` are the first."""
+        """Tell whether it gave more rows or bytes than are kept; `error` then says how many, `rows` are the first."""
         return self.status == "too_large" and bool(self.rows)
 
     @property
     def answered(self) -> bool:
-        """Whether there is a result to look at: all of it, or its beginning."""
+        """Tell whether it has a result to look at: all of it, or its beginning."""
         return self.status == "ok" or self.cut
 
     @property
     def size(self) -> str:
-        """How many rows it gave, in words."""
+        """Describe how many rows it gave."""
         return str(self.error) if self.cut else f"{self.n_rows} row{'s' * (self.n_rows != 1)}"
 
 
 def is_correct(reward: float | None, match: float | None) -> bool | None:
-    """Whether execution match is 1, from these fields of a `Trajectory`; None where there is no verdict."""
+    """Tell whether execution match is 1, from these fields of a `Trajectory`; None without a verdict."""
     verdict = reward if match is None else match
     return None if verdict is None else verdict == 1
 
@@ -142,7 +142,7 @@ class Trajectory(Record):
     reward: float | None = None
     """A number in [0, 1]; None for a failed rollout (never 0) or a task that cannot be scored."""
     match: float | None = None
-    """Execution match, where `reward` is another number; None where the reward is the match itself."""
+    """Execution match if `reward` is another number; None if the reward is the match itself."""
     reason: str = ""
     """Reason code of the verdict (`sqlbench.reward`), or `OVERLONG`."""
     error: str | None = None
@@ -157,15 +157,15 @@ class Trajectory(Record):
 
     @property
     def turns(self) -> int:
-        """Number of queries that the model was asked for."""
+        """Count the queries that the model was asked for."""
         return max((t.turn for t in self.transitions), default=0)
 
     @property
     def correct(self) -> bool | None:
-        """Whether execution match is 1; None where there is no verdict."""
+        """Tell whether execution match is 1; None without a verdict."""
         return is_correct(self.reward, self.match)
 
     @property
     def failed(self) -> bool:
-        """Whether something outside the policy broke: excluded from accuracy and from training, but counted."""
+        """Tell whether something outside the policy broke: excluded from accuracy and training, but counted."""
         return self.error is not None

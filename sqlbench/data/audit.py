@@ -11,8 +11,8 @@ A task is excluded (kept in its split, counted, never scored) when
 
 Three weaker findings are recorded without excluding: a gold query that returns no rows, one that reads a table without
 rows, and one that some small change leaves with the same result (`sqlbench.data.mutation`), so that a wrong prediction
-scores. Written are ``audit.parquet`` (one row a task and split) and ``audit.json`` (counts a split and reason,
-the excluded tasks, empty tables, and what a policy earns that answers every question with one constant query).
+scores. The audit writes ``audit.parquet`` (one row per task and split) and ``audit.json`` (counts per split and
+reason, the excluded tasks, empty tables, and the score of a policy that gives one constant query as every answer).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from sqlbench.sqltree import hardness, outer_order
 
 MODES = {"reference": False, "strict": True}
 NO_ROWS = "SELECT 1 WHERE 0"
-"""The constant query that earns every zero-row gold answer where the reward lets it."""
+"""The constant query that matches every zero-row gold answer if the reward allows it."""
 
 
 class Finding(BaseModel):
-    """What the audit found out about one task."""
+    """Findings of the audit on one task."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,7 +62,7 @@ class Finding(BaseModel):
     """Comma-separated mutations of the gold query that leave its result as it is (see `sqlbench.data.mutation`)."""
     excluded: str = ""
     detail: str = ""
-    """The database's message, or what the self-check answered."""
+    """The database's message, or the verdict of the self-check."""
 
 
 class SplitAudit(BaseModel):
@@ -104,10 +104,10 @@ class Audit(BaseModel):
     """Databases with rows: their tables that have none."""
     excluded: list[Finding]
     unreadable_tables: dict[str, list[str]] = {}
-    """Databases and their tables and views that are left out: what they are made of (a module of SQLite) is missing."""
+    """Databases and their tables and views that are left out because a module of SQLite is missing."""
 
     def summary(self) -> str:
-        """One line a split, as the command line prints it."""
+        """Describe each split in one line, as the command line prints it."""
         lines = []
         for name, s in self.splits.items():
             reasons = ", ".join(f"{n} {reason}" for reason, n in s.excluded.items()) or "none"
@@ -132,7 +132,7 @@ class Auditor:
         self._tables = cache(self._read_tables)
 
     def audit(self, tasks: list[Task], split: str) -> list[Task]:
-        """The same tasks with the audit's fields filled in; findings are kept for `write`."""
+        """Fill in the audit's fields of the tasks; keep the findings for `write`."""
         audited = []
         for task in tqdm(tasks, desc=f"gold audit of {split}", unit="task", mininterval=0.5):
             pair = (task.db_id, task.gold)
@@ -157,7 +157,7 @@ class Auditor:
         """Write ``audit.parquet`` and ``audit.json`` for the tasks audited so far."""
         frame = pd.DataFrame([f.model_dump() for f in self.findings], columns=list(Finding.model_fields))
         frame.to_parquet(self.root / "audit.parquet", index=False)
-        first = {f.key: f for f in reversed(self.findings)}.values()  # a task counts once, whatever number of splits
+        first = {f.key: f for f in reversed(self.findings)}.values()  # a task of several splits counts once
         empty = {db: t for db in sorted({f.db_id for f in self.findings}) if (t := self._tables(db)) is not None}
         audit = Audit(
             splits={name: self._count(name, tasks) for name, tasks in splits.items()},
@@ -190,7 +190,7 @@ class Auditor:
         )
 
     def _floor(self, tasks: list[Task]) -> dict[str, float]:
-        """What one constant query earns: one without rows, or one of the commonest single values of gold answers."""
+        """Score constant queries: one without rows, and the most common single values of gold answers."""
         common = Counter(v for t in tasks if (v := self._values.get((t.db_id, t.gold)))).most_common(5)
         candidates = {NO_ROWS: [t for t in tasks if not t.returns_rows]}
         for value, _ in sorted(common):
@@ -207,7 +207,7 @@ class Auditor:
         return floor
 
     def _examine(self, db_id: str, gold: str) -> dict:
-        """What running the gold query shows, as fields of a `Finding`."""
+        """Run the gold query and return the fields of a `Finding`."""
         tables = self._tables(db_id)
         if tables is None:
             return {"excluded": "missing_database", "detail": f"no {db_id}.sqlite"}
@@ -251,7 +251,7 @@ class Auditor:
         return connection
 
     def _read_tables(self, db_id: str) -> tuple[set[str], set[str]] | None:
-        """Names in lower case of the tables with and without rows; None where the database is missing."""
+        """Return the lower-case names of the tables with and without rows; None where the database is missing."""
         if not self._path(db_id).is_file():
             return None
         filled: set[str] = set()
@@ -265,11 +265,13 @@ class Auditor:
                         some = connection.execute(f"SELECT 1 FROM {quote(table)} LIMIT 1").fetchone()
                         (filled if some else empty).add(table.lower())
         except (sqlite3.DatabaseError, DatabaseError) as error:
-            raise DataError(f"{self._path(db_id)} is no readable SQLite database: {error}; import it again") from error
+            raise DataError(
+                f"Cannot read the SQLite database {self._path(db_id)}: {error}. Import it again."
+            ) from error
         return filled, empty
 
     def _reads(self, db_id: str, gold: str) -> set[str]:
-        """Tables in lower case that SQLite itself says a query reads; views are looked through."""
+        """Return the lower-case names of the tables that a query reads according to SQLite, through views too."""
         tables: set[str] = set()
 
         def note(action: int, first: str | None, *rest: str | None) -> int:
@@ -289,7 +291,7 @@ class Auditor:
 
 
 def _literal(value: object) -> str:
-    """A value as SQL; empty where it has no short plain form."""
+    """Write a value as SQL; empty where it has no short plain form."""
     if value is None:
         return "NULL"
     if isinstance(value, str):
@@ -302,14 +304,14 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
 
 
 def audit_dataset(root: str | Path, query_timeout: float = 5.0) -> Audit:
-    """Audit every split of a data set folder, rewrite the splits with what was found, and write the audit's two files.
+    """Audit every split of a data set folder, rewrite the splits with the findings, and write the audit's two files.
 
     Args:
         root: the folder.
         query_timeout: seconds that a gold query may take.
 
     Raises:
-        DataError: the folder is no data set or one of its databases is damaged.
+        DataError: the folder is not a data set, or one of its databases is damaged.
     """
     data = DataSet(root)
     auditor = Auditor(data.root, query_timeout)
@@ -320,10 +322,10 @@ def audit_dataset(root: str | Path, query_timeout: float = 5.0) -> Audit:
 
 
 def read_audit(root: str | Path) -> Audit:
-    """The audit of a data set folder, as `audit_dataset` wrote it.
+    """Read the audit of a data set folder, as `audit_dataset` wrote it.
 
     Raises:
-        DataError: the folder was not audited, or by a version that wrote something else.
+        DataError: the folder was not audited, or by another version.
     """
     path = Path(root) / "audit.json"
     try:
@@ -331,5 +333,5 @@ def read_audit(root: str | Path) -> Audit:
     except (OSError, ValueError) as error:
         problem = type(error).__name__
         raise DataError(
-            f"no usable gold audit in {root} ({problem}); run 'sqlbench data audit --data {root}'"
+            f"No usable gold audit in {root} ({problem}). Run 'sqlbench data audit --data {root}'."
         ) from error

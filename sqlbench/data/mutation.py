@@ -30,7 +30,7 @@ MUTATIONS = {
     "compound": "one half of a set operation alone, or another set operation",
 }
 MAX_MUTANTS = 150
-"""Mutants of one gold query at most, in the order in which its tree is walked."""
+"""Most mutants of one gold query, in the order in which its tree is walked."""
 _ALTERNATIVES = 8
 _SECONDS = 2.0
 
@@ -42,7 +42,7 @@ Change = tuple[str, exp.Expression, exp.Expression]
 
 
 def mutants(sql: str, schema: Schema) -> Iterator[tuple[str, str]]:
-    """Named mutants of a query (`MUTATIONS`), each once; none where sqlglot cannot parse it."""
+    """Yield named mutants of a query (`MUTATIONS`), each once; none if sqlglot cannot parse it."""
     tree = parse(sql, schema.dialect)
     if tree is None:
         return
@@ -59,7 +59,7 @@ def mutants(sql: str, schema: Schema) -> Iterator[tuple[str, str]]:
 
 
 def unchanged_by(gold: str, database: Database) -> Iterator[str]:
-    """Names of the mutations that leave the result of a gold query as it is, one for each such mutant."""
+    """Yield the names of the mutations that do not change a gold query's result, one for each such mutant."""
     limits = Limits(seconds=_SECONDS)
     for name, mutant in mutants(gold, database.schema()):
         if score(gold, mutant, database, keep_distinct=True, limits=limits).match == 1:
@@ -71,7 +71,7 @@ def _dialect(schema: Schema) -> str:
 
 
 def _changes(root: exp.Expression, schema: Schema) -> Iterator[Change]:
-    """What to put in place of which node; a change is made and undone before the next is asked for."""
+    """Yield replacements of nodes; the caller makes and undoes each before it asks for the next."""
     for node in list(root.walk()):
         yield from ((name, node, new) for name, new in _of_node(node))
         if isinstance(node, exp.Column):
@@ -80,7 +80,7 @@ def _changes(root: exp.Expression, schema: Schema) -> Iterator[Change]:
 
 
 def _within(node: exp.Expression, kind: type[exp.Expression]) -> bool:
-    """Whether a node stands in such a clause of its own SELECT."""
+    """Tell whether a node is in a clause of this kind in its own SELECT."""
     found = node.find_ancestor(kind, exp.Select)
     return isinstance(found, kind)
 

@@ -1,4 +1,4 @@
-"""Import of a Spider release: what is written is complete, audited, and the same bytes for the same archive and seed.
+"""Import of a Spider release: complete, audited, and the same bytes for the same archive and seed.
 
 A release is the official layout, zipped or unpacked, at the top or inside one or more enclosing folders::
 
@@ -7,7 +7,7 @@ A release is the official layout, zipped or unpacked, at the top or inside one o
     train_others.json                              optional: joins the train split
     test.json, test_tables.json, test_database/    optional: becomes the test split
 
-The import is written beside its destination and renamed at the end, so a folder that exists is a folder that is whole.
+The import is written next to its destination and renamed at the end, so an existing folder is complete.
 Tasks that cannot be scored stay in their split, marked by the gold audit (`sqlbench.data.audit`).
 
 Not covered: a database that ``database/`` and ``test_database/`` hold under one name is taken from ``database/``.
@@ -78,16 +78,18 @@ class _Zip:
         for info in archive.infolist():
             path = PurePosixPath(info.filename.replace("\\", "/"))
             if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", info.filename):
-                raise DataError(f"{archive.filename} holds a member that leads outside it: '{info.filename}'; refused")
+                raise DataError(
+                    f"Archive member leads outside {archive.filename}: {info.filename}. Get an intact archive."
+                )
             if (info.external_attr >> 16) & 0o170000 == 0o120000:
-                raise DataError(f"{archive.filename} holds a symbolic link: '{info.filename}'; refused")
+                raise DataError(f"Symbolic link in {archive.filename}: {info.filename}. Get an archive without links.")
         self.names = sorted(i.filename for i in archive.infolist() if not i.is_dir())
 
     def open(self, name: str) -> IO[bytes]:
         try:
             return self.archive.open(name)
         except RuntimeError as error:  # a password, or a compression that Python does not have
-            raise DataError(f"cannot read {self.archive.filename}: {error}; unpack it and give the folder") from error
+            raise DataError(f"Cannot read {self.archive.filename}: {error}. Unpack it and give the folder.") from error
 
 
 @contextmanager
@@ -100,21 +102,21 @@ def _opened(source: Path) -> Iterator[_Source]:
                 yield _Zip(archive)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise DataError(
-                f"{source} is no intact zip archive ({error}); fetch it again from {SPIDER_PAGE}"
+                f"Not an intact zip archive: {source} ({error}). Download it again from {SPIDER_PAGE}."
             ) from error
     else:
-        raise DataError(f"{source} does not exist; give the path of a Spider zip or of its unpacked folder")
+        raise DataError(f"No such file: {source}. Give the path of a Spider zip or of its unpacked folder.")
 
 
 def _locate(source: Path, names: list[str]) -> str:
-    """Prefix ('' or ending in '/') of the folder that holds the release; the shallowest one wins."""
+    """Find the prefix ('' or ending in '/') of the folder that holds the release; the shallowest one wins."""
     present = set(names)
     wanted = ("dev.json", "train_spider.json", "tables.json")
     prefixes = [n[: -len("dev.json")] for n in names if PurePosixPath(n).name == "dev.json"]
     for prefix in sorted(prefixes, key=lambda p: (p.count("/"), p)):
         if all(prefix + w in present for w in wanted) and any(n.startswith(prefix + "database/") for n in names):
             return prefix
-    raise DataError(f"{source} is no Spider release: no folder in it holds {', '.join(wanted)} and database/ together")
+    raise DataError(f"Not a Spider release: {source}. Give one that holds {', '.join(wanted)} and database/.")
 
 
 def _load_json(source: _Source, name: str) -> list[dict]:
@@ -122,9 +124,9 @@ def _load_json(source: _Source, name: str) -> list[dict]:
         with source.open(name) as file:
             rows = json.load(file)
     except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{name} of the release is not JSON: {error}") from error
+        raise DataError(f"Not JSON: {name} of the release ({error}). Download the release again.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{name} of the release is not a list of objects")
+        raise DataError(f"Not a list of objects: {name} of the release. Download the release again.")
     return rows
 
 
@@ -136,7 +138,7 @@ def _tasks(source: _Source, prefix: str, files: tuple[str, ...], split: str) -> 
         for i, row in enumerate(_load_json(source, prefix + file)):
             fields = [str(row.get(k) or "").strip() for k in ("db_id", "question", "query")]
             if not all(fields) or not _NAME.fullmatch(fields[0]):
-                raise DataError(f"row {i} of {file} lacks a usable db_id, question or query; is this a Spider release?")
+                raise DataError(f"No usable db_id, question or query: row {i} of {file}. Give a Spider release.")
             db_id, question, gold = fields
             task_id = f"{split}-{len(tasks):05d}"
             tasks.append(Task(task_id=task_id, db_id=db_id, question=question, gold=gold, split=split))
@@ -158,7 +160,7 @@ def _copy_databases(source: _Source, prefix: str, out: Path) -> None:
         for file in files:
             with source.open(file) as read, target.with_name(PurePosixPath(file).name).open("wb") as write:
                 shutil.copyfileobj(read, write, _BLOCK)
-        if len(files) > 1:  # a part of the data is in a log beside the database
+        if len(files) > 1:  # a part of the data is in a log next to the database
             try:
                 merge(str(target))
             except sqlite3.Error as error:
@@ -174,18 +176,18 @@ def import_spider(source: str | Path, out: str | Path, *, seed: int = 0, query_t
     sample of the scorable dev tasks. A gold query that takes longer than `query_timeout` seconds excludes its task.
 
     Raises:
-        DataError: `source` is missing, damaged or no Spider release, or `out` already holds something.
+        DataError: `source` is missing, damaged or not a Spider release, or `out` is not empty.
     """
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} already exists and is not empty; remove it or choose another folder with --out")
+        raise DataError(f"Folder is not empty: {out}. Remove it, or choose another with --out.")
     with _opened(source) as release:
         prefix = _locate(source, release.names)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         except OSError as error:
-            raise DataError(f"cannot write beside {out}: {error}; choose another folder with --out") from error
+            raise DataError(f"Cannot write next to {out}: {error}. Choose another folder with --out.") from error
         try:
             audit = _write(release, prefix, work, seed, query_timeout)
             work.chmod(0o755)
@@ -193,7 +195,9 @@ def import_spider(source: str | Path, out: str | Path, *, seed: int = 0, query_t
                 out.rmdir()
             os.replace(work, out)
         except OSError as error:
-            raise DataError(f"cannot write {out}: {error}; free some space or choose another folder") from error
+            raise DataError(
+                f"Cannot write {out}: {error}. Free some space, or choose another folder with --out."
+            ) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return audit
@@ -207,7 +211,7 @@ def _write(release: _Source, prefix: str, work: Path, seed: int, query_timeout: 
     }
     splits = {name: tasks for name, tasks in splits.items() if tasks}
     if "dev" not in splits or "train" not in splits:
-        raise DataError("the release has no dev or no train tasks; is it complete?")
+        raise DataError("No train or dev tasks in the release. Give a complete one.")
     _copy_databases(release, prefix, work)
     tables = {row["db_id"]: row for row in _load_json(release, prefix + "tables.json") if "db_id" in row}
     if prefix + "test_tables.json" in release.names:
@@ -239,18 +243,18 @@ def _write(release: _Source, prefix: str, work: Path, seed: int, query_timeout: 
 def download_spider(folder: str | Path, *, url: str = SPIDER_URL, timeout: float = 30.0) -> Path:
     """Fetch the public archive into `folder` and return its path, ready for `import_spider`.
 
-    The checksum of the first download is recorded beside the archive and every later call is compared with it; an
+    The checksum of the first download is recorded next to the archive and every later call is compared with it; an
     archive that is there and agrees is not fetched again.
 
     Raises:
-        DataError: no network, the host answers with something else than a zip, or the checksum differs.
+        DataError: no network, the answer is not a zip, or the checksum differs.
     """
     folder = Path(folder)
     archive, record = folder / "spider_data.zip", folder / "spider_data.zip.sha256"
     known = record.read_text()[:64] or None if record.is_file() else None
     if archive.is_file() and known is not None:
         if _sha256(archive) != known:
-            raise DataError(f"{archive} does not match the checksum in {record.name}; delete the archive and run again")
+            raise DataError(f"Checksum in {record.name} does not match: {archive}. Delete the archive and rerun.")
         return archive
     part, host = folder / "spider_data.zip.part", urlsplit(url).hostname
     by_hand = f"download the archive from {SPIDER_PAGE} by hand and pass it with --from"
@@ -264,19 +268,21 @@ def download_spider(folder: str | Path, *, url: str = SPIDER_URL, timeout: float
                     bar.update(len(block))
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error) or type(error).__name__
-        raise DataError(f"cannot fetch Spider from {host}: {reason}; without network, {by_hand}") from error
+        raise DataError(
+            f"Cannot download Spider from {host}: {reason}. Connect to the network, or {by_hand}."
+        ) from error
     except OSError as error:
-        raise DataError(f"cannot write {part}: {error}") from error
+        raise DataError(f"Cannot write {part}: {error}. Free some space, or make the folder writable.") from error
     if total is not None and part.stat().st_size != total:
-        raise DataError(f"the connection broke after {part.stat().st_size} of {total} bytes; run again")
+        raise DataError(f"Connection broken after {part.stat().st_size} of {total} bytes. Rerun the command.")
     if not zipfile.is_zipfile(part):
         part.unlink()
-        raise DataError(f"{host} answered with something else than a zip (often a quota page); {by_hand}")
+        raise DataError(f"Not a zip archive (often a quota page): the answer of {host}. Wait, or {by_hand}.")
     found = _sha256(part)
     if known is not None and found != known:
         raise DataError(
-            f"the archive changed: recorded {known[:12]}, fetched {found[:12]} (kept as {part.name}); "
-            f"delete {record} and run again to accept the new one"
+            f"Archive changed: recorded {known[:12]}, downloaded {found[:12]} (kept as {part.name}). "
+            f"Delete {record} and rerun to accept the new one."
         )
     part.replace(archive)
     record.write_text(f"{found}  {archive.name}\n")

@@ -1,9 +1,9 @@
 """Task rows, splits and the layout that every data set shares.
 
-A data set is a folder, whatever it was made from::
+Every data set is a folder::
 
     <root>/dataset.json                          name, source, seed, counts, headline split
-    <root>/<split>.parquet                       one `Task` a row
+    <root>/<split>.parquet                       one `Task` per row
     <root>/database/<db_id>/<db_id>.sqlite       the databases
     <root>/tables.json                           schemas in Spider's form
     <root>/audit.parquet, audit.json             the gold audit (see `sqlbench.data.audit`)
@@ -53,7 +53,7 @@ class Task(BaseModel):
 
     @property
     def key(self) -> str:
-        """Content key: the same for equal (database, question, gold), whatever the row number."""
+        """Return the content key: the same for equal (database, question, gold), whatever the row number."""
         return hashlib.sha256("\x1f".join((self.db_id, self.question, self.gold)).encode()).hexdigest()[:16]
 
 
@@ -78,42 +78,45 @@ class DataSet:
         note = self.root / "dataset.json"
         if not note.is_file():
             raise DataError(
-                f"no data set in {self.root}: it has no dataset.json; make one with "
-                f"'sqlbench data pocket --out {self.root}' or 'sqlbench data spider --from ZIP --out {self.root}'"
+                f"No data set in {self.root}: dataset.json is missing. Make one with "
+                f"'sqlbench data pocket --out {self.root}' or 'sqlbench data spider --from ZIP --out {self.root}'."
             )
         try:
             self.about: dict[str, Any] = dict(json.loads(note.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"cannot read {note}: {error}; remove the folder and write the data set again") from error
+            raise DataError(f"Cannot read {note}: {error}. Remove the folder and make the data set again.") from error
 
     @property
     def headline(self) -> str | None:
-        """The split on which results are reported, where the data set names one."""
+        """Return the split on which results are reported, if the data set names one."""
         return self.about.get("headline")
 
     def splits(self) -> list[str]:
-        """Names of the splits, sorted."""
+        """Return the sorted names of the splits."""
         return sorted(p.stem for p in self.root.glob("*.parquet") if p.stem != "audit")
 
     def load(self, split: str) -> list[Task]:
-        """All tasks of a split, in file order, unscorable ones included.
+        """Return all tasks of a split, in file order, unscorable ones included.
 
         A column ``evidence``, as BIRD has it, goes to the end of the question: "... Hint: <evidence>".
         """
         path = self.root / f"{split}.parquet"
         if not path.is_file():
-            raise DataError(f"{self.root} has no split '{split}'; it has: {', '.join(self.splits()) or 'none'}")
+            raise DataError(
+                f"Unknown split of {self.root}: {split}. Choose one of: {', '.join(self.splits()) or 'none'}."
+            )
         try:
             rows = pd.read_parquet(path).to_dict("records")
         except Exception as error:
-            raise DataError(f"cannot read {path}: {type(error).__name__}: {error}; write the data set again") from error
+            why = f"{type(error).__name__}: {error}".rstrip(".")
+            raise DataError(f"Cannot read {path}: {why}. Make the data set again.") from error
         return [_task(path, number, {str(k): v for k, v in row.items()}) for number, row in enumerate(rows, 1)]
 
     def database(self, db_id: str) -> Path:
-        """Path of one SQLite file."""
+        """Return the path of one SQLite file."""
         path = self.root / "database" / db_id / f"{db_id}.sqlite"
         if not path.is_file():
-            raise DataError(f"{self.root} has no database '{db_id}' (looked for {path})")
+            raise DataError(f"No database '{db_id}' in {self.root}. Put it at {path}.")
         return path
 
 
@@ -124,7 +127,9 @@ def _task(path: Path, number: int, row: dict[str, Any]) -> Task:
     except ValidationError as error:
         wrong = error.errors()[0]
         field, value = wrong["loc"][0], "" if wrong["type"] == "missing" else f", not {wrong['input']!r:.60}"
-        raise DataError(f"cannot use {path}, row {number}, field '{field}': {wrong['msg']}{value}") from error
+        raise DataError(
+            f"Invalid row {number} of {path}, field '{field}': {wrong['msg']}{value}. Correct it."
+        ) from error
     if isinstance(hint, str) and hint:
         return task.model_copy(update={"question": f"{task.question} Hint: {hint}"})
     return task
@@ -134,7 +139,7 @@ def open_dataset(source: str | Path) -> Dataset:
     """Open a data set folder, or one of your own by ``module:attribute``.
 
     Raises:
-        DataError: there is none.
+        DataError: the folder does not hold a data set.
         PluginError: the name cannot be loaded.
     """
     if is_plugin(source):
@@ -146,10 +151,10 @@ def headline_split(dataset: Dataset) -> str:
     """Name the split on which results are reported: the data set's `headline`, else ``dev`` or its only split.
 
     Raises:
-        DataError: there are several and none is the headline.
+        DataError: the data set has several splits and none is the headline.
     """
     splits = dataset.splits()
     name = getattr(dataset, "headline", None) or ("dev" if "dev" in splits else splits[0] if len(splits) == 1 else "")
     if not name:
-        raise DataError(f"The data set has no headline split. Name one of: {', '.join(splits) or 'none'}.")
+        raise DataError(f"No headline split in the data set. Name one of: {', '.join(splits) or 'none'}.")
     return name

@@ -1,6 +1,6 @@
 """One read-only statement on SQLite or PostgreSQL, inside limits of time, rows, bytes and memory.
 
-Whatever text is executed, on SQLite: nothing is written (files are opened ``mode=ro``, an authorizer allows only
+For any text that is executed on SQLite: nothing is written (files are opened ``mode=ro``, an authorizer allows only
 reading and plain functions), no file appears beside the database (`sqlbench.database.sqlite_file`), nothing outside it
 is read (no ATTACH, PRAGMA, extension), the statement ends within half a second of its deadline
 (`sqlbench.database.sqlite`), SQLite's heap stays under `HEAP_BYTES` in the whole process and a result under
@@ -9,7 +9,7 @@ transaction with ``statement_timeout``, so only a single SELECT, VALUES or TABLE
 down to ``pg_read_all_data``, and functions that could step up again or run SQL held in strings are refused (see
 `sqlbench.database.postgres`), as are the tables of passwords.
 
-Not covered: a database file that was itself made hostile (corrupt pages); FTS5's snippet(), whose time grows with the
+Not covered: a database file that is itself hostile (corrupt pages); FTS5's snippet(), whose time grows with the
 square of the hits in one document; a single full count or index search over a file of many gigabytes; server memory of
 PostgreSQL, and one PostgreSQL value of up to 1 GB on its way to the client; PostgreSQL extensions and server functions
 that were installed to run commands. A role that may only read the tables meant for it is the real boundary there:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 IDLE_CONNECTIONS = 2
 """Kept open for each database: one takes about 150 kB of the heap that all databases of the process share."""
 LOOK_SECONDS = 0.01
-"""How soon a replaced file is noticed: looking at it for every statement would cost a sixth of a small one."""
+"""Minimum interval between checks for a changed file; a check per statement would cost 17% of a short query."""
 
 
 class Connection(Protocol):
@@ -89,7 +89,7 @@ class _Watchdog:
             now = time.perf_counter()
             for connection, deadline in self.running.copy().items():
                 if now > deadline:
-                    with contextlib.suppress(Exception):  # closed since: whatever it says, this thread has to go on
+                    with contextlib.suppress(Exception):  # closed meanwhile; this thread must continue in any case
                         connection.interrupt()
             if not self.running:
                 self.wake.clear()
@@ -114,7 +114,7 @@ class Database:
             self.name = database_name(target)
         self._is_file = self.dialect == "sqlite" and target != ":memory:"
         self.described: tuple[tuple, Schema] | None = None
-        """As `sqlbench.database.schema.introspect` read it, and of which content."""
+        """The content seen, and its schema as `sqlbench.database.schema.introspect` read it."""
         self._idle: list[Connection] = []
         self._born = object()
         self._lock = threading.Lock()
@@ -123,14 +123,14 @@ class Database:
         self._idle.append(self._connect())
 
     def identity(self) -> tuple:
-        """A value that changes when the content may have: inode, size and time of change of a file and of its logs.
+        """Return a value that changes when the content may have: inode, size and mtime of a file and of its logs.
 
-        PostgreSQL has none, so its results are good for as long as this object lives.
+        PostgreSQL has no such value, so its results count as valid for as long as this object lives.
         """
         return identity(self.target) if self._is_file else (self.target, self._born)
 
     def uri(self) -> str:
-        """What sqlite3 opens to read the file as it was last seen."""
+        """Return the URI with which sqlite3 opens the file as it was last seen."""
         return self._snapshot.uri if self._snapshot else "file::memory:"
 
     def _identity_seen(self) -> tuple:
@@ -143,7 +143,7 @@ class Database:
             raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> DatabaseError:
-        return DatabaseError(f"cannot open database {self.target}: {error}; is it a SQLite file?")
+        return DatabaseError(f"Cannot open database {self.target}: {error}. Check that it is a SQLite file.")
 
     def schema(self) -> Schema:
         """Describe the tables; read once for each content of the database."""
@@ -171,14 +171,14 @@ class Database:
         return self.execute_as_seen(sql, limits or self.limits)
 
     def refresh(self) -> tuple:
-        """Look whether the file was replaced, let go of what was open of it then, and return its identity."""
+        """Check whether the file was replaced, close the connections to the old one, and return its identity."""
         now = time.monotonic()
         if self._is_file and now > self._looked + LOOK_SECONDS:
             self.look()
         return self._seen
 
     def look(self) -> tuple:
-        """Like `refresh`, without trusting a look of a moment ago."""
+        """Check as `refresh` does, however recent the last check is."""
         self._looked = time.monotonic()
         if self.identity() != self._seen:
             with self._lock:
@@ -189,7 +189,7 @@ class Database:
         return self._seen
 
     def execute_as_seen(self, sql: str, limits: Limits) -> QueryResult:
-        """Like `execute`, on the file as `refresh` last saw it."""
+        """Run a statement as `execute` does, on the file as `refresh` last saw it."""
         seen = self._seen
         start = time.perf_counter()
         deadline = start + limits.seconds
@@ -200,7 +200,7 @@ class Database:
                 break
             except MemoryError:
                 # The heap is the process's: a statement that fails soon may be the victim of another that is about to
-                # fail itself, and gets a few more tries. One that has run for a while is what used the memory up.
+                # fail itself, and gets a few more tries. One that has run for a while has used the memory up.
                 now = time.perf_counter()
                 if now - tried > 0.05 or now - start > 0.15 or now + 0.1 > deadline:
                     error = f"needs more than {HEAP_BYTES} bytes of memory or {PROGRAM_STEPS} instructions"
@@ -210,10 +210,10 @@ class Database:
         result.seconds = time.perf_counter() - start
         if self._is_file and read_in_place(seen):
             current = stamp(self.target)
-            same_file = current[0] == seen[1][0]  # otherwise what was read is whole: the file that was replaced
+            same_file = current[0] == seen[1][0]  # otherwise the replaced file was read completely
             if current != seen[1] and (same_file or result.status == "error"):
-                reason = f": {result.error}" if result.error else ""
-                raise DatabaseError(f"database {self.target} was changed while it was read{reason}")
+                reason = f" ({result.error})" if result.error else ""
+                raise DatabaseError(f"Database changed while it was read: {self.target}{reason}. Run the query again.")
         return result
 
     def _run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:
@@ -240,7 +240,7 @@ class Database:
         return result
 
     async def aexecute(self, sql: str) -> QueryResult:
-        """Like `execute`, in a worker thread: the event loop and other statements go on."""
+        """Run a statement as `execute` does, in a worker thread, so that the event loop is not blocked."""
         return await in_thread(self.execute, sql)
 
     def close(self) -> None:
@@ -251,7 +251,7 @@ class Database:
 
 
 def is_postgres(target: str) -> bool:
-    """Whether a database target is a PostgreSQL address."""
+    """Tell whether a database target is a PostgreSQL address."""
     return target.startswith(("postgresql://", "postgres://"))
 
 
@@ -259,7 +259,7 @@ def sqlite_path(target: str) -> str:
     """Return the path in an address such as ``sqlite:///shop.db`` or ``sqlite:////data/shop.db``; others unchanged.
 
     Raises:
-        DatabaseError: it begins like one and is not.
+        DatabaseError: it looks like one and is not.
     """
     scheme, colon, rest = target.partition(":")
     if not colon or scheme.split("+")[0].lower() != "sqlite":
@@ -278,7 +278,7 @@ def open_database(target: str | Path, limits: Limits | None = None) -> Database:
     """Open a SQLite file (a path or ``sqlite:///path``), ``:memory:`` or a ``postgresql://`` address for reading.
 
     Raises:
-        DatabaseError: it does not exist, is no database, or cannot be reached.
+        DatabaseError: it does not exist, is not a database, or cannot be reached.
     """
     return Database(sqlite_path(str(target)), limits or Limits())
 
@@ -289,7 +289,7 @@ _LIMITS = Limits()
 
 
 def cached_database(path: str | Path | interfaces.Database, limits: Limits = _LIMITS) -> interfaces.Database:
-    """The database of this path from the pool of this process, opened on first use; a database object is returned."""
+    """Return the database of this path from the pool of this process, opened on first use; pass objects through."""
     if not isinstance(path, str | Path):
         return path
     key = (str(path), limits)
@@ -304,7 +304,7 @@ _threads: ThreadPoolExecutor | None = None
 
 
 async def in_thread(function: Any, *arguments: Any) -> Any:
-    """Run a blocking function on the database threads: enough of them that slow statements do not stop the others."""
+    """Run a blocking function on the database thread pool (64 threads, so slow queries do not block fast ones)."""
     global _threads
     if _threads is None:
         _threads = ThreadPoolExecutor(64, thread_name_prefix="sqlbench-db")
@@ -312,7 +312,7 @@ async def in_thread(function: Any, *arguments: Any) -> Any:
 
 
 def _after_fork() -> None:
-    """A forked child has no threads, and SQLite connections must not be carried over."""
+    """Reset a forked child, which has no threads and must not reuse SQLite connections."""
     global _watchdog, _threads, _open_lock
     _watchdog, _threads, _open_lock = _Watchdog(), None, threading.Lock()
     _inherited.extend(c for d in _open.values() for c in d._idle)  # kept alive: closing them would touch shared locks

@@ -2,11 +2,11 @@
 
 DECLARE CURSOR takes only SELECT, VALUES and TABLE without data-modifying WITH, and the extended protocol takes only one
 statement; ``statement_timeout`` ends it, a cancel request follows if it does not, and a server that still says nothing
-a second later is hung up on, which is an error and no timeout. A login that could reach server files or programs steps
-down to ``pg_read_all_data``.
+a second later is disconnected, which is an error and not a timeout. A login that could reach server files or programs
+steps down to ``pg_read_all_data``.
 
 That leaves functions that anybody may call although they outlive the transaction, change the session (one could step up
-again) or run SQL held in a string. They are refused by what the server understood: a statement whose text could name
+again) or run SQL held in a string. They are refused by the server's own parse: a statement whose text could name
 one is parsed first, and the server sends the tree (``debug_print_parse``), in which every call is a number. A server
 keeps such a tree in its own log too.
 
@@ -41,7 +41,7 @@ _SUSPECT = re.compile(
     r"binary_upgrade|plpgsql_|dblink|crosstab|connectby|xpath_table|U&\"",
     re.IGNORECASE,
 )
-"""Where none of these occurs, no function of `_CALLS` is called by its name. U&"..." could spell any of them."""
+"""A text without any of these calls no function of `_CALLS` by its name. U&"..." could spell any of them."""
 _HARMLESS = (
     r"amvalidate|txid_status|random|random_normal|gen_random_uuid|uuidv[47]|clock_timestamp|timeofday|array_(sample|shuffle)|currval|lastval|"
     r"pg_sleep|pg_sleep_(for|until)|pg_(relation|table|indexes|total_relation|database|tablespace)_size|current_query|"
@@ -87,7 +87,7 @@ _SESSION = (
     "SET client_min_messages = warning"
 )
 _TIMES = ("date", "time", "timetz", "timestamp", "timestamptz", "interval")
-"""Types read as the server writes them: Python has no infinite date, no year before Christ and no 24 o'clock."""
+"""Types read as the server writes them: Python lacks infinite dates, years before Christ and 24 o'clock."""
 _PLAIN = (int, str, float, bytes, type(None))
 _COMMENTS = 1000
 """The server reads nested comments in time that grows with their square, and nothing interrupts it there."""
@@ -102,7 +102,7 @@ class _AnyBytes(TextLoader):
 
 
 class PostgresConnection:
-    """One connection; what the engine asks of it is `sqlbench.database.engine.Connection`."""
+    """One connection, as the engine requires it (`sqlbench.database.engine.Connection`)."""
 
     def __init__(self, target: str) -> None:
         try:
@@ -131,11 +131,12 @@ class PostgresConnection:
             self.raw.read_only = True
         except errors.UndefinedObject as error:
             raise DatabaseError(
-                f"refusing to use a superuser login of an old PostgreSQL ({error}); make a role that may only read: "
-                "CREATE ROLE reader LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader"
+                f"Superuser login of an old PostgreSQL refused: {error}. Make a role that may only read: "
+                "CREATE ROLE reader LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader."
             ) from error
         except (psycopg.Error, UnicodeError) as error:
-            raise DatabaseError(f"cannot open {without_password(target)}: {str(error).strip()}") from error
+            why = str(error).strip().rstrip(".")
+            raise DatabaseError(f"Cannot open {without_password(target)}: {why}. Check address and login.") from error
         self.deadline = math.inf
         self.cancelled = False
 
@@ -189,7 +190,9 @@ class PostgresConnection:
             return QueryResult("rejected", error=str(error))
         except psycopg.Error as error:
             if self.raw.closed:
-                raise DatabaseError(f"lost the connection to PostgreSQL: {_message(error)}") from error
+                raise DatabaseError(
+                    f"Connection to PostgreSQL lost: {_message(error)}. Check the server and try again."
+                ) from error
             return QueryResult("error", error=_message(error))
         finally:
             self.deadline = math.inf
@@ -197,13 +200,13 @@ class PostgresConnection:
                 self.raw.rollback()
 
     def _parse(self, sql: str) -> None:
-        """Let the server parse a statement, and do no more with it."""
+        """Let the server parse a statement without running it."""
         result = self.raw.pgconn.prepare(b"", sql.encode())
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise errors.error_from_result(result)
 
     def _refused(self, sql: str) -> str:
-        """The function or table that a statement may not use; empty where there is none."""
+        """Return the forbidden function or table that a statement uses; empty if it uses none."""
         if not self.hidden and not _SUSPECT.search(sql):
             return ""
         self.raw.execute(_SHOW_TREE)
@@ -217,7 +220,7 @@ class PostgresConnection:
         found = {
             "calls": re.findall(r":(?:funcid|aggfnoid|winfnoid)\s(\d+)", everything),
             "operators": re.findall(r":opno\s(\d+)", everything),
-            # Views of the system, such as pg_roles, show harmless columns of tables that are not for everybody.
+            # System views such as pg_roles show harmless columns of restricted tables.
             "relations": re.findall(
                 r":relid\s(\d+)", " ".join([tree for name, tree in trees if name == "parse tree:"])
             ),
@@ -226,7 +229,7 @@ class PostgresConnection:
         return row[0] if row else ""
 
     def _not_a_query(self, sql: str, error: errors.SyntaxError) -> QueryResult:
-        """Tell a statement that no cursor takes from text that is no statement at all, by having it parsed alone."""
+        """Tell a statement that a cursor does not take from text that is not a statement, by parsing it alone."""
         wrong = QueryResult("error", error=_message(error))
         if error.diag.internal_query:  # of a function that runs text
             return wrong
@@ -235,7 +238,7 @@ class PostgresConnection:
         try:
             self._parse(sql)
         except errors.SyntaxError as alone:
-            if alone.diag.statement_position:  # it has none where there are several statements
+            if alone.diag.statement_position:  # several statements have none
                 return wrong
         except errors.ProgrammingError:  # the grammar has nothing against it
             pass
@@ -279,7 +282,7 @@ class PostgresConnection:
 
 
 def _plain(cell: Any) -> Any:
-    """A value that can be hashed, compared and written as JSON."""
+    """Convert a value to one that can be hashed, compared and written as JSON."""
     if isinstance(cell, Decimal):
         if not cell.is_finite():
             return str(cell)
@@ -302,17 +305,19 @@ def database_name(target: str) -> str:
     shown, password = without_password(target), _PASSWORD.search(target)
     if password and re.search(r"[/@?#\s]|%(?![0-9a-fA-F]{2})", password[2]):
         raise DatabaseError(
-            f"cannot read the address {shown}: in the password write @ as %40, / as %2F, % as %25 and so on"
+            f"Cannot read the address: {shown}. In the password write @ as %40, / as %2F, % as %25 and so on."
         )
     try:
         return str(psycopg.conninfo.conninfo_to_dict(target).get("dbname") or "")
     except psycopg.Error as error:
         reason = f": {_message(error)}" if shown == target else ""  # libpq quotes the part it does not understand
-        raise DatabaseError(f"not a PostgreSQL address: {shown}{reason}") from error
+        raise DatabaseError(
+            f"Not a PostgreSQL address: {shown}{reason}. Write postgresql://user@host:port/name."
+        ) from error
 
 
 def without_password(text: str) -> str:
-    """An address, or a message with one in it, without its password."""
+    """Remove the password from an address, or from a message that holds one."""
     return re.sub(r"(password\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", _PASSWORD.sub(r"\1@", text))
 
 
@@ -355,10 +360,10 @@ _KEYS = f"""{_SHOWN} SELECT c.schema, c.name, a.attname, r.name, b.attname, r.sc
 
 
 def read_tables(target: str) -> tuple[Table, ...]:
-    """The tables and views that can be read; those that the search path does not find carry their schema.
+    """Read the tables and views that can be read; those outside the search path carry their schema.
 
     Raises:
-        DatabaseError: the server cannot be reached or its catalogue not read.
+        DatabaseError: the server cannot be reached, or its catalogue cannot be read.
     """
     connection = PostgresConnection(target)
     try:
@@ -369,7 +374,9 @@ def read_tables(target: str) -> tuple[Table, ...]:
         for schema, table, *names in connection.raw.execute(_KEYS):
             keys.setdefault((schema, table), []).append(ForeignKey(*names))
     except psycopg.Error as error:
-        raise DatabaseError(f"cannot read the schema of {without_password(target)}: {_message(error)}") from error
+        raise DatabaseError(
+            f"Cannot read the schema of {without_password(target)}: {_message(error)}. Check the rights of the login."
+        ) from error
     finally:
         connection.close()
     return tuple(

@@ -1,4 +1,4 @@
-"""What a database looks like: introspection, prompt text with truncation, mermaid ER diagram, sample rows."""
+"""The schema of a database: introspection, prompt text with truncation, mermaid ER diagram, sample rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CELL = 100
 
 
 def introspect(database: Database) -> Schema:
-    """The schema of a database; read once for each content of it.
+    """Read the schema of a database, once for each content of it.
 
     Raises:
         DatabaseError: its catalogue cannot be read.
@@ -42,7 +42,9 @@ def _read(database: Database) -> Schema:
             tables, unreadable = _sqlite_tables(connection)
             return Schema(tables, database.dialect, database.name, unreadable)
     except sqlite3.Error as error:
-        raise DatabaseError(f"cannot read the schema of {database.target}: {error}") from error
+        raise DatabaseError(
+            f"Cannot read the schema of {database.target}: {error}. Check that the file is intact."
+        ) from error
 
 
 SQLITE_TABLES = r"""
@@ -52,7 +54,7 @@ AND name NOT IN (SELECT name FROM pragma_table_list WHERE schema = 'main' AND ty
 
 
 def _sqlite_tables(connection: sqlite3.Connection) -> tuple[tuple[Table, ...], tuple[str, ...]]:
-    """The tables, and the names of those that cannot be read."""
+    """Read the tables, and the names of those that cannot be read."""
     connection.text_factory = lambda raw: raw.decode(errors="replace")
     info, unreadable = {}, []
     for name, _ in connection.execute(SQLITE_TABLES).fetchall():
@@ -81,16 +83,16 @@ def _sqlite_tables(connection: sqlite3.Connection) -> tuple[tuple[Table, ...], t
 
 
 def quote(name: str, schema: str = "") -> str:
-    """A name as a quoted SQL identifier, in both dialects, with its schema where it has one."""
+    """Quote a name as an SQL identifier, in both dialects, with its schema if it has one."""
     return (quote(schema) + "." if schema else "") + '"' + name.replace('"', '""') + '"'
 
 
 def schema_text(schema: Schema, style: str = "compact", max_chars: int = 2048) -> str:
-    """The schema as a prompt shows it, of at most `max_chars` characters.
+    """Write the schema as a prompt shows it, in at most `max_chars` characters.
 
-    ``compact`` is one line a table, `` name: column, column > referenced table``; ``ddl`` is CREATE TABLE statements.
+    ``compact`` is one line per table, `` name: column, column > referenced table``; ``ddl`` is CREATE TABLE statements.
     Sample rows (`with_rows`) follow the columns, as comments in ``ddl``.
-    What does not fit is left out by whole lines, and ``ddl`` says how many tables are missing or cut.
+    Text that does not fit is left out by whole lines, and ``ddl`` says how many tables are missing or cut.
     """
     if (style, max_chars) not in schema.texts:
         schema.texts[style, max_chars] = _text(schema, style, max_chars)
@@ -101,7 +103,7 @@ def _text(schema: Schema, style: str, max_chars: int) -> str:
     if style == "compact":
         return _fit([_compact_line(table) for table in schema.tables], max_chars)
     if style != "ddl":
-        raise ValueError(f"unknown schema style {style!r}; use 'compact' or 'ddl'")
+        raise ValueError(f"Unknown schema style: {style}. Use 'compact' or 'ddl'.")
     blocks = [_create_table(table, schema.dialect) for table in schema.tables]
     text = "\n".join(blocks)
     if len(text) <= max_chars:
@@ -116,7 +118,7 @@ def _text(schema: Schema, style: str, max_chars: int) -> str:
 
 
 def shown(schema: Schema, text: str, style: str) -> Schema:
-    """The part of a schema that its text, cut or not, shows."""
+    """Return the part of a schema that its text, cut or not, shows."""
     tables, at = [], 0
     for table in schema.tables:
         block = _compact_line(table) if style == "compact" else _create_table(table, schema.dialect)
@@ -140,7 +142,7 @@ def _compact_line(table: Table) -> str:
 
 
 def _fit(lines: list[str], max_chars: int, whole: bool = False) -> str:
-    """The first lines that fit; where not even one does, its beginning (or nothing, if only `whole` lines count)."""
+    """Keep the first lines that fit; if not even one does, its beginning (or nothing if only `whole` lines count)."""
     text = "\n".join(lines)
     if len(text) <= max_chars:
         return text
@@ -171,7 +173,7 @@ def _create_table(table: Table, dialect: str) -> str:
 
 
 def identifier(name: str, dialect: str, schema: str = "") -> str:
-    """A name as a query needs it, quoted only where it must be, with its schema where it has one."""
+    """Write a name as a query needs it, quoted only where it must be, with its schema if it has one."""
     plain = re.fullmatch(r"[A-Za-z_]\w*", name) and name.lower() not in _RESERVED
     folded = dialect == "postgresql" and name != name.lower()  # it would be read in lower case
     return (identifier(schema, dialect) + "." if schema else "") + (name if plain and not folded else quote(name))
@@ -192,7 +194,7 @@ _RESERVED = frozenset(_WORDS.split())
 
 
 def mermaid_er(schema: Schema) -> str:
-    """The schema as a mermaid entity-relationship diagram."""
+    """Draw the schema as a mermaid entity-relationship diagram."""
     lines = ["erDiagram"]
     for table in schema.tables:
         lines.append(f"    {_plain(table.label)} {{")
@@ -208,13 +210,13 @@ def mermaid_er(schema: Schema) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name that mermaid reads as one word."""
+    """Turn a name into one word for mermaid."""
     word = re.sub(r"\W+", "_", name).strip("_")
     return word if word[:1].isalpha() else f"_{word}"
 
 
 def with_rows(schema: Schema, database: AnyDatabase, n: int) -> Schema:
-    """The schema with the first `n` rows of each table; without those of a table that cannot be read in time."""
+    """Add the first `n` rows of each table to the schema, but for tables that cannot be read in time."""
     if n not in schema.with_rows:
         tables = []
         for table in schema.tables:
@@ -226,7 +228,7 @@ def with_rows(schema: Schema, database: AnyDatabase, n: int) -> Schema:
 
 
 def _short(value: object) -> str:
-    """A value of a sample row: one line of at most `CELL` characters."""
+    """Shorten a value of a sample row to one line of at most `CELL` characters."""
     if value is None:
         return "NULL"
     text = bytes(value[:CELL]).hex() if isinstance(value, (bytes, memoryview)) else str(value)[: 2 * CELL]
@@ -234,12 +236,12 @@ def _short(value: object) -> str:
 
 
 def sample_rows(database: Database, table: str, n: int = 3) -> list[tuple]:
-    """The first `n` rows of a table.
+    """Return the first `n` rows of a table.
 
     Raises:
-        DatabaseError: there is no such table.
+        DatabaseError: the table does not exist.
     """
     result = database.execute(f"SELECT * FROM {quote(table)} LIMIT {int(n)}")
     if result.status != "ok":
-        raise DatabaseError(f"cannot read table {table} of {database.name}: {result.error}")
+        raise DatabaseError(f"Cannot read table {table} of {database.name}: {result.error}. Choose another table.")
     return result.rows

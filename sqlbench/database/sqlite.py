@@ -1,9 +1,9 @@
 """The SQLite half of `sqlbench.database.engine`: one read-only statement inside limits that SQLite itself enforces.
 
 An authorizer allows reading and plain functions only. SQLite can be interrupted between the steps of a loop but not
-inside one call, nor between two calls in a row, so what those may cost is bounded before a statement runs: the longest
-value times the work per byte stays under `STEP_BUDGET`. Most statements run at once under `_SMALL`, where that holds
-whatever they do. One that calls a costly function or meets a longer value is weighed first: SQLite's own EXPLAIN lists
+inside one call, nor between two calls in a row, so the cost of those is bounded before a statement runs: the longest
+value times the work per byte stays under `STEP_BUDGET`. Most statements run at once under `_SMALL`, where that always
+holds. One that calls a costly function or meets a longer value is weighed first: SQLite's own EXPLAIN lists
 every call, and the lengths that these calls allow become the limits.
 """
 
@@ -24,11 +24,11 @@ from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits
 HEAP_BYTES = 64 << 20
 """Hard limit of SQLite's heap in this process."""
 VALUE_BYTES = 1 << 20
-"""Longest value, where a statement does little with it."""
+"""Longest value, if a statement does little work on it."""
 PROGRAM_STEPS = 20_000
 """Longest program, in SQLite's instructions."""
 STEP_BUDGET = 400_000_000
-"""What cannot be interrupted may take so many nanoseconds on a common processor."""
+"""Nanoseconds that an uninterruptible part may take on a common processor."""
 
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_SQL_LENGTH: SQL_BYTES,
@@ -94,7 +94,7 @@ _JSON_NAMES = ("json", "->")
 
 
 def _cost(call: str, known: dict[str, int]) -> int:
-    """What a call costs a byte, written as EXPLAIN does: ``trim(2)``."""
+    """Return the cost per byte of a call, written as EXPLAIN does: ``trim(2)``."""
     name, _, arity = call.partition("(")
     if name in _NATIVE and arity == "1)":
         return _CALL
@@ -102,7 +102,7 @@ def _cost(call: str, known: dict[str, int]) -> int:
 
 
 class SqliteConnection:
-    """One connection; what the engine asks of it is `sqlbench.database.engine.Connection`."""
+    """One connection, as the engine requires it (`sqlbench.database.engine.Connection`)."""
 
     def __init__(self, uri: str) -> None:
         # No statement is kept: a kept one is not shown to the authorizer when it runs again.
@@ -243,14 +243,14 @@ def _lenient(raw: bytes) -> str:
     return raw.decode(errors="ignore")
 
 
-# ---- functions that take the place of SQLite's own
+# ---- functions that replace SQLite's own
 
 _plain = threading.local()
 _LARGE = re.compile(r"\s*[-+]?(\d{5}|[\d.]+e)", re.IGNORECASE)
 
 
 def _native(expression: str, *arguments: Any) -> Any:
-    """The value that SQLite itself gives an expression."""
+    """Let SQLite itself evaluate an expression."""
     if not hasattr(_plain, "connection"):
         _plain.connection = sqlite3.connect(":memory:")
         _plain.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE_BYTES)
@@ -264,7 +264,7 @@ def _text(value: Any) -> str:
 
 
 def _printf(*arguments: Any) -> Any:
-    """SQLite's own printf, for widths that end: it counts up to a width of 1e9 without looking at any limit."""
+    """Call SQLite's own printf, but bound the width: it counts up to a width of 1e9 without checking any limit."""
     texts = [_text(a) for a in arguments]
     if texts and (re.search(r"\d{5}", texts[0]) or ("*" in texts[0] and any(map(_LARGE.match, texts[1:])))):
         raise ValueError("width or precision of more than 9999")

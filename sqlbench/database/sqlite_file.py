@@ -1,7 +1,7 @@
-"""A SQLite file that belongs to somebody else: read as it was last committed, with nothing left beside it.
+"""A SQLite file that belongs to somebody else: read as it was last committed, with nothing left next to it.
 
 A file that nobody is writing is opened as *immutable*: without locks, and without the ``-shm`` that even a reader of a
-database in WAL mode would make. Where a ``-wal`` or ``-journal`` beside it holds something, the committed state is in
+database in WAL mode would make. If a ``-wal`` or ``-journal`` next to it is not empty, the committed state is in
 both files together; then they are copied to a private folder, where SQLite itself merges them.
 """
 
@@ -26,18 +26,18 @@ def identity(path: str) -> tuple:
     """Return a value that changes when the content may have: inode, size and time of change of all its files.
 
     Raises:
-        DatabaseError: there is no such file.
+        DatabaseError: the file does not exist.
     """
     return (path, stamp(path), *[_side_stamp(file) for file in _side_files(path)])
 
 
 def read_in_place(identity: tuple) -> bool:
-    """Whether a file with this identity needs no private copy."""
+    """Tell whether a file with this identity can be read without a private copy."""
     return identity[2:] == (None, None)
 
 
 def _side_files(path: str) -> list[str]:
-    real = os.path.realpath(path) if os.path.islink(path) else path  # SQLite looks beside what the link leads to
+    real = os.path.realpath(path) if os.path.islink(path) else path  # SQLite looks next to the link's target
     return [real + suffix for suffix in SIDE_FILES]
 
 
@@ -45,17 +45,17 @@ def stamp(path: str) -> tuple[int, int, int]:
     """Return the inode, size and time of change of one file.
 
     Raises:
-        DatabaseError: there is no such file.
+        DatabaseError: the file does not exist.
     """
     try:
         stat = os.stat(path)
     except OSError as error:
-        raise DatabaseError(f"cannot open database {path}: {error.strerror}") from error
+        raise DatabaseError(f"Cannot open database {path}: {error.strerror}. Check the path.") from error
     return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def _side_stamp(path: str) -> tuple[int, int, int] | None:
-    """Like `stamp`; None where there is nothing in the file."""
+    """Return the `stamp` of a file; None if it is missing or empty."""
     try:
         found = stamp(path)
     except DatabaseError:
@@ -67,7 +67,7 @@ class Snapshot:
     """The committed state of a database file; `uri` opens it with sqlite3 as long as this object lives.
 
     Raises:
-        DatabaseError: there is no such file, it cannot be copied, or is written all the time.
+        DatabaseError: the file does not exist, cannot be copied, or is being written all the time.
     """
 
     def __init__(self, path: str) -> None:
@@ -99,14 +99,14 @@ class Snapshot:
                     shutil.copyfile(source, copy + suffix)
         except OSError as error:
             raise DatabaseError(
-                f"Cannot copy {path} with the log beside it to {tempfile.gettempdir()}: {error.strerror}. "
+                f"Cannot copy {path} with its log to {tempfile.gettempdir()}: {error.strerror}. "
                 f"Free some space, set TMPDIR, or merge the log with sqlite3 {path} 'PRAGMA journal_mode=delete'."
             ) from error
         return copy
 
 
 def merge(path: str) -> None:
-    """Merge what the log or the hot journal beside a file holds into it, and remove them.
+    """Merge the log or the hot journal of a file into it, and remove them.
 
     Raises:
         sqlite3.Error: it is not a database.

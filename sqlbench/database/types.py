@@ -1,4 +1,4 @@
-"""What passes between the parts of a database: limits and result of a statement, and the schema."""
+"""Data types of the database package: limits and result of a statement, and the schema."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 CHUNK_BYTES = 32 << 20
-"""Largest amount of row data that is fetched between two looks at the size of the result."""
+"""Largest amount of row data fetched between two checks of the size of the result."""
 SQL_BYTES = 100_000
-"""Longest statement that is looked at."""
+"""Longest statement that is run; a longer one is rejected."""
 LONGEST_QUERY = 86_400.0
-"""Seconds; the most that a time limit can be."""
+"""Largest time limit, in seconds."""
 NO_STATEMENT = "there is no statement: the text is empty or only a comment"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one statement may use."""
+    """Resources that one statement may use."""
 
     seconds: float = 5.0
     rows: int = 10_000
@@ -26,7 +26,7 @@ class Limits:
 
 @dataclass(slots=True)
 class QueryResult:
-    """What became of one statement."""
+    """Outcome of one statement."""
 
     status: str
     """``ok``; ``error`` (the database refused it); ``timeout``; ``too_large`` (rows, bytes or memory; `rows` then holds
@@ -38,13 +38,13 @@ class QueryResult:
 
     @property
     def ok(self) -> bool:
-        """Whether the statement ran to its end."""
+        """Tell whether the statement ran to its end."""
         return self.status == "ok"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column; `type` is the declared type, a built-in one in upper case ('' where none is declared)."""
+    """One column; `type` is the declared type, a built-in one in upper case ('' if none is declared)."""
 
     name: str
     type: str = ""
@@ -64,7 +64,7 @@ class ForeignKey:
 
     @property
     def ref_label(self) -> str:
-        """The label of the table that it refers to."""
+        """Return the label of the table that it refers to."""
         return label(self.ref_table, self.ref_schema)
 
 
@@ -76,18 +76,18 @@ class Table:
     columns: tuple[Column, ...]
     foreign_keys: tuple[ForeignKey, ...] = ()
     schema: str = ""
-    """The PostgreSQL schema that must stand before its name; empty where the search path finds it without."""
+    """The PostgreSQL schema that its name needs; empty if the search path finds it."""
     rows: tuple[tuple[str, ...], ...] = ()
     """Sample rows that its text shows, their cells as short texts of one line."""
 
     @property
     def label(self) -> str:
-        """Its name as a person writes it, with its schema where that is needed."""
+        """Return its name as a person writes it, with its schema if that is needed."""
         return label(self.name, self.schema)
 
 
 def label(name: str, schema: str) -> str:
-    """A name with its schema before it, unquoted."""
+    """Join a name to its schema, unquoted."""
     return f"{schema}.{name}" if schema else name
 
 
@@ -99,14 +99,14 @@ class Schema:
     dialect: str = "sqlite"
     name: str = ""
     unreadable: tuple[str, ...] = ()
-    """Tables and views that were left out: what they are made of is missing here."""
+    """Tables and views that were left out because a part of them is missing here."""
 
     @cached_property
     def texts(self) -> dict[tuple[str, int], str]:
-        """What `sqlbench.database.schema.schema_text` made of it so far."""
+        """Cache the texts of `sqlbench.database.schema.schema_text`."""
         return {}
 
     @cached_property
     def with_rows(self) -> dict[int, Schema]:
-        """What `sqlbench.database.schema.with_rows` made of it so far, by number of rows."""
+        """Cache the results of `sqlbench.database.schema.with_rows`, by number of rows."""
         return {}

@@ -21,7 +21,7 @@ def open_model(
         timeout: seconds one call to an endpoint may take.
 
     Raises:
-        ModelError: there is no such model, or it cannot be loaded.
+        ModelError: the model does not exist or cannot be loaded.
     """
     limits: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
     if spec.startswith("openai:"):
@@ -29,7 +29,7 @@ def open_model(
         from sqlbench.models.chat import EndpointChatModel
 
         if spec == "openai:":
-            raise ModelError("'openai:' names no model; write openai:NAME, as the endpoint calls it")
+            raise ModelError("No model named: openai:. Write openai:NAME, as the endpoint calls it.")
         deadline: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         return EndpointChatModel(spec.removeprefix("openai:"), temperature=temperature, **limits, **deadline)
     from sqlbench.interfaces import is_plugin, load_plugin
@@ -46,7 +46,7 @@ def open_model(
 
 
 def policy_folder(spec: str) -> Path:
-    """The checkpoint folder that ``nano``, a path or a Hugging Face name means; of a training run, its newest policy.
+    """Find the checkpoint folder of ``nano``, a path or a Hugging Face name; of a training run, its newest policy.
 
     Raises:
         TrainingError: the run has no checkpoint yet.

@@ -1,4 +1,4 @@
-"""What models of this process and endpoints do to a prompt alike."""
+"""Preparation of a prompt, shared by models of this process and endpoints."""
 
 from __future__ import annotations
 

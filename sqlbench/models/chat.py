@@ -1,10 +1,10 @@
 """Any OpenAI-compatible endpoint as a model.
 
-Every call ends within its deadline, and whatever goes wrong (refused, hanging, garbage, unknown model) is one
-`ModelError` that names the endpoint and shows no key or password. Retries of transient failures are the client's own,
-with growing pauses or those that the endpoint asks for, set once, here. What an endpoint refuses with HTTP 400 (the
-temperature, the name of the token limit, a system message) is not sent to it again. Text is what the endpoint says, up
-to `MAX_CHARS`; it gives no token ids, so trajectories of an endpoint can be evaluated but not trained on.
+Every call ends within its deadline, and every failure (refused, hanging, garbage, unknown model) is one `ModelError`
+that names the endpoint and shows no key or password. Retries of transient failures are the client's own,
+with growing pauses or those that the endpoint asks for, set once, here. A field that an endpoint refuses with HTTP 400
+(the temperature, the name of the token limit, a system message) is not sent to it again. Text is kept up to `MAX_CHARS`
+characters. An endpoint gives no token ids, so trajectories of an endpoint can be evaluated but not trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sqlbench.text import CleanPieces
 
 RETRIES = 3
 MAX_CHARS = 100_000
-"""Of an answer, whatever its server thinks of ``max_tokens``: it is kept with the rollout and goes into prompts."""
+"""Most characters of an answer, even if its server ignores ``max_tokens``: it is stored and goes into prompts."""
 REQUEST = "SQLBENCH_REQUEST"
 """Environment variable with request fields as a JSON object."""
 LIMITS = ("max_tokens", "max_completion_tokens")
@@ -74,7 +74,7 @@ class EndpointChatModel:
         try:
             load_dotenv(file)
         except UnicodeDecodeError as error:
-            raise ModelError(f"cannot read {file}: {error}; save it as UTF-8") from error
+            raise ModelError(f"Cannot read {file}: {error}. Save it as UTF-8.") from error
         self.name = f"openai:{model}"
         self.family = "chat"
         self.model = model
@@ -82,8 +82,8 @@ class EndpointChatModel:
         self._key = _read_key(os.environ.get("OPENAI_API_KEY", ""))
         if not (address or self._key):
             raise ModelError(
-                f"cannot use {self.name}: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own "
-                "(in the environment or in .env)"
+                f"No endpoint for the model: {self.name}. Set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your "
+                "own, in the environment or in .env."
             )
         self.base_url, self._query = _read_address(address)
         """The address without its query, so that it can be shown; None is OpenAI's own."""
@@ -113,24 +113,25 @@ class EndpointChatModel:
                     answer, sent = await self._ask(messages, on_text, temperature)
         # The errors of the libraries are left out of the chain: they quote the request or what the server sent.
         except (TimeoutError, openai.APITimeoutError):
-            raise ModelError(f"{self._where} did not answer within {self.timeout:g} s") from None
+            raise ModelError(
+                f"No answer within {self.timeout:g} s: {self._where}. Raise --timeout, or check the server."
+            ) from None
         except openai.APIConnectionError as error:
             first: BaseException = error
             while first.__cause__ is not None:
                 first = first.__cause__
-            why = self._one_line(str(first))
-            raise ModelError(
-                f"cannot reach {self._where} ({why}); is the server running, and is OPENAI_BASE_URL right?"
-            ) from None
+            why = self._one_line(str(first)).rstrip(".")
+            raise ModelError(f"Cannot reach {self._where}: {why}. Check the server and OPENAI_BASE_URL.") from None
         except openai.APIStatusError as error:
-            hint = {401: "; check OPENAI_API_KEY", 404: "; check the model's name and OPENAI_BASE_URL"}
+            hint = {401: "Check OPENAI_API_KEY.", 404: "Check the model's name and OPENAI_BASE_URL."}
+            why = f"HTTP {error.status_code}: {self._one_line(error.response.text)}".rstrip(".")
             raise ModelError(
-                f"{self._where} refused the request: HTTP {error.status_code}: {self._one_line(error.response.text)}"
-                f"{hint.get(error.status_code, '')}"
+                f"Request refused by {self._where}: {why}. {hint.get(error.status_code, 'Check the request fields.')}"
             ) from None
         except Exception as error:
+            why = f"{type(error).__name__}: {self._one_line(str(error))}".rstrip(".")
             raise ModelError(
-                f"{self._where} gave no usable chat completion: {type(error).__name__}: {self._one_line(str(error))}"
+                f"No usable chat completion from {self._where}: {why}. Check that it is an OpenAI-compatible endpoint."
             ) from None
         usage, text = answer.usage_metadata or {}, str(answer.text)
         return Completion(
@@ -146,7 +147,7 @@ class EndpointChatModel:
     async def _ask(
         self, messages: list[Message], on_text: Callable[[str], None] | None, temperature: float | None
     ) -> tuple[Any, dict[str, Any]]:
-        """The answer and the request fields that brought it; without those that the endpoint refused."""
+        """Return the answer and the request fields that brought it, without those that the endpoint refused."""
         import openai
 
         refused, chat = self._refused, await self._chat()
@@ -177,7 +178,7 @@ class EndpointChatModel:
         return {name: value for name, value in fields.items() if value is not None}
 
     def _named(self, refusal: str, fields: dict[str, Any], messages: list[Message]) -> set[str]:
-        """What a refusal names of all that was sent, unless it only wants less of it or the user asked for it."""
+        """Return the sent fields that a refusal names, but not those it wants smaller or the user asked for."""
         if _TOO_MUCH.search(refusal) and not _UNKNOWN.search(refusal):
             return set()
         # A quoted name before a colon is the request, repeated.
@@ -190,7 +191,7 @@ class EndpointChatModel:
         return f"model '{self.model}' at {self.base_url or 'api.openai.com'}"
 
     async def _chat(self) -> Any:
-        """The client of the running event loop, closed with it."""
+        """Return the client of the running event loop, closed with it."""
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             import openai
@@ -212,13 +213,13 @@ class EndpointChatModel:
         return self._clients[loop][0]
 
     def _one_line(self, text: str, max_chars: int = 200) -> str:
-        """The beginning of what an endpoint or library said, without the credentials that some repeat."""
+        """Shorten a text of an endpoint or library to one line, without the credentials that some repeat."""
         shown = " ".join(mask(text[:4000], self._secrets).split())
         return shown[:max_chars].encode("utf-8", "replace").decode()
 
 
 def read_request(text: str) -> dict[str, Any]:
-    """Request fields from a JSON object; nothing from an empty text.
+    """Parse request fields from a JSON object; an empty text has none.
 
     Raises:
         ModelError: it is not a JSON object, or sets a field that only sqlbench can set.
@@ -239,7 +240,7 @@ def read_request(text: str) -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """A setting without the white space and quotes that it was copied with."""
+    """Strip the white space and quotes that a setting was copied with."""
     return text.strip().strip("\"'").strip()
 
 
@@ -270,7 +271,7 @@ def _read_key(text: str) -> str:
 
 
 def _finish_reason(answer: Any) -> str:
-    """Why an answer ended; where it has no text, what it has instead."""
+    """Return why an answer ended; if it has no text, what it has instead."""
     said = str(answer.response_metadata.get("finish_reason") or "stop").lower()
     if said in _CUT:
         return "length"
@@ -284,7 +285,7 @@ def _filtered(said: str) -> str:
 
 @cache
 def _client_class() -> Any:
-    """langchain's client, which also notes what a message holds instead of text.
+    """Make langchain's client also note what a message holds instead of text.
 
     The client itself drops the fields in which servers give reasoning.
     """
@@ -321,7 +322,7 @@ def _note(message: Any, given: dict[str, Any]) -> None:
 async def _stream(
     chat: Any, prompt: list[tuple[str, str]], fields: dict[str, Any], on_text: Callable[[str], None]
 ) -> Any:
-    """The answer, whose pieces `on_text` got before; what is longer than `MAX_CHARS` is not waited for."""
+    """Return the answer after passing its pieces to `on_text`; stop at `MAX_CHARS` characters."""
     answer, left, pieces = None, MAX_CHARS, CleanPieces()
     async for chunk in chat.astream(prompt, extra_body=fields):
         if piece := pieces.add(str(chunk.text)[: max(left, 0)]):

@@ -9,13 +9,13 @@ from sqlbench.errors import ModelError
 
 
 def checkpoint_family(path: str | Path) -> str:
-    """Prompt family of a checkpoint folder, from its ``sqlbench.json``; ``chat`` where it has none."""
+    """Read the prompt family of a checkpoint folder from its ``sqlbench.json``; ``chat`` if it has none."""
     note = Path(path) / "sqlbench.json"
     return str(json.loads(note.read_text()).get("family", "chat")) if note.is_file() else "chat"
 
 
 def check_checkpoint(path: str | Path) -> Path:
-    """Path of a usable checkpoint folder.
+    """Return the path of a usable checkpoint folder.
 
     Raises:
         ModelError: not a folder, or weights, config or tokenizer are missing.
@@ -23,12 +23,12 @@ def check_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(
-            f"no checkpoint folder '{path}'; give 'nano', a folder in Hugging Face format or a name on the hub "
-            "(owner/name; an endpoint, where it can be used, is openai:NAME)"
+            f"No checkpoint folder: {path}. Give 'nano', a folder in Hugging Face format or a name on the hub "
+            "(owner/name); an endpoint, where it can be used, is openai:NAME."
         )
     missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if not list(folder.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
-        raise ModelError(f"{folder} is no complete Hugging Face checkpoint: it has no {' and no '.join(missing)}")
+        raise ModelError(f"Not a complete Hugging Face checkpoint: {folder}. Add {', '.join(missing)}.")
     return folder

@@ -12,15 +12,15 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether a model is named ``owner/name`` and there is nothing of that name in this directory."""
+    """Tell whether a model is named ``owner/name`` and no file here has that name."""
     return _NAME.fullmatch(model) is not None and not Path(model).exists()
 
 
 def hub_checkpoint(name: str) -> Path:
-    """Folder of a model of the hub, downloaded with a progress bar; what is in the cache is used without a network.
+    """Return the folder of a model of the hub, downloaded with a progress bar, or from the cache without a network.
 
     Raises:
-        ModelError: the hub has no such model for this user, or cannot be reached and the cache does not have it.
+        ModelError: the model does not exist for this user, or the hub cannot be reached and the cache lacks it.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -37,5 +37,5 @@ def hub_checkpoint(name: str) -> Path:
             f"'hf download {name} --local-dir FOLDER' on another machine and give --model FOLDER."
         )
     except Exception as error:  # the disk is full, the hub is out of order
-        todo = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Give the same command again later."
-    raise ModelError(f"cannot download the model: {name}. {todo}")
+        todo = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Rerun the command later."
+    raise ModelError(f"Cannot download the model: {name}. {todo}")

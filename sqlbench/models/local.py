@@ -26,7 +26,7 @@ from verl_cpu.engine import EngineError, Generation, GenerationRequest, LocalEng
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    """Token ids of a chat prompt, generation prompt included: the one way in which sqlbench tokenizes a prompt.
+    """Tokenize a chat prompt, generation prompt included: the one way in which sqlbench does it.
 
     Neighbouring messages are joined where the chat template asks for it (`joined_roles`).
     """
@@ -41,13 +41,13 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) 
 
 @lru_cache(maxsize=8)
 def joined_roles(tokenizer: Any) -> tuple[str, ...]:
-    """Roles whose neighbouring messages have to become one message of the user; the chat template itself tells.
+    """Find the roles whose neighbouring messages have to be joined into one, by probing the chat template.
 
     Empty for most templates, ``user`` where it demands alternation (Mistral), ``system`` too where it refuses a system
     message or leaves it out (Gemma).
 
     Raises:
-        ModelError: there is no chat template, or it cannot render a question.
+        ModelError: the chat template is missing or cannot render a question.
     """
 
     def renders(*messages: tuple[str, str]) -> bool:
@@ -68,8 +68,8 @@ def joined_roles(tokenizer: Any) -> tuple[str, ...]:
             return "system", "user"
         why = "it leaves out the question"
     except Exception as error:
-        why = " ".join(str(error).split())[:200] if tokenizer.chat_template else "it has none"
-    raise ModelError(f"cannot use the chat template of {tokenizer.name_or_path}: {why}; choose a chat model")
+        why = " ".join(str(error).split())[:200].rstrip(".") if tokenizer.chat_template else "it has none"
+    raise ModelError(f"Cannot use the chat template of {tokenizer.name_or_path}: {why}. Choose a chat model.")
 
 
 def check_chat_template(path: str | Path) -> None:
@@ -82,17 +82,17 @@ def check_chat_template(path: str | Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # whatever the files hold
-        what = " ".join(str(error).split())[:200]
-        raise ModelError(f"cannot load the tokenizer of {path}: {what}; download the checkpoint again") from error
+    except Exception as error:  # the files may hold anything
+        what = " ".join(str(error).split())[:200].rstrip(".")
+        raise ModelError(f"Cannot load the tokenizer of {path}: {what}. Download the checkpoint again.") from error
     joined_roles(tokenizer)
 
 
 class LocalChatModel:
     """A checkpoint of this machine as a `sqlbench.interfaces.Model`.
 
-    What it samples depends on the seed, the prompt and how often it was asked that prompt, so that an evaluation
-    repeats however many rollouts run at a time.
+    Its samples depend on the seed, the prompt and how often it was asked that prompt, so that an evaluation repeats
+    with any number of concurrent rollouts.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, or its chat template cannot be used.
@@ -121,7 +121,7 @@ class LocalChatModel:
             engine = LocalEngine(path, device, threads=threads, max_model_len=max_model_len, frozen=frozen)
         except EngineError as error:
             raise ModelError(str(error)) from error
-        joined_roles(engine.tokenizer)  # what cannot be prompted is refused before any rollout
+        joined_roles(engine.tokenizer)  # refuse an unusable template before any rollout
         self.batched = BatchedEngine(engine, max_batch)
         self.seed = seed
         self._asked = Counter[bytes]()
@@ -155,7 +155,7 @@ class LocalChatModel:
         try:
             generation = await self.batched.generate(request)
         except EngineError as error:
-            raise PromptTooLongError(f"{error}; lower table_info_truncate or execution_truncate") from error
+            raise PromptTooLongError(f"{error} Lower table_info_truncate or execution_truncate.") from error
         answer = completion(tokenizer, ids, generation, time.perf_counter() - start)
         if pieces:
             pieces.emit(answer.text)
@@ -166,8 +166,8 @@ class LocalChatModel:
 class TextPieces:
     """Turns tokens, one by one, into pieces of text that together are what all tokens decode to.
 
-    One token is not one piece of text: a character may take several, and what a token stands for can depend on those
-    before it. So all tokens so far are decoded each time, and what is new and whole is emitted.
+    One token is not one piece of text: a character may take several, and the text of a token can depend on those
+    before it. So all tokens so far are decoded each time, and complete new text is emitted.
     """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
@@ -177,7 +177,7 @@ class TextPieces:
         self.emitted = ""
 
     def hear(self, number: int, token_id: int) -> None:
-        """Like `add`, from the engine's thread."""
+        """Call `add` from the engine's thread."""
         self.loop.call_soon_threadsafe(self.add, number, token_id)
 
     def add(self, number: int, token_id: int) -> None:
@@ -188,14 +188,14 @@ class TextPieces:
             self.emit(text)
 
     def emit(self, text: str) -> None:
-        """Emit what `text` has beyond what was emitted."""
+        """Emit the part of `text` that was not emitted yet."""
         if text.startswith(self.emitted) and len(text) > len(self.emitted):
             piece, self.emitted = text[len(self.emitted) :], text
             self.on_text(piece)
 
 
 def completion(tokenizer: Any, prompt_ids: list[int], generation: Generation, seconds: float) -> Completion:
-    """The record of one answer, as the agent sees it."""
+    """Record one answer, as the agent sees it."""
     return Completion(
         text=tokenizer.decode(generation.token_ids, skip_special_tokens=True),
         prompt_ids=prompt_ids,

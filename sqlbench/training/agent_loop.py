@@ -2,8 +2,8 @@
 
 Guarantees: the tokens and log-probabilities handed to the trainer are those that were sampled; the reward sits on the
 last output of a rollout, and verl gives its advantage to all of them; a failed rollout hands over nothing (its group
-goes on without it) but is on record with all others in ``trajectories.jsonl``. An answer that was sampled at another
-temperature than the training's is no answer of the policy that is trained: it is on record and not handed over.
+continues without it) but is recorded with all others in ``trajectories.jsonl``. An answer sampled at another
+temperature than the training's is not one of the trained policy: it is recorded and not handed over.
 
 `SqlAgentLoopManager` and its worker are verl's own but for cost: a group of rollouts is handed over at once instead of
 rollout by rollout, without the columns that nobody reads, and prompts go to a local server in batches.
@@ -47,12 +47,12 @@ PATTERN = {"min_pattern_size": 2, "max_pattern_size": 64}
 
 
 def stable_number(*parts: object) -> int:
-    """A number in [0, 2**63) that depends only on the parts."""
+    """Hash the parts to a number in [0, 2**63)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def stop_repetition(copies: int | None) -> dict[str, Any]:
-    """Sampling parameters with which vLLM ends an answer at so many copies of the same tokens."""
+    """Make vLLM end an answer after this many copies of the same tokens, by sampling parameters."""
     return {"repetition_detection": {**PATTERN, "min_count": copies}} if copies else {}
 
 
@@ -60,8 +60,8 @@ class SqlAgentLoop(AgentLoopBase):
     """Runs one rollout of one task. Settings come from the section ``sqlbench`` of the training configuration."""
 
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, data_config: Any, **_: Any) -> None:
-        # verl makes one object a rollout. The base class would build a tokenizer helper for continued prompts in each,
-        # with a warning; a prompt here is never continued.
+        # verl makes one object per rollout. The base class would build a tokenizer helper for continued prompts in
+        # each, with a warning; a prompt here is never continued.
         self.config = trainer_config.config
         self.rollout_config = self.config.actor_rollout_ref.rollout
         self.template_options = dict(data_config.config.get("apply_chat_template_kwargs", {}))
@@ -136,13 +136,13 @@ class SqlAgentLoop(AgentLoopBase):
 
 
 _dataset, _part = cache(open_dataset), cache(load_plugin)
-"""One object a process."""
+"""One object per process."""
 
 
 def trained_transitions(record: Trajectory, trained: str, credit: str = "rollout") -> list[Transition]:
-    """Transitions whose sub-agent's name the regular expression `trained` finds (``write`` finds ``rewrite`` too).
+    """Return the transitions whose sub-agent the regular expression `trained` finds (``write`` finds ``rewrite`` too).
 
-    Left out are those sampled at another temperature than the training's, and those that have no reward of their own.
+    Those sampled at another temperature than the training's, or without a reward of their own, are left out.
     """
     earned = rewards(record, credit) if credit == "change" else [0.0] * len(record.transitions)
     return [
@@ -175,7 +175,7 @@ class _ServerModel:
         room = limits.prompt_length
         if len(ids) > room:
             raise PromptTooLongError(
-                f"a prompt has {len(ids)} tokens, data.max_prompt_length is {room}; raise it, or truncate more"
+                f"Prompt too long: {len(ids)} tokens, and data.max_prompt_length is {room}. Raise it, or truncate more."
             )
         own = self._sampling.get("temperature")
         other = None if temperature == own else temperature
@@ -193,7 +193,9 @@ class _ServerModel:
         tokens = answer.token_ids[:length]
         cut = answer.stop_reason == "repetition" or (len(tokens) >= length and tokens[-1] != tokenizer.eos_token_id)
         if not tokens or answer.log_probs is None:
-            raise ModelError(f"the rollout server gave no tokens or no log-probabilities (stop: {answer.stop_reason})")
+            raise ModelError(
+                f"No tokens or log-probabilities from the rollout server: {answer.stop_reason}. See its log."
+            )
         self.extra = dict(answer.extra_fields)
         return Completion(
             text=tokenizer.decode(tokens, skip_special_tokens=True),
@@ -218,7 +220,7 @@ class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **row: Any) -> None:
         try:
             await super()._run_agent_loop(sampling_params, trajectory, **row)
-        except Exception:  # a fault of ours, not of a model or database: the group goes on, the rollout is missing
+        except Exception:  # our own fault, not a model's or database's: the group continues without the rollout
             await self._agent_loop_postprocess([], trajectory["validate"], **row)
             raise
 

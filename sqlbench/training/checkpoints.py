@@ -25,16 +25,14 @@ def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
     run = Path(run)
     saved = run / f"checkpoints/global_step_{checkpointed(run)}/actor/huggingface"
     if not saved.is_dir():
-        raise TrainingError(f"{run} has no checkpoint; train it to its first one (trainer.save_freq) first")
+        raise TrainingError(f"No checkpoint in {run}. Train it to its first one (trainer.save_freq).")
     target, building = run / "policy", run / ".policy.new"
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(saved, building)
     record = RunFolder(run).config()
     start = Path(start or record["config"]["sqlbench"]["model"])
     if record["model_files"] and not start.is_dir():
-        raise TrainingError(
-            f"{run} started from the policy {start}, which is not there; run this in the project's folder"
-        )
+        raise TrainingError(f"Missing start policy of {run}: {start}. Run this in the project's folder.")
     if start.is_dir():
         for file in start.iterdir():
             if file.is_file() and ("token" in file.name or file.name in ("sqlbench.json", "chat_template.jinja")):
@@ -45,9 +43,9 @@ def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
 
 
 def checkpointed(run: str | Path) -> int:
-    """Step of a run's newest whole checkpoint, 0 where there is none; verl's note of it is mended where a kill tore it.
+    """Return the step of a run's newest whole checkpoint, 0 without one; repair verl's note of it after a kill.
 
-    verl writes the note last and not in one piece: where it is there without a number, the newest checkpoint is whole.
+    verl writes the note last and not in one piece: if it exists without a number, the newest checkpoint is whole.
     """
     folder = Path(run) / "checkpoints"
     note = folder / "latest_checkpointed_iteration.txt"
@@ -60,15 +58,15 @@ def checkpointed(run: str | Path) -> int:
 
 
 def latest_checkpoint(run: str | Path) -> Path:
-    """Folder of a run's newest policy, ready for `sqlbench.models.local`."""
+    """Return the folder of a run's newest policy, ready for `sqlbench.models.local`."""
     policy = Path(run) / "policy"
     return policy if RunFolder(run).finished and policy.is_dir() else export_policy(run)
 
 
 def drop_others(run: str | Path, done: int, keep: int | None) -> None:
-    """Remove what a kill left of checkpoints after step `done`, and of the whole ones all but the newest `keep`.
+    """Remove torn checkpoints after step `done`, and all but the newest `keep` whole ones.
 
-    verl forgets the checkpoints of earlier attempts, and of one that a kill cut short it knows nothing.
+    verl forgets the checkpoints of earlier attempts, and one that a kill cut short.
     """
     saved = sorted((Path(run) / "checkpoints").glob("global_step_*"), key=_step_of)
     whole = [folder for folder in saved if _step_of(folder) <= done]

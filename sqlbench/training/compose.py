@@ -1,6 +1,6 @@
 """The configuration of a training: verl's defaults, profile, arguments, recipe, overrides, in that order.
 
-What is ``auto`` after that is decided here, so that the configuration on record says what ran.
+A value that is ``auto`` after that is decided here, so that the configuration on record is the one that ran.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG = Path(__file__).with_name("config")
 TRACKERS = ("wandb", "mlflow", "tensorboard")
-"""Backends of verl that can be chosen beside its console and file; each needs the package of its name."""
+"""Backends of verl that can be added to its console and file; each needs the package of its name."""
 COUNTS = {
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
     "actor_rollout_ref.actor.ppo_mini_batch_size",
@@ -58,11 +58,11 @@ def compose(
     recipe: str | None = None,
     control: str | None = None,
 ) -> DictConfig:
-    """The resolved configuration of a run: verl's defaults, the profile, the arguments, the recipe, the overrides.
+    """Compose and resolve the configuration of a run: verl's defaults, profile, arguments, recipe, overrides.
 
     Raises:
-        TrainingError: there is no such recipe; an override is no ``key=value``, names a key that does not exist, or
-            gives no usable value.
+        TrainingError: the recipe does not exist; an override is not ``key=value``, names an unknown key, or has an
+            invalid value.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -73,7 +73,7 @@ def compose(
     from omegaconf.errors import OmegaConfBaseException
 
     if importlib.util.find_spec("verl") is None:
-        raise TrainingError("verl is not installed; install sqlbench with the extra 'train'")
+        raise TrainingError("Not installed: verl. Run pip install 'sqlbench[train]'.")
     arguments = {
         "trainer.experiment_name": run,
         "sqlbench.run_folder": str(folder),
@@ -85,7 +85,7 @@ def compose(
     base.append(f"sqlbench.control={_quoted(control) if control else 'null'}")
     if recipe is not None:
         if recipe not in (known := recipes()):
-            raise TrainingError(f"no recipe '{recipe}'. Give one of: {', '.join(known)}.")
+            raise TrainingError(f"Unknown recipe: {recipe}. Give one of: {', '.join(known)}.")
         base.append(f"+recipe={recipe}")
     GlobalHydra.instance().clear()
     for text in overrides:
@@ -93,7 +93,7 @@ def compose(
             OverridesParser.create().parse_override(text)
         except HydraException as error:
             raise TrainingError(
-                f"cannot read the override {text!r}; give key=value, and brackets in quotes: key='[a]'"
+                f"Cannot read the override: {text!r}. Give key=value, and brackets in quotes: key='[a]'."
             ) from error
     with initialize_config_dir(str(CONFIG), version_base=None):
         try:
@@ -105,8 +105,12 @@ def compose(
             message = str(error).strip().splitlines()[0]
             if unknown := re.fullmatch(r"Could not override '([\w.]+)'\.", message):
                 keys = flat(OmegaConf.to_container(hydra_compose(profile.name, overrides=base)))
-                message = f"no key '{unknown[1]}'; did you mean {' or '.join(_nearest(unknown[1], keys))}?"
-            raise TrainingError(f"cannot compose the training configuration: {message}") from error
+                raise TrainingError(
+                    f"Unknown key: {unknown[1]}. Did you mean {' or '.join(_nearest(unknown[1], keys))}?"
+                ) from error
+            raise TrainingError(
+                f"Cannot compose the training configuration: {message.rstrip('.')}. Correct the override."
+            ) from error
     return config
 
 
@@ -138,7 +142,7 @@ def decide(config: DictConfig) -> None:
 
 
 def changes(profile: str, recipe: str | None = None) -> dict[str, Any]:
-    """Read what a profile and a recipe change in verl's defaults, with interpolations as they are written."""
+    """Read the changes of a profile and a recipe to verl's defaults, with interpolations unresolved."""
     from omegaconf import OmegaConf
 
     names = ["common", profile, *([f"recipe/{recipe}"] if recipe else [])]
@@ -148,7 +152,7 @@ def changes(profile: str, recipe: str | None = None) -> dict[str, Any]:
 
 
 def _nearest(key: str, keys: Collection[str]) -> list[str]:
-    """Up to three keys that may be meant: those that end alike, then those that are written alike."""
+    """Return up to three similar keys: those with the same ending, then those with similar spelling."""
     same = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
     found = [*get_close_matches(key, same, 3, cutoff=0.0), *get_close_matches(key, keys, 3, cutoff=0.75)]
     return list(dict.fromkeys(found))[:3] or get_close_matches(key, keys, 1, cutoff=0.0)
@@ -163,37 +167,38 @@ def _check_values(config: DictConfig, given: dict[str, Any]) -> None:
         if value is None and (key not in COUNTS or key == "trainer.total_training_steps"):  # verl's own default
             continue
         if key in COUNTS and (type(value) is not int or value < 1):
-            raise TrainingError(f"{key}={value}: give a whole number of at least 1")
+            raise TrainingError(f"Invalid {key}: {value}. Give a whole number of at least 1.")
         if type(value) not in (int, float):
-            raise TrainingError(f"{key}={value} is no number")
+            raise TrainingError(f"Invalid {key}: {value}. Give a number.")
     try:
         RolloutConfig.of(config.sqlbench)
     except ValidationError as error:
         first = error.errors()[0]
-        raise TrainingError(f"sqlbench.{first['loc'][0]}={first['input']}: {first['msg']}") from error
+        why = f"Invalid sqlbench.{first['loc'][0]}: {first['input']} ({first['msg']})"
+        raise TrainingError(f"{why}. Correct the override.") from error
     copies = config.sqlbench.stop_repetition
     if copies is not None and (type(copies) is not int or copies < 2):
-        raise TrainingError(f"sqlbench.stop_repetition={copies}: give a whole number of at least 2, or null")
+        raise TrainingError(f"Invalid sqlbench.stop_repetition: {copies}. Give a whole number of at least 2, or null.")
     for key, default in given.items():
         value = OmegaConf.select(config, key)
         if value == default == "auto":
             continue
         if key.endswith("max_model_len") and not (value is None or (type(value) is int and value > 0)):
-            raise TrainingError(f"{key}={value}: give a whole number of at least 1, auto or null")
+            raise TrainingError(f"Invalid {key}: {value}. Give a whole number of at least 1, auto or null.")
         if (isinstance(default, bool) or key in SWITCHES) and not isinstance(value, bool):
-            raise TrainingError(f"{key}={value} is neither true nor false")
+            raise TrainingError(f"Invalid {key}: {value}. Give true or false.")
 
 
 def tracking(backend: str) -> list[str]:
-    """The override that sends metrics to one of `TRACKERS` too.
+    """Return the override that also sends metrics to one of `TRACKERS`.
 
     Raises:
-        TrainingError: there is no such backend, or its package is not installed.
+        TrainingError: the backend is unknown, or its package is not installed.
     """
     if backend not in TRACKERS:
-        raise TrainingError(f"cannot track with '{backend}'; choose one of {', '.join(TRACKERS)}")
+        raise TrainingError(f"Unknown tracker: {backend}. Choose one of: {', '.join(TRACKERS)}.")
     if importlib.util.find_spec(backend) is None:
-        raise TrainingError(f"cannot track with {backend}: it is not installed; run 'pip install {backend}'")
+        raise TrainingError(f"Tracker is not installed: {backend}. Run 'pip install {backend}'.")
     return [f"trainer.logger=[console,file,{backend}]"]
 
 

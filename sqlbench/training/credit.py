@@ -2,13 +2,13 @@
 
 ``sqlbench.credit=rollout``: every transition of a rollout has the advantage of its last query, as in the seed
 experiment. A check that calls a right query wrong is rewarded where the rewrite happens to keep it, and a first query
-that is wrong is rewarded where a rewrite mends it.
+that is wrong is rewarded where a rewrite fixes it.
 
 ``sqlbench.credit=transition``: a query is rewarded for its own execution match and a check for its verdict, and each is
 compared with the transitions of the same sub-agent in the rollouts of the same task. A rewrite that only repeats gets
 0, but a check that calls everything wrong gets most of what there is.
 
-``sqlbench.credit=change``: each transition is rewarded for what it changed.
+``sqlbench.credit=change``: each transition is rewarded for its change.
 
 - A first query: its execution match, compared within its task.
 - A rewrite: right minus right before, plus `RAN` times ran minus ran before. It is compared with all rewrites of the
@@ -16,11 +16,11 @@ compared with the transitions of the same sub-agent in the rollouts of the same 
   rewrite in the same situation, and a rewrite alone in its group teaches nothing; a mean over the step is as unbiased a
   baseline.
 - A rewrite that repeats an earlier query: 0 where the query before failed, which is the least that can be earned there.
-  Elsewhere it has no reward and is not trained on: a change of a right query mostly loses something, beside which doing
+  Elsewhere it has no reward and is not trained on: a change of a right query mostly loses something, so that doing
   nothing would pay, and a policy does not see whether the query was right. What remains is the gradient of the policy
   that does not repeat.
 - A check: whether its verdict is right, less the mean of all checks of the step on queries of the same kind (right or
-  wrong ones), with both kinds weighing the same in sum (`balanced`). What it answers whatever the query is earns 0.
+  wrong ones), with both kinds weighing the same in sum (`balanced`). A check that always answers alike earns 0.
 
 ``sqlbench.credit=published``: every transition has its rollout's reward, and is compared with all transitions of the
 same task, so that a rollout counts as often as it has transitions: the published run.
@@ -50,18 +50,18 @@ OWN_REWARDS = ("transition", "change")
 """Credits by which a transition has a reward of its own."""
 CONTROLS = ("coin", "permuted")
 RAN = 0.2
-"""What a rewrite earns by running, in units of being right."""
+"""Reward of a rewrite for running, in units of being right."""
 MOST_TRANSITIONS = 1000
 """More than a rollout can have."""
 _STEP = "@"
-"""Stands before the situation in the name of a group that holds rows of all tasks of a step."""
+"""Precedes the situation in the name of a group that holds rows of all tasks of a step."""
 
 
 def group_and_key(task: str, session: int, index: int, agent: str, credit: str, situation: str = "") -> tuple[str, str]:
-    """The group whose mean reward a transition is compared with, and verl's key of its row.
+    """Return the group with whose mean reward a transition is compared, and verl's key of its row.
 
     verl reads a key as ``<group>_<session>_<index>`` and broadcasts the advantage of a session's last row to the
-    others; what stands before the first underscore is the task. With credit by transition a group holds the
+    others; the part before the first underscore is the task. With credit by transition a group holds the
     transitions of one sub-agent, each a session of its own; with a situation, those of all tasks; as published, those
     of all sub-agents.
 
@@ -83,7 +83,7 @@ def group_and_key(task: str, session: int, index: int, agent: str, credit: str, 
 
 
 def group_of(key: str) -> str:
-    """The group of the row with this key."""
+    """Return the group of the row with this key."""
     head = key.rsplit("_", 2)[0]
     name = head.partition("_")[2]
     if _STEP not in name:
@@ -97,7 +97,7 @@ def permuted(earned: Sequence[float], seed: int) -> list[float]:
 
 
 async def judged(record: Trajectory, database: Database, strict: bool = True) -> Trajectory:
-    """Put its execution match beside each query of a scored rollout."""
+    """Record the execution match of each query of a scored rollout."""
     executions = []
     for execution in record.executions:
         verdict = await ascore(record.gold, execution.sql, database, strict=strict)
@@ -106,9 +106,9 @@ async def judged(record: Trajectory, database: Database, strict: bool = True) ->
 
 
 def rewards(record: Trajectory, credit: str) -> list[float | None]:
-    """What each transition of a judged rollout earned; None where it is not trained on.
+    """Return the reward of each transition of a judged rollout; None if it is not trained on.
 
-    A check gets 1 for a right verdict and 0 for a wrong one. What made the next prompt too long did nothing right.
+    A check gets 1 for a right verdict and 0 for a wrong one. The transition that made the next prompt too long gets 0.
     """
     found: list[float | None] = []
     for transition, again in zip(record.transitions, repeated(record.transitions, record.executions), strict=True):
@@ -135,7 +135,7 @@ def _reward(transition: Transition, record: Trajectory, credit: str) -> float:
 
 
 def situations(record: Trajectory) -> list[str]:
-    """In which situation each transition of a judged rollout began; empty where it is compared within its task."""
+    """Return the situation in which each transition of a judged rollout began; empty if compared within its task."""
     found = []
     for transition in record.transitions:
         if transition.agent == "check":
@@ -149,10 +149,10 @@ def situations(record: Trajectory) -> list[str]:
 
 
 def balanced(scores: Mapping[str, float]) -> dict[str, float]:
-    """The rewards of a step's checks, by the keys of their rows, from which of their verdicts were right.
+    """Compute the rewards of a step's checks, by the keys of their rows, from which verdicts were right.
 
     A verdict gets how much better it is than the mean verdict on queries of its kind, and the more frequent kind is
-    scaled down to the weight of the rarer one. So what pays is balanced accuracy. A check that always says the same
+    scaled down to the weight of the rarer one. So balanced accuracy pays. A check that always says the same
     gets 0 everywhere, and so does every check of a step in which all queries were of one kind.
     """
     kinds: dict[str, dict[str, float]] = defaultdict(dict)

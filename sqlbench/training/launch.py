@@ -1,7 +1,7 @@
 """A training run from its first call to its last: verl's own trainer on a run folder, followed and resumed.
 
-Guarantees: the configuration in ``config.json`` is complete and is what ran; whatever would fail for a reason known
-beforehand is refused in one line before anything starts; the same call again resumes from the last checkpoint; nothing
+Guarantees: the configuration in ``config.json`` is complete and is what ran; faults that can be known
+beforehand are refused in one line before anything starts; the same call again resumes from the last checkpoint; nothing
 is left running when the call returns, however it returns. verl runs in a process of its own
 (`verl_cpu.forkserver`) with its output in ``logs/train.log``; call from a thread that lives as long as the
 training.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 VERL_CONFIG = "data/verl.yaml"
-"""verl's configuration of an attempt, in the run folder; it tells whose process is whose."""
+"""verl's configuration of an attempt, in the run folder; its path identifies the attempt's processes."""
 FULL = 1 << 20
 """A disk with fewer free bytes is full."""
 
@@ -47,7 +47,7 @@ def train(settings: TrainConfig) -> Path:
     """Train, or resume training, and return the run folder ``<results>/<profile>/<run>``.
 
     With `track`, metrics go to one of `sqlbench.training.compose.TRACKERS` too, as its own environment variables say;
-    without them tensorboard and mlflow write into the run folder. Keys belong into the environment and are never
+    without them tensorboard and mlflow write into the run folder. Keys belong in the environment and are never
     written.
 
     Raises:
@@ -96,21 +96,21 @@ def train(settings: TrainConfig) -> Path:
         "config": _portable(OmegaConf.to_container(config, resolve=True)),
     }
     run_folder = RunFolder(folder)
-    with lock(folder):  # so nobody waits any more for what an earlier attempt left running, and still writes
+    with lock(folder):  # an earlier attempt may still run and write, and nobody waits for it any more
         processes.end_earlier(folder / VERL_CONFIG)
     with run_folder.open(record, overwrite=settings.overwrite):
         try:
             run_folder.finish(trainer.fit(run_folder, config, tasks, validation))
         except OSError as error:
             raise TrainingError(
-                f"training stopped: {error.strerror}: {error.filename or folder}; mend that and give the same "
-                "command again: it resumes from the last checkpoint"
+                f"Training stopped: {error.strerror}: {error.filename or folder}. Fix this and rerun the command; it "
+                "resumes from the last checkpoint."
             ) from error
     return folder
 
 
 def _policy(model: str, profile: Profile) -> str:
-    """The checkpoint folder to train; on a GPU a name of the hub stays one."""
+    """Find the checkpoint folder to train; on a GPU a name of the hub stays one."""
     if is_hub_name(model) and profile.device != "cpu":
         return model
     return str(check_checkpoint(policy_folder(model)).absolute())
@@ -142,12 +142,12 @@ class _Verl:
         self.tasks, self.validation = list(tasks), list(validation)
         _, self.total = planned_steps(config, len(tasks))
         self.log = folder / "logs/train.log"
-        self.attempt = folder / "logs/attempt.jsonl"  # where verl writes its metrics, afresh at each attempt
+        self.attempt = folder / "logs/attempt.jsonl"  # where verl writes the metrics of this attempt
         self.config_file = folder / VERL_CONFIG
         self.began = 0.0  # when the first rollout was on record
 
     def train(self) -> dict[str, Any]:
-        """Train what is left of the run and return its summary."""
+        """Train the rest of the run and return its summary."""
         started = time.time()
         done, validate = self._rewind()
         self._write_data()
@@ -156,7 +156,7 @@ class _Verl:
             self._follow(done)
         rows = read_rows(self.folder / METRICS)
         if max(rows, default=0) < self.total:
-            raise TrainingError(f"verl ended at step {max(rows, default=0)} of {self.total}; see {self.log}")
+            raise TrainingError(f"verl ended at step {max(rows, default=0)} of {self.total}. See {self.log}.")
         write_rows(self.folder / METRICS, rows)
         checkpoints.drop_others(self.folder, self.total, self.config.trainer.max_actor_ckpt_to_keep)
         checkpoints.export_policy(self.folder, self.config.sqlbench.model)
@@ -173,7 +173,7 @@ class _Verl:
         }
 
     def _rewind(self) -> tuple[int, bool]:
-        """Step of the last checkpoint, and whether to validate it first; what was logged after it is dropped.
+        """Drop the log after the last checkpoint; return its step, and whether to validate it first.
 
         verl saves a step before it validates and logs it. After a kill in between, its row is made from the rollouts on
         record, and its validation is run again.
@@ -224,28 +224,26 @@ class _Verl:
         OmegaConf.save(config, self.config_file)
 
     def _follow(self, done: int) -> None:
-        """Run verl, showing its progress; returns when it ended well.
+        """Run verl and show its progress; return when it ended well.
 
-        On a GPU, a start that fails before anything is on record is made once more, each process by itself: the fault
-        may lie in the fork of one that had imported everything.
+        On a GPU, a start that fails before the first rollout is repeated without forks: the fault may lie in the fork
+        of a process that had imported everything.
         """
         self.log.parent.mkdir(exist_ok=True)
         status = self._attempt(done, plain=False)
         if status > 0 and self.profile.device == "cuda" and not self.began:
             with self.log.open("a") as log:
-                print("sqlbench: verl ended before its first rollout; starting it once more, the plain way", file=log)
+                print("sqlbench: verl ended before its first rollout. Starting it again without forks.", file=log)
             self.attempt.unlink(missing_ok=True)
             status = self._attempt(done, plain=True)
         if status != 0:
             reason = processes.reason(self.log, status)
-            if shutil.disk_usage(self.folder).free < FULL:  # whatever broke then broke of it, and the log may end early
-                reason = (
-                    f"No space left on device for {self.folder}; make room and give the same command again ({reason})"
-                )
-            raise TrainingError(f"training stopped: {reason} (see {self.log})")
+            if shutil.disk_usage(self.folder).free < FULL:  # the cause of any failure then; the log may end early
+                reason = f"No space left on device: {self.folder}. Free some and rerun the command ({reason})"
+            raise TrainingError(f"Training stopped: {reason.rstrip('.')}. See {self.log}.")
 
     def _attempt(self, done: int, *, plain: bool) -> int:
-        """Run verl to its end; its exit status."""
+        """Run verl to its end and return its exit status."""
         own = self.config.ray_kwargs.ray_init.get("address") == "local"
         verl = processes.training(
             self.profile, self.folder, self.config_file, self.attempt, self.log, own_cluster=own, plain=plain
@@ -267,7 +265,7 @@ class _Verl:
                 time.sleep(0.2)
 
     def _recorded(self) -> int:
-        """Bytes of rollouts on record."""
+        """Count the bytes of rollouts on record."""
         file = self.folder / TRAJECTORIES
         return file.stat().st_size if file.is_file() else 0
 
@@ -291,7 +289,7 @@ class _Verl:
 
 
 def describe(step: int, data: dict[str, float]) -> str:
-    """One step in one line."""
+    """Describe one step in one line."""
     parts = [f"step {step:3d}"]
     for name, label in (("", ""), ("val_", "validation ")):
         if f"sqlbench/{name}ex" in data:
@@ -309,7 +307,7 @@ def describe(step: int, data: dict[str, float]) -> str:
 
 
 def _portable(value: Any) -> Any:
-    """A configuration with paths below the working directory made relative, so that it can be shared."""
+    """Make the paths of a configuration below the working directory relative, so that it can be shared."""
     if isinstance(value, dict):
         return {key: _portable(below) for key, below in value.items()}
     if isinstance(value, list):
@@ -322,7 +320,7 @@ def _digest(keys: Any) -> str:
 
 
 def _model_digest(model: str) -> str | None:
-    """Hash of the weights a local policy starts from."""
+    """Hash the weights that a local policy starts from."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     digest = hashlib.sha256()
     for file in files:

@@ -2,13 +2,13 @@
 
 Both are verl's clipped objective. ``token_mean`` weighs every trained token alike, so a rollout with five transitions
 counts five times as much as one with one. ``per_rollout_mean`` weighs every rollout alike: the mean over rollouts of
-the mean over a rollout's trained tokens, exact for one optimizer step a batch, however rows are cut into micro-batches.
-With credit by transition (`sqlbench.training.credit`) each transition stands for itself and weighs the same.
+the mean over a rollout's trained tokens, exact for one optimizer step per batch, with micro-batches of any size.
+With credit by transition (`sqlbench.training.credit`) each transition weighs the same.
 Both are means over the whole batch: rows that the trainer leaves out, since their advantage is 0, count in the
 denominator.
 Both report the largest difference between the probabilities of the sampled tokens in the rollout engine and in the
-trainer, as a mean over micro-batches; with one optimizer step a batch, and no separate old-log-probability pass, that
-is the agreement of the two.
+trainer, as a mean over micro-batches; with one optimizer step per batch, and no separate old-log-probability pass,
+that is the agreement of the two.
 """
 
 from __future__ import annotations
@@ -53,13 +53,15 @@ def _clipped(old_log_prob: torch.Tensor, log_prob: torch.Tensor, response_mask: 
 
 @register_policy_loss("token_mean")
 def token_mean(rollout_is_weights: torch.Tensor | None = None, **rest: Any) -> Any:
-    """verl's clipped loss with every token weighed alike; `row_weights` make its mean one over the whole batch."""
+    """Compute verl's clipped loss with equal token weights; `row_weights` make it a mean over the whole batch."""
     return _clipped(rollout_is_weights=rollout_is_weights, **rest)
 
 
 @register_policy_loss("per_rollout_mean")
 def per_rollout_mean(rollout_is_weights: torch.Tensor | None = None, **rest: Any) -> Any:
-    """verl's clipped loss with every rollout weighed alike, by the weights of `row_weights`."""
+    """Compute verl's clipped loss with equal rollout weights, by the weights of `row_weights`."""
     if rollout_is_weights is None:
-        raise ValueError("per_rollout_mean needs the trainer mode 'sqlbench', which computes the weights of rows")
+        raise ValueError(
+            "No row weights for the loss: per_rollout_mean. Use the trainer mode 'sqlbench', which computes them."
+        )
     return _clipped(rollout_is_weights=rollout_is_weights, **rest)

@@ -1,8 +1,8 @@
-"""What a training run leaves in ``metrics.jsonl``, and how it is made from trajectories.
+"""The metrics of a training run in ``metrics.jsonl``, computed from trajectories.
 
 A line of ``metrics.jsonl`` is ``{"step": n, "data": {name: value}}``, verl's own metrics together with ours
-(``sqlbench/...``, listed in `step_metrics`). Steps never repeat: what a killed attempt logged after its last
-checkpoint is replaced by what the resumed attempt logs.
+(``sqlbench/...``, listed in `step_metrics`). Steps never repeat: the resumed attempt replaces the lines that a killed
+attempt logged after its last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TrajectoryReader:
         self._steps: dict[tuple[int, bool], list[Trajectory]] = defaultdict(list)
 
     def step(self, step: int, validation: bool) -> list[Trajectory]:
-        """All rollouts of one step on record so far; those of earlier steps are forgotten."""
+        """Return all rollouts of one step on record so far, and forget those of earlier steps."""
         if self.path.is_file():
             with self.path.open("rb") as file:
                 file.seek(self._offset)
@@ -73,10 +73,10 @@ def step_metrics(rollouts: Iterable[Trajectory], prefix: str) -> dict[str, float
 
 
 def read_rows(path: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step; of a step that was logged twice the later values win, and a torn last line is dropped.
+    """Read the metrics by step; the later values of a step win, and a torn last line is dropped.
 
     Raises:
-        DataError: a line before the last is no JSON object.
+        DataError: a line before the last is not a JSON object.
     """
     rows: dict[int, dict[str, float]] = {}
     for record in read_jsonl(path):

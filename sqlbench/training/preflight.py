@@ -1,4 +1,4 @@
-"""What a training needs, and whether it is there: whatever would fail for a reason known beforehand is refused here."""
+"""The requirements of a training, checked before it starts: faults that can be known beforehand are refused here."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 AGENTS = ("write", "rewrite", "check")
 SAMPLINGS = ("uniform", "dynamic", "success-rate")
 """See `sqlbench.training.sampling`."""
-_MODE = "sqlbench has a trainer of its own, which is synchronous; leave the key out"
-_REWARD = "verl's own rewards are never asked; give a reward of your own as sqlbench.reward=module:attribute"
-_LORA = "verl saves adapters apart from the policy, which an evaluation needs whole; train all weights, as by default"
+_MODE = "sqlbench has its own synchronous trainer", "Leave the key out."
+_REWARD = "verl's own rewards are never used", "Give a reward of your own as sqlbench.reward=module:attribute."
+_LORA = (
+    "verl saves adapters apart from the policy, which an evaluation needs whole",
+    "Train all weights, as by default.",
+)
 FIXED = {
     "trainer.v1.trainer_mode": ("sqlbench", _MODE),
     "trainer.use_v1": (True, _MODE),
@@ -39,11 +42,11 @@ FIXED = {
     "actor_rollout_ref.model.lora_adapter_path": (None, _LORA),
     "actor_rollout_ref.model.lora.rank": (0, _LORA),
 }
-"""Keys of verl that a training here has one value of, which verl itself would not refuse to change, and why."""
+"""Keys of verl with only one value that works here, though verl would accept others, with why and what to do."""
 
 
 def needs(profile: Profile, config: DictConfig) -> list[str]:
-    """What this configuration needs, with whether it is there; for people."""
+    """Describe in lines for people what this configuration needs, and whether it is available."""
     batch, model = config.data.train_batch_size, config.actor_rollout_ref.model.path
     lines, cluster = [], config.ray_kwargs.ray_init.get("address")
     if profile.device == "cuda":
@@ -71,12 +74,12 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
     lines.append(f"{steps} {work}: {steps / max(epoch, 1):.4g} epochs of {epoch} steps ({tasks:,} tasks {source})")
     if profile.device == "cuda" and config.actor_rollout_ref.rollout.name == "vllm":
         plan = estimate(config, steps, gpu_bytes() or GPU_BYTES)
-        lines += plan.lines() if plan else [f"memory and disk: unknown for {model}; give the folder of the model"]
+        lines += plan.lines() if plan else [f"memory and disk: unknown for {model} (give the folder of the model)"]
     return lines
 
 
 def too_small(config: DictConfig) -> str | None:
-    """Say in one line that the card is too small for a large model's training; None where it is not, or unknown."""
+    """Say in one line that the card is too small for a large model's training; None if it is not, or unknown."""
     if config.trainer.device != "cuda" or config.actor_rollout_ref.rollout.name != "vllm":
         return None
     plan = estimate(config, 1, gpu_bytes() or GPU_BYTES)
@@ -84,7 +87,7 @@ def too_small(config: DictConfig) -> str | None:
 
 
 def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Task]]:
-    """Tasks to train and to validate on.
+    """Check the configuration and return the tasks to train and to validate on.
 
     Raises:
         TrainingError: this configuration cannot work, here or at all.
@@ -95,12 +98,14 @@ def preflight(profile: Profile, config: DictConfig) -> tuple[list[Task], list[Ta
     if profile.device == "cuda":
         missing = [line for line in needs(profile, config) if "NOT" in line]
         if missing:
-            raise TrainingError(f"this machine cannot run the profile: {'; '.join(missing)}; see --dry-run")
+            raise TrainingError(
+                f"This machine cannot run the profile {profile.name}: {'; '.join(missing)}. See --dry-run."
+            )
     return load_tasks(config)
 
 
 def check(profile: Profile, config: DictConfig) -> None:
-    """Refuse a configuration that works on no machine: what a training refuses, a dry run refuses too.
+    """Refuse a configuration that works on no machine, in a training and in a dry run.
 
     Raises:
         TrainingError: it cannot work.
@@ -114,29 +119,29 @@ def check(profile: Profile, config: DictConfig) -> None:
         check_chat_template(settings.model)
     for key, (value, reason) in FIXED.items():
         if (found := OmegaConf.select(config, key)) not in (value, None):
-            raise TrainingError(f"{key}={found} cannot be trained with: {reason}")
+            raise TrainingError(f"Unsupported {key}: {found} ({reason[0]}). {reason[1]}")
     try:
         matched = [a for a in AGENTS if re.search(str(settings.trained_agents), a)]
         for kind in ("agent", "reward", "trainer"):
             load_plugin(kind, settings[kind])
     except re.error as error:
         raise TrainingError(
-            f"sqlbench.trained_agents={settings.trained_agents} is no regular expression: {error}"
+            f"Not a regular expression: sqlbench.trained_agents={settings.trained_agents} ({error}). Correct it."
         ) from error
     last_unchecked = settings.agent == "self-correcting" and settings.max_turns == 1 and "write" not in matched
     if settings.agent in BUILT_IN["agent"] and (not matched or last_unchecked):
         raise TrainingError(
-            f"sqlbench.trained_agents={settings.trained_agents} with {settings.max_turns} turn(s) trains nothing; "
-            f"the sub-agents are {', '.join(AGENTS)}"
+            f"Nothing to train with {settings.max_turns} turn(s): sqlbench.trained_agents={settings.trained_agents}. "
+            f"Choose among the sub-agents {', '.join(AGENTS)}."
         )
     if (nodes := config.trainer.nnodes) > 1 and config.ray_kwargs.ray_init.get("address") == "local":
         raise TrainingError(
             f"trainer.nnodes={nodes} needs a Ray cluster. Name one with ray_kwargs.ray_init.address=HOST:PORT."
         )
     if settings.sampling not in SAMPLINGS:
-        raise TrainingError(f"sqlbench.sampling={settings.sampling} is unknown. Choose {', '.join(SAMPLINGS)}.")
+        raise TrainingError(f"Unknown sqlbench.sampling: {settings.sampling}. Choose one of: {', '.join(SAMPLINGS)}.")
     if settings.most_sampled < 1:
-        raise TrainingError(f"sqlbench.most_sampled={settings.most_sampled} is less than a batch. Give 1 or more.")
+        raise TrainingError(f"sqlbench.most_sampled is less than one batch: {settings.most_sampled}. Give 1 or more.")
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     row = config.data.max_prompt_length + config.data.max_response_length
     for name, dynamic, limit in (
@@ -149,12 +154,13 @@ def check(profile: Profile, config: DictConfig) -> None:
     ):
         if dynamic and limit < row:
             raise TrainingError(
-                f"actor_rollout_ref.{name}={limit} is less than one row of {row} tokens. Raise it, or lower "
+                f"actor_rollout_ref.{name} is less than one row of {row} tokens: {limit}. Raise it, or lower "
                 "data.max_prompt_length or data.max_response_length."
             )
     if settings.agent == "resampling" and "write" not in matched:
         raise TrainingError(
-            f"sqlbench.trained_agents={settings.trained_agents} trains nothing: resampling only writes. Give write."
+            f"Nothing to train, since resampling only writes: sqlbench.trained_agents={settings.trained_agents}. "
+            "Give write."
         )
     if settings.credit not in CREDITS:
         raise TrainingError(f"Unknown sqlbench.credit: {settings.credit}. Choose one of: {', '.join(CREDITS)}.")
@@ -173,8 +179,8 @@ def check(profile: Profile, config: DictConfig) -> None:
     saved = config.actor_rollout_ref.actor.checkpoint.save_contents
     if (config.trainer.save_freq or 0) < 1 or "hf_model" not in saved:
         raise TrainingError(
-            "this training would leave no policy, which is taken from its last checkpoint; give trainer.save_freq=1 or "
-            "more, and hf_model among actor_rollout_ref.actor.checkpoint.save_contents"
+            f"No policy would be saved: trainer.save_freq={config.trainer.save_freq}, save_contents={saved}. "
+            "Give trainer.save_freq=1 or more, and hf_model among actor_rollout_ref.actor.checkpoint.save_contents."
         )
     tasks = profile.published_tasks
     with contextlib.suppress(SqlbenchError):  # said by `needs`, and by the training itself
@@ -184,18 +190,18 @@ def check(profile: Profile, config: DictConfig) -> None:
     epoch, steps = planned_steps(config, tasks)
     if not epoch:
         raise TrainingError(
-            f"{settings.data} has {tasks} training tasks, a batch takes {config.data.train_batch_size}, and "
-            f"data.train_max_samples is {config.data.train_max_samples}; give fewer for data.train_batch_size"
+            f"Too few training tasks for one batch of {config.data.train_batch_size}: {tasks} in {settings.data}, "
+            f"data.train_max_samples={config.data.train_max_samples}. Lower data.train_batch_size."
         )
     if steps > epoch * config.trainer.total_epochs:  # verl would end early, after hours
         raise TrainingError(
-            f"{steps} steps do not fit into trainer.total_epochs={config.trainer.total_epochs} of {epoch} steps; "
-            f"ask for {-(-steps // epoch)} epochs or fewer steps"
+            f"Too many steps for trainer.total_epochs={config.trainer.total_epochs} of {epoch} steps: {steps}. "
+            f"Give trainer.total_epochs={-(-steps // epoch)}, or fewer steps."
         )
 
 
 def load_tasks(config: DictConfig) -> tuple[list[Task], list[Task]]:
-    """Tasks of the data set to train and to validate on.
+    """Load the tasks to train and to validate on.
 
     Raises:
         DataError: a split or a database is missing or unusable.
@@ -210,7 +216,7 @@ def load_tasks(config: DictConfig) -> tuple[list[Task], list[Task]]:
 
 
 def ask_verl(config: DictConfig) -> None:
-    """Have verl's own classes look at a configuration; takes seconds, for verl is imported.
+    """Let verl's own classes validate a configuration; takes seconds, because verl is imported.
 
     Raises:
         TrainingError: verl refuses it.
@@ -225,12 +231,12 @@ def ask_verl(config: DictConfig) -> None:
             for section in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm):
                 omega_conf_to_dataclass(section)
         except Exception as error:
-            message = " ".join(str(error).split())
-            raise TrainingError(f"verl refuses the configuration: {message or type(error).__name__}") from error
+            why = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+            raise TrainingError(f"Configuration refused by verl: {why}. Correct the overrides.") from error
 
 
 def planned_steps(config: DictConfig, tasks: int) -> tuple[int, int]:
-    """Steps of an epoch and of the whole run, as verl counts them."""
+    """Count the steps of an epoch and of the whole run, as verl does."""
     limit = config.data.train_max_samples or 0
     epoch = (min(tasks, limit) if limit > 0 else tasks) // config.data.train_batch_size
     return epoch, config.trainer.total_training_steps or epoch * config.trainer.total_epochs
@@ -244,5 +250,5 @@ def _reach(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
             raise TrainingError(
-                f"no Ray cluster answers at {address}: {error.strerror or error}; start one with 'ray start --head'"
+                f"Cannot reach Ray at {address}: {error.strerror or error}. Start a cluster with 'ray start --head'."
             ) from error

@@ -1,4 +1,4 @@
-"""The processes of a training: what they start with, how they end, what a killed one left behind, why one failed."""
+"""The processes of a training: their environment, their end, the remains of killed ones, the reason of a failure."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RAY_FOLDER = "sqlbench-ray-"
 """Prefix of Ray's temporary folders; the number of the launching process follows."""
 WORKER = "verl_cpu.forkserver"
 MODULES = ("sqlbench.training.trainer",)
-"""What registers our trainer mode with verl."""
+"""Modules that register our trainer mode with verl."""
 STOP_SECONDS = 3
-"""How long a stopped training may take to end before it is killed; nothing is lost by it."""
+"""Grace period between SIGTERM and SIGKILL; killing is safe because runs resume from checkpoints."""
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def training(
     own_cluster: bool,
     plain: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """verl's process, writing its output to `log`; when this ends, however it ends, nothing of it is left running.
+    """Start verl's process with its output in `log`; leave nothing of it running at the end, however it ends.
 
     Args:
         config_file: verl's resolved configuration.
@@ -72,7 +72,7 @@ def training(
 
 
 def end_earlier(config_file: Path) -> None:
-    """End what a killed attempt left running; the run's lock says that nobody waits for it any more."""
+    """End the processes that a killed attempt left running; the run's lock says that nobody waits for them."""
     left = []
     for process in psutil.process_iter(["cmdline"]):
         if {WORKER, str(config_file)} <= set(process.info["cmdline"] or ()):
@@ -113,7 +113,7 @@ def _environment(profile: Profile, run: Path, metrics_file: Path) -> dict[str, s
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the training processes, whatever state they are in."""
+    """End the training processes in any state."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -137,7 +137,7 @@ def _clear(ray_folder: Path) -> None:
 
 
 def _temporary() -> Path:
-    """Where Ray's folders lie: not below a long TMPDIR, for the name of a socket has 107 characters at most."""
+    """Return the parent of Ray's folders: not a long TMPDIR, because a socket's name has at most 107 characters."""
     usual = Path(tempfile.gettempdir())
     return usual if len(str(usual)) <= 14 else Path("/tmp")
 
@@ -152,7 +152,7 @@ def _clear_abandoned() -> None:
 
 
 def _was_running(number: int, moment: float) -> bool:
-    """Whether the process of this number is the one that had it at a moment in the past."""
+    """Tell whether the process of this number is the one that had it at a moment in the past."""
     try:
         return psutil.Process(number).create_time() <= moment
     except psutil.NoSuchProcess:
@@ -160,9 +160,9 @@ def _was_running(number: int, moment: float) -> bool:
 
 
 def reason(log: Path, status: int) -> str:
-    """The error that ended a training, from the end of its log."""
+    """Read the error that ended a training from the end of its log."""
     if status == -signal.SIGKILL:
-        return "it was killed (signal 9); was the memory used up?"
+        return "killed by signal 9, perhaps for memory"
     lines = _tail(log)
     if any("InvalidAuthToken" in line for line in lines):  # Ray only says that it could not connect
         return "the Ray cluster did not take the token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN as on its nodes"

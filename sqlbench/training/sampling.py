@@ -24,27 +24,27 @@ from sqlbench.agent.trajectory import Trajectory
 
 SECOND_LOOK = 4
 LEAST_SHARE = 1 / 8
-"""Of the tasks that divide, as the second round of sampling supposes it at least."""
+"""Smallest share of tasks that divide, as assumed by the second round of sampling."""
 
 
 def task_of(key: str) -> str:
-    """The task of a row, or of a group of rows, in verl's key."""
+    """Return the task of a row, or of a group of rows, from verl's key."""
     return key.split("_", 1)[0]
 
 
 def of_task(key: str) -> str:
-    """The rows of the same task that a row is like: with credit by change those of all tasks are compared."""
+    """Return the group of a row within its task: with credit by change rows of all tasks are compared."""
     return key.rsplit("_", 2)[0]
 
 
 def scores(batch: KVBatchMeta) -> dict[str, float]:
-    """The reward of each row."""
+    """Return the reward of each row."""
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
     return {key: float(score.sum()) for key, score in zip(batch.keys, data["rm_scores"].unbind(), strict=True)}
 
 
 def dividing_groups(rewards: Mapping[str, float], group_of: Callable[[str], str] = of_task) -> set[str]:
-    """The groups whose rewards differ, given the reward of each row; a group of one row never does."""
+    """Return the groups whose rewards differ, given the reward of each row; a group of one row never does."""
     found: dict[str, set[float]] = defaultdict(set)
     for key, reward in rewards.items():
         found[group_of(key)].add(reward)
@@ -52,10 +52,10 @@ def dividing_groups(rewards: Mapping[str, float], group_of: Callable[[str], str]
 
 
 def further(size: int, dividing: int, asked: int, most: int) -> int:
-    """How many further tasks to sample, so that as many divide as a batch has.
+    """Return how many further tasks to sample to fill a batch with tasks that divide.
 
     Args:
-        size: tasks of a batch.
+        size: tasks per batch.
         dividing: tasks that divide so far.
         asked: tasks sampled so far.
         most: tasks that a step may sample.
@@ -65,7 +65,7 @@ def further(size: int, dividing: int, asked: int, most: int) -> int:
 
 
 def choose(size: int, tasks: Iterable[str], dividing: set[str]) -> set[str]:
-    """The first `size` tasks, those that divide first."""
+    """Choose `size` tasks, those that divide first."""
     return set(sorted(tasks, key=lambda task: task not in dividing)[:size])
 
 
@@ -77,7 +77,7 @@ class TaskSampler:
 
         Args:
             buffer: verl's.
-            submit: starts the rollouts of so many further tasks.
+            submit: starts the rollouts of a number of further tasks.
             most: how many batches of tasks a step may sample; 1 is uniform sampling.
         """
         self.buffer, self.submit, self.most = buffer, submit, most
@@ -115,7 +115,7 @@ class SuccessRates:
     """The mean reward of each task's rollouts when it came last."""
 
     def __init__(self, records: Iterable[Trajectory], seed: int) -> None:
-        """Start from what a resumed run has on record."""
+        """Start from the rollouts on record of a resumed run."""
         self.rates: dict[str, float] = {}
         self.seed = seed
         self.learn(records)

@@ -21,10 +21,10 @@ VALIDATION_SEED = 0
 
 
 def validation_tasks(dataset: Dataset, split: str, count: int) -> list[Task]:
-    """The first `count` scorable tasks of a split, in an order that depends only on the tasks."""
+    """Return the first `count` scorable tasks of a split, in an order that depends only on the tasks."""
     tasks = [t for t in dataset.load(split) if t.scorable]
     if not tasks:
-        raise DataError(f"split '{split}' has no task that can be scored")
+        raise DataError(f"No scorable task in the split: {split}. Choose another split.")
     tasks.sort(key=lambda t: (t.key, t.task_id))
     random.Random(VALIDATION_SEED).shuffle(tasks)
     return tasks[:count]

@@ -8,12 +8,12 @@ Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync
   (their advantage is 0) and a group with one rollout left (its advantage would be its reward). Both are counted, and
   the loss stays a mean over the whole batch. A step without a group that divides has gradient 0; weight decay and the
   momentum of earlier steps still act.
-- Every step logs the loss's mean of the advantages, ``sqlbench/advantage_bias``. Unless it is 0, tokens are pushed up
-  or down whatever they answer.
+- Every step logs the loss's mean of the advantages, ``sqlbench/advantage_bias``. Unless it is 0, all tokens are pushed
+  up or down, right or wrong.
 - Which tasks a step trains on is a setting (`sqlbench.training.sampling`).
 - Failed rollouts are counted, and above a stated share the run stops, before it trains on the rest.
-- A training ends where one of its processes is gone: verl waits for ever for a rollout worker that the system killed.
-- Every step logs what ``trajectories.jsonl`` says about its rollouts.
+- A training aborts when one of its Ray actors dies. verl would wait forever for a worker killed by the OOM killer.
+- Every step logs metrics of its rollouts in ``trajectories.jsonl``.
 - Rollout and trainer probabilities are compared by verl's own check at the first step and at each ``test_freq``-th.
 """
 
@@ -138,14 +138,14 @@ class SqlTrainer(PPOTrainerSync):
         if failed > self.settings.max_failed_share * expected:
             raise TrainingError(
                 f"{failed} of {expected} rollouts of step {self.global_steps} failed, more than the "
-                f"share of {self.settings.max_failed_share} allowed by sqlbench.max_failed_share; "
-                f"first error: {errors[0] if errors else 'not on record, see the log'}"
+                f"share of {self.settings.max_failed_share} allowed by sqlbench.max_failed_share. "
+                f"First error: {errors[0] if errors else 'not on record, see the log'}"
             )
         agents = {transition.agent for t in rollouts if t.reward is not None for transition in t.transitions}
         if agents and not validation and not any(re.search(self.settings.trained_agents, name) for name in agents):
             raise TrainingError(
-                f"sqlbench.trained_agents={self.settings.trained_agents} matches no sub-agent of step "
-                f"{self.global_steps}; the rollouts have: {', '.join(sorted(agents))}"
+                f"Nothing to train (step {self.global_steps}): sqlbench.trained_agents={self.settings.trained_agents}. "
+                f"Name one of the sub-agents {', '.join(sorted(agents))}."
             )
         return rollouts
 
@@ -199,7 +199,7 @@ class SqlTrainer(PPOTrainerSync):
         metrics["sqlbench/groups"] = count
         metrics["sqlbench/zero_variance_groups"] = 1 - len(useful) / count
         if self.settings.drop_useless_groups:
-            # verl needs rows: where no group divides, the largest stays, whose advantage is 0.
+            # verl needs rows: if no group divides, the largest stays, whose advantage is 0.
             wanted = useful or [max(rollouts, key=lambda group: len(rollouts[group]))]
             keep = [i for i, key in enumerate(batch.keys) if group_of(key) in wanted]
             if dropped := [key for key in batch.keys if group_of(key) not in wanted]:
@@ -219,7 +219,7 @@ class SqlTrainer(PPOTrainerSync):
 
     @staticmethod
     def _put_scores(batch: Any, rewards: dict[str, float]) -> None:
-        """Replace the rewards of rows; a reward stands on the last token."""
+        """Replace the rewards of rows; a reward is on the last token."""
         lengths = {key: tag["response_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
         rows = [torch.tensor([0.0] * (lengths[key] - 1) + [reward]) for key, reward in rewards.items()]
         fields = TensorDict({"rm_scores": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}, len(rows))
@@ -255,7 +255,7 @@ class SqlTrainer(PPOTrainerSync):
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
         frequency = self.config.trainer.test_freq
-        # By the step alone: what is compared trains on the trainer's probabilities, and resumed it has to as well.
+        # Chosen by the step alone: a compared step trains on the trainer's probabilities, and so must the resumed one.
         check = self.global_steps == 1 or (frequency > 0 and self.global_steps % frequency == 0)
         correction = self.config.algorithm.rollout_correction
         if not check or not correction.bypass_mode:
@@ -289,7 +289,7 @@ class SqlTrainer(PPOTrainerSync):
 
 
 def check_room(free: Iterable[Mapping[str, float]], nodes: int, ranks: int, cpus: int) -> None:
-    """Refuse a cluster that cannot hold the training now: Ray would wait for ever, and verl counts GPUs only.
+    """Refuse a cluster that cannot hold the training now: Ray would wait forever, and verl counts GPUs only.
 
     Args:
         free: the resources of each node that nobody uses.
@@ -310,12 +310,12 @@ def check_room(free: Iterable[Mapping[str, float]], nodes: int, ranks: int, cpus
 
 
 def _rows(batch: Any) -> list[Row]:
-    """The rollout and the number of sampled tokens of each row, padding included."""
+    """Return the rollout and the number of sampled tokens of each row, padding included."""
     return [(key.rsplit("_", 1)[0], tag["response_len"]) for key, tag in zip(batch.keys, batch.tags, strict=True)]
 
 
 def _watch_actors(ended: threading.Event) -> None:
-    """End this process where an actor of the training is gone before the event is set."""
+    """End this process if an actor of the training dies before the event is set."""
     ours = {ray.get_runtime_context().namespace, "transfer_queue"}
 
     def alive() -> set[str]:

@@ -213,8 +213,8 @@ def test_ask_watch_judge_retry_connect_measure_and_evolve(
 
     # Databases of one's own: refused in one line without the password, or connected, drawn, and asked.
     for target, message in {
-        "postgresql://me:secret@127.0.0.1:1/x": "cannot open postgresql://me@127.0.0.1:1/x",
-        str(tmp_path / "voila.log"): "cannot open database",
+        "postgresql://me:secret@127.0.0.1:1/x": "Cannot open postgresql://me@127.0.0.1:1/x",
+        str(tmp_path / "voila.log"): "Cannot open database",
     }.items():
         field(page, "path.sqlite").fill(target)
         page.get_by_role("button", name="Connect").click()

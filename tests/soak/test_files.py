@@ -140,8 +140,8 @@ def test_torn_lines_are_dropped(command: str, pocket: DataSet, stage: Stage, fig
     [
         (lambda config: json.dumps({k: v for k, v in config.items() if k not in ("family", "tasks")}), "was null"),
         (lambda config: json.dumps(config | {"version": 0}), "version was 0, is now null"),
-        (lambda config: json.dumps(config)[:-10], "cannot read"),
-        (lambda config: "[]", "cannot read"),
+        (lambda config: json.dumps(config)[:-10], "Cannot read"),
+        (lambda config: "[]", "Cannot read"),
     ],
     ids=["missing key", "other version", "torn", "no object"],
 )
@@ -196,7 +196,7 @@ def test_databases_that_are_lost_stop_a_training(pocket: DataSet, stage: Stage, 
     (data / "database").rename(data / "away")
     assert process.wait(300) == 1, stage.last(20)
     line = stage.last()
-    assert line.startswith("error: training stopped") and "rollouts of step" in line and "cannot open database" in line
+    assert line.startswith("error: Training stopped") and "rollouts of step" in line and "Cannot open database" in line
     (data / "away").rename(data / "database")
     ends_well(stage, "train", data, expected)
     figures.record("lost databases", "sqlbench train", "stopped in one line; completed with them back")
@@ -209,7 +209,7 @@ def test_a_second_process_on_a_run_is_refused(command: str, pocket: DataSet, sta
     while first.poll() is None and not any((stage.home / case.results / "laptop" / RUN).rglob(".lock")):
         time.sleep(0.05)
     first.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
-    assert "another process is writing the run" in fails(stage, *case.arguments(RUN, pocket.root))
+    assert "Another process is writing the run" in fails(stage, *case.arguments(RUN, pocket.root))
     first.send_signal(signal.SIGCONT)
     assert first.wait(900) == 0, stage.last(20)
     case.facts(stage.home / case.results / "laptop" / RUN)

@@ -206,7 +206,7 @@ def test_a_batch_of_the_recipe_seed_is_two_optimizer_steps_with_old_log_probabil
 
 
 def test_dry_run_refuses_what_verl_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TrainingError, match=r"verl refuses .*\(32\) must be >= actor.ppo_mini_batch_size \(64\)"):
+    with pytest.raises(TrainingError, match=r"refused by verl: .*\(32\) must be >= actor.ppo_mini_batch_size \(64\)"):
         overrides = ["actor_rollout_ref.actor.ppo_mini_batch_size=64", "actor_rollout_ref.actor.use_dynamic_bsz=false"]
         train("gpu", "r", tmp_path, overrides=overrides, dry_run=True)
     assert not capsys.readouterr().out
@@ -229,32 +229,40 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
     (finished / "summary.json").write_text("{}")
     data = pocket.root
     return {
-        "profile": ({"profile": "tpu", "data": data}, RunError, "no profile 'tpu'"),
-        "data": ({"data": tmp_path / "none"}, DataError, "no data set in"),
-        "model": ({"data": data, "model": "no/such/folder"}, ModelError, "no checkpoint folder"),
-        "half model": ({"data": data, "model": str(broken)}, ModelError, "no complete Hugging Face checkpoint"),
+        "profile": ({"profile": "tpu", "data": data}, RunError, "Unknown profile: tpu"),
+        "data": ({"data": tmp_path / "none"}, DataError, "No data set in"),
+        "model": ({"data": data, "model": "no/such/folder"}, ModelError, "No checkpoint folder"),
+        "half model": ({"data": data, "model": str(broken)}, ModelError, "Not a complete Hugging Face checkpoint"),
         "no template": ({"data": data, "model": str(mute)}, ModelError, "chat template .* it has none"),
-        "agents": ({"data": data, "overrides": ["sqlbench.trained_agents=reader"]}, TrainingError, "trains nothing"),
+        "agents": ({"data": data, "overrides": ["sqlbench.trained_agents=reader"]}, TrainingError, "Nothing to train"),
         "turns": (
             {"data": data, "overrides": ["sqlbench.trained_agents='check|^rewrite'", "sqlbench.max_turns=1"]},
             TrainingError,
-            "1 turn.* trains nothing",
+            "Nothing to train with 1 turn",
         ),
-        "regex": ({"data": data, "overrides": ["sqlbench.trained_agents='('"]}, TrainingError, "no regular expression"),
+        "regex": (
+            {"data": data, "overrides": ["sqlbench.trained_agents='('"]},
+            TrainingError,
+            "Not a regular expression",
+        ),
         "bracket": (
             {"data": data, "overrides": ["sqlbench.trained_agents='['"]},
             TrainingError,
-            "no regular expression",
+            "Not a regular expression",
         ),
-        "number": ({"data": data, "overrides": ["sqlbench.trained_agents=1"]}, TrainingError, "trains nothing"),
-        "batch": ({"data": data, "overrides": ["data.train_batch_size=9999"]}, TrainingError, "a batch takes 9999"),
-        "samples": ({"data": data, "overrides": ["data.train_max_samples=3"]}, TrainingError, "train_max_samples is 3"),
+        "number": ({"data": data, "overrides": ["sqlbench.trained_agents=1"]}, TrainingError, "Nothing to train"),
+        "batch": ({"data": data, "overrides": ["data.train_batch_size=9999"]}, TrainingError, "one batch of 9999"),
+        "samples": ({"data": data, "overrides": ["data.train_max_samples=3"]}, TrainingError, "train_max_samples=3"),
         "epochs": (
             {"data": data, "overrides": ["trainer.total_epochs=1", "trainer.total_training_steps=9999"]},
             TrainingError,
-            "9999 steps do not fit",
+            "Too many steps .*: 9999",
         ),
-        "no saving": ({"data": data, "overrides": ["trainer.save_freq=null"]}, TrainingError, "leave no policy"),
+        "no saving": (
+            {"data": data, "overrides": ["trainer.save_freq=null"]},
+            TrainingError,
+            "No policy would be saved",
+        ),
         "async": (
             {"data": data, "overrides": ["trainer.v1.trainer_mode=separate_async"]},
             TrainingError,
@@ -263,7 +271,7 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
         "reward": (
             {"data": data, "overrides": ["custom_reward_function.path=mine.py"]},
             TrainingError,
-            "custom_reward_function.path=mine.py .* sqlbench.reward=module:attribute",
+            "custom_reward_function.path: mine.py .* sqlbench.reward=module:attribute",
         ),
         "new reward": (
             {"data": data, "overrides": ["reward.custom_reward_function.path=mine.py"]},
@@ -271,22 +279,22 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
             "sqlbench.reward=module:attribute",
         ),
         "lora": ({"data": data, "overrides": ["actor_rollout_ref.model.lora_rank=8"]}, TrainingError, "adapters"),
-        "no policy": ({"data": data, "overrides": ["trainer.save_freq=-1"]}, TrainingError, "leave no policy"),
-        "finished": ({"data": data, "run": "finished"}, RunError, "is finished"),
+        "no policy": ({"data": data, "overrides": ["trainer.save_freq=-1"]}, TrainingError, "No policy would be saved"),
+        "finished": ({"data": data, "run": "finished"}, RunError, "is already finished"),
         "own agent": (
             {"data": data, "overrides": ["sqlbench.agent=nowhere:Agent"]},
             PluginError,
             "no module 'nowhere'",
         ),
         "own trainer": ({"data": data, "overrides": ["sqlbench.trainer=json:loads"]}, PluginError, "without fit"),
-        "recipe": ({"data": data, "recipe": "speed"}, TrainingError, "no recipe 'speed'. Give one of: .*seed"),
+        "recipe": ({"data": data, "recipe": "speed"}, TrainingError, "Unknown recipe: speed. Give one of: .*seed"),
         "rows": (
             {"data": data, "overrides": ["sqlbench.sample_rows=-1"]},
             TrainingError,
-            "sample_rows=-1: .* equal to 0",
+            "sample_rows: -1 .* equal to 0",
         ),
-        "no turn": ({"data": data, "overrides": ["sqlbench.max_turns=0"]}, TrainingError, "max_turns=0: .* equal to 1"),
-        "no time": ({"data": data, "overrides": ["sqlbench.query_timeout=0"]}, TrainingError, "query_timeout=0: "),
+        "no turn": ({"data": data, "overrides": ["sqlbench.max_turns=0"]}, TrainingError, "max_turns: 0 .* equal to 1"),
+        "no time": ({"data": data, "overrides": ["sqlbench.query_timeout=0"]}, TrainingError, "query_timeout: 0 "),
         "repetition": (
             {"data": data, "overrides": ["sqlbench.stop_repetition=1"]},
             TrainingError,
@@ -301,7 +309,7 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
                 ],
             },
             TrainingError,
-            "ppo_max_token_len_per_gpu=767 is less than one row of 768 tokens",
+            "ppo_max_token_len_per_gpu is less than one row of 768 tokens: 767",
         ),
         "log-prob tokens": (
             {
@@ -312,7 +320,7 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
                 ],
             },
             TrainingError,
-            "log_prob_max_token_len_per_gpu=767 is less than one row of 768 tokens",
+            "log_prob_max_token_len_per_gpu is less than one row of 768 tokens: 767",
         ),
         "switch": (
             {
@@ -321,17 +329,17 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
                 "overrides": ["actor_rollout_ref.model.enable_gradient_checkpointing=maybe"],
             },
             TrainingError,
-            "maybe is neither true nor false",
+            "maybe. Give true or false",
         ),
         "length": (
             {"profile": "gpu", "data": data, "overrides": ["data.max_response_length=long"]},
             TrainingError,
-            "data.max_response_length=long",
+            "data.max_response_length: long",
         ),
         "model length": (
             {"profile": "gpu", "data": data, "overrides": ["actor_rollout_ref.rollout.max_model_len=long"]},
             TrainingError,
-            "max_model_len=long: give a whole number",
+            "max_model_len: long. Give a whole number",
         ),
         "credit": (
             {"data": data, "overrides": ["sqlbench.reward=math:sqrt", "sqlbench.credit=transition"]},
@@ -367,7 +375,7 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
         "resampling": (
             {"data": data, "overrides": ["sqlbench.agent=resampling", "sqlbench.trained_agents=rewrite"]},
             TrainingError,
-            "trains nothing",
+            "Nothing to train",
         ),
     }
 
@@ -415,7 +423,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(override: str, meant: str, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=re.escape(f"no key '{override.split('=')[0]}'; did you mean {meant}")):
+    with pytest.raises(TrainingError, match=re.escape(f"Unknown key: {override.split('=')[0]}. Did you mean {meant}")):
         composed("laptop", tmp_path, override)
 
 
@@ -542,7 +550,9 @@ def test_an_answer_that_no_token_ended_is_cut(
     assert answer.finish_reason == expected and answer.response_tokens == 3
 
     config.actor_rollout_ref.rollout.prompt_length = size - 1
-    with pytest.raises(PromptTooLongError, match=f"a prompt has {size} tokens, data.max_prompt_length is {size - 1}"):
+    with pytest.raises(
+        PromptTooLongError, match=f"Prompt too long: {size} tokens, and data.max_prompt_length is {size - 1}"
+    ):
         asyncio.run(_ServerModel(loop, {}, "nano", None).complete([message]))
 
 

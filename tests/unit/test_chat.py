@@ -124,14 +124,14 @@ def test_an_unpaired_surrogate_in_an_answer_can_be_written_to_disk(serve):
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"<html>hello</html>", 200, "no usable chat completion"),
-        (b"", 200, "no usable chat completion"),
-        ({"choices": []}, 200, "no usable chat completion"),
-        ({"choices": None}, 200, "no usable chat completion"),
-        ({"hello": 1}, 200, "no usable chat completion"),
-        ([1, 2], 200, "no usable chat completion"),
-        ({"error": {"message": "no such model"}}, 404, "HTTP 404.*check the model's name"),
-        ({"error": {"message": "bad key"}}, 401, "HTTP 401.*check OPENAI_API_KEY"),
+        (b"<html>hello</html>", 200, "No usable chat completion"),
+        (b"", 200, "No usable chat completion"),
+        ({"choices": []}, 200, "No usable chat completion"),
+        ({"choices": None}, 200, "No usable chat completion"),
+        ({"hello": 1}, 200, "No usable chat completion"),
+        ([1, 2], 200, "No usable chat completion"),
+        ({"error": {"message": "no such model"}}, 404, "HTTP 404.*Check the model's name"),
+        ({"error": {"message": "bad key"}}, 401, "HTTP 401.*Check OPENAI_API_KEY"),
         ({"detail": "Server is pinned to 'x'"}, 400, "HTTP 400.*pinned"),
     ],
 )
@@ -170,19 +170,19 @@ def test_half_an_emoji_in_a_stream_waits_for_its_other_half(serve):
 def test_a_stream_that_breaks_off_or_says_nothing_is_a_model_error(serve):
     for body in (chunk("SELECT") + b"data: {broken\n\n", b"data: [DONE]\n\n"):
         serve(body, kind="text/event-stream")
-        with pytest.raises(ModelError, match="gave no usable chat completion"):
+        with pytest.raises(ModelError, match="No usable chat completion"):
             asyncio.run(EndpointChatModel("m").complete(ASK, lambda piece: None))
 
 
 def test_a_refused_connection_says_what_to_check(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    with pytest.raises(ModelError, match=r"cannot reach model 'm' at http://127.0.0.1:9/v1.*OPENAI_BASE_URL"):
+    with pytest.raises(ModelError, match=r"Cannot reach model 'm' at http://127.0.0.1:9/v1.*OPENAI_BASE_URL"):
         ask()
 
 
 def test_a_hanging_endpoint_ends_at_the_deadline(serve):
     serve(answer("late"), delay=5)
-    with pytest.raises(ModelError, match=r"did not answer within 0\.5 s"):
+    with pytest.raises(ModelError, match=r"No answer within 0\.5 s"):
         ask(timeout=0.5)
 
 
@@ -199,22 +199,22 @@ def test_address_and_key_may_come_from_a_dotenv_file(serve, monkeypatch):
 def test_a_dotenv_file_that_is_no_text_is_one_line(serve, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path(".env").write_bytes("# für mich\n".encode("latin-1"))
-    with pytest.raises(ModelError, match=r"cannot read .*\.env: .*save it as UTF-8"):
+    with pytest.raises(ModelError, match=r"Cannot read .*\.env: .*Save it as UTF-8"):
         open_model("openai:m")
     missing = capabilities(tmp_path).set_index("to")["missing"]
-    assert "not UTF-8" in missing["use a model behind an endpoint"]
+    assert "in UTF-8" in missing["use a model behind an endpoint"]
 
 
 def test_without_address_and_key_nothing_is_called(serve, monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(ModelError, match="set OPENAI_API_KEY, or OPENAI_BASE_URL"):
+    with pytest.raises(ModelError, match="Set OPENAI_API_KEY, or OPENAI_BASE_URL"):
         open_model("openai:m")
 
 
 def test_an_unknown_model_is_refused_with_what_is_possible():
-    with pytest.raises(ModelError, match="no checkpoint folder 'no/such/model'"):
+    with pytest.raises(ModelError, match="No checkpoint folder: no/such/model"):
         open_model("no/such/model")
-    with pytest.raises(ModelError, match="'openai:' names no model"):
+    with pytest.raises(ModelError, match="No model named: openai:"):
         open_model("openai:")
 
 

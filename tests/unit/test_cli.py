@@ -76,13 +76,13 @@ def test_help_and_version_of_the_package_load_nothing_heavy():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "nowhere"], "no data set in nowhere"),
-        (["--split", "tets"], "no split 'tets'"),
-        (["--model", "no/such/model"], "no checkpoint folder"),
-        (["--results", "data/dataset.json"], "cannot write the run folder"),
-        (["--run", "../../r"], "no name for a run"),
-        (["--run", "."], "no name for a run"),
-        (["--profile", "../p"], "no profile '../p'"),
+        (["--data", "nowhere"], "No data set in nowhere"),
+        (["--split", "tets"], ": tets. Choose one of"),
+        (["--model", "no/such/model"], "No checkpoint folder"),
+        (["--results", "data/dataset.json"], "Cannot write the run folder"),
+        (["--run", "../../r"], "Invalid run name"),
+        (["--run", "."], "Invalid run name"),
+        (["--profile", "../p"], "Unknown profile: ../p"),
         (["--prompts", "gpt"], "unknown prompt family"),
     ],
 )
@@ -141,12 +141,12 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
 
 
 def test_the_chat_page_is_not_served_without_its_model(data, capsys, monkeypatch):
-    assert "no checkpoint folder 'nosuch'" in fails(capsys, "chat", "--data", "data", "--model", "nosuch")
+    assert "No checkpoint folder: nosuch" in fails(capsys, "chat", "--data", "data", "--model", "nosuch")
     Path("file").touch()
     assert "file/laptop" in fails(capsys, "chat", "--data", "data", "--results", "file")
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert "cannot use openai:m" in fails(capsys, "chat", "--data", "data", "--model", "openai:m")
+    assert "No endpoint for the model: openai:m" in fails(capsys, "chat", "--data", "data", "--model", "openai:m")
 
 
 def test_the_chat_page_is_served_where_the_home_cannot_be_written(data, monkeypatch):
@@ -178,20 +178,20 @@ def test_the_chat_page_is_served_where_the_home_cannot_be_written(data, monkeypa
 def test_a_refusing_endpoint_stops_the_evaluation(data, capsys, monkeypatch, tasks):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     given = evaluate("--model", "openai:m", "--limit", tasks)
-    assert "cannot reach model 'm' at http://127.0.0.1:9/v1" in fails(capsys, *given)
+    assert "Cannot reach model 'm' at http://127.0.0.1:9/v1" in fails(capsys, *given)
     assert not Path("results/laptop/r/summary.json").exists()
 
 
 def test_a_hanging_endpoint_stops_the_evaluation(data, capsys, monkeypatch, silent_port):
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{silent_port}/v1")
-    assert "did not answer within 0.5 s" in fails(capsys, *evaluate("--model", "openai:m", "--timeout", "0.5"))
+    assert "No answer within 0.5 s" in fails(capsys, *evaluate("--model", "openai:m", "--timeout", "0.5"))
 
 
 def test_a_finished_run_is_refused(data, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with RunFolder("results/laptop/r").open({}) as run:
         run.finish({})
-    assert "is finished" in fails(capsys, *evaluate("--model", "openai:m"))
+    assert "is already finished" in fails(capsys, *evaluate("--model", "openai:m"))
 
 
 def test_a_zip_that_is_no_spider_release_is_refused(data, capsys):

@@ -172,19 +172,22 @@ def test_examples_of_a_model_are_kept_when_they_run_and_filled_up_when_they_do_n
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("", "no database given; give the path"),
-        ("mysql://me:secret@localhost/shop", "a database of kind 'mysql' is not supported; give"),
-        ("postgresql+psycopg://me:secret@localhost/shop", r"kind 'postgresql\+psycopg' is not supported; give"),
-        ("no/such/file.sqlite", "cannot open database no/such/file.sqlite: No such file"),
-        ("host=db user=me password=secret", r"cannot open database host=db"),
-        ("postgresql://me:secret@localhost:1/x", r"cannot open postgresql://me@localhost:1/x: .*refused"),
-        ("postgresql://localhost:1/x?password=secret", "cannot open postgresql://localhost:1/x"),
-        ("postgresql://localhost:1/x?password=secret&nonsense=1", "not a PostgreSQL address"),
-        ("postgresql://me:se/cret@localhost:1/x", "cannot read the address postgresql://me@localhost:1/x: in the pass"),
-        ("postgresql://me:se@cret@localhost:1/x", "cannot read the address postgresql://me@localhost:1/x"),
-        ("postgresql://me:se cret@localhost:1/x", "cannot read the address postgresql://me@localhost:1/x"),
-        ("postgresql://me:cret%zz@localhost:1/x", "cannot read the address postgresql://me@localhost:1/x"),
-        ("postgresql://localhost:port/x", "cannot open postgresql://localhost:port/x: "),
+        ("", "No database given. Give the path"),
+        ("mysql://me:secret@localhost/shop", "Unsupported kind of database: mysql. Give"),
+        ("postgresql+psycopg://me:secret@localhost/shop", r"kind of database: postgresql\+psycopg. Give"),
+        ("no/such/file.sqlite", "Cannot open database no/such/file.sqlite: No such file"),
+        ("host=db user=me password=secret", r"Cannot open database host=db"),
+        ("postgresql://me:secret@localhost:1/x", r"Cannot open postgresql://me@localhost:1/x: .*refused"),
+        ("postgresql://localhost:1/x?password=secret", "Cannot open postgresql://localhost:1/x"),
+        ("postgresql://localhost:1/x?password=secret&nonsense=1", "Not a PostgreSQL address"),
+        (
+            "postgresql://me:se/cret@localhost:1/x",
+            "Cannot read the address: postgresql://me@localhost:1/x. In the pass",
+        ),
+        ("postgresql://me:se@cret@localhost:1/x", "Cannot read the address: postgresql://me@localhost:1/x"),
+        ("postgresql://me:se cret@localhost:1/x", "Cannot read the address: postgresql://me@localhost:1/x"),
+        ("postgresql://me:cret%zz@localhost:1/x", "Cannot read the address: postgresql://me@localhost:1/x"),
+        ("postgresql://localhost:port/x", "Cannot open postgresql://localhost:port/x: "),
     ],
 )
 def test_a_bad_target_is_one_line_without_the_password(target: str, message: str) -> None:
@@ -195,8 +198,10 @@ def test_a_bad_target_is_one_line_without_the_password(target: str, message: str
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("just text, " * 200)
-    assert re.search(r"notes.txt: file is not a database; is it a SQLite file", refusal(tmp_path / "notes.txt"))
-    assert "cannot open database" in refusal(tmp_path)
+    assert re.search(
+        r"notes.txt: file is not a database. Check that it is a SQLite file", refusal(tmp_path / "notes.txt")
+    )
+    assert "Cannot open database" in refusal(tmp_path)
 
 
 def test_a_wrong_password_is_refused_by_the_real_server(postgres: str) -> None:

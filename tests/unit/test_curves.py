@@ -87,7 +87,7 @@ def test_a_series_that_was_not_logged_is_said_so(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_metrics_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no training metrics"):
+    with pytest.raises(DataError, match="No training metrics"):
         reward_curves({"nano": [tmp_path]})
 
 

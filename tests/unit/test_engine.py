@@ -128,7 +128,7 @@ def test_what_is_no_database_is_refused_when_opened(tmp_path, content):
     path = tmp_path / "x.sqlite"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DatabaseError, match=r"cannot open database .*x\.sqlite"):
+    with pytest.raises(DatabaseError, match=r"Cannot open database .*x\.sqlite"):
         open_database(path)
     assert path.exists() == (content is not None)
 
@@ -285,7 +285,7 @@ def test_a_file_that_was_changed_under_a_query_fails_the_query(path):
     database, caught = open_database(path), []
 
     def ask():
-        with pytest.raises(DatabaseError, match="was changed while it was read") as error:
+        with pytest.raises(DatabaseError, match="changed while it was read") as error:
             database.execute(slow, Limits(seconds=0.5))
         caught.append(error)
 

@@ -288,7 +288,7 @@ def test_rollouts_of_another_data_set_are_not_continued(data):
         run(data, Oracle(stop_after=7), concurrency=2)
     tasks = DataSet(data).load("dev")
     write_split(data, "dev", [task.model_copy(update={"question": f"9{task.question}"}) for task in tasks])
-    with pytest.raises(RunError, match="the data set was changed"):
+    with pytest.raises(RunError, match="Data set changed"):
         run(data, Oracle())
     assert run(data, Oracle(), overwrite=True).rollouts == 20
 
@@ -311,7 +311,7 @@ def test_the_time_limit_of_a_query_is_a_setting_of_the_run(data):
     (record,) = folder(data).trajectories()
     assert [e.error for e in record.executions] == ["no result within 0.1 s"]
     write_split(data, "dev", [tasks[0].model_copy(update={"gold": endless, "question": f"0: {COUNT}"})])
-    with pytest.raises(ModelError, match=r"it may take 0\.1 s \(--query-timeout\)"):
+    with pytest.raises(ModelError, match=r"Raise --query-timeout from 0\.1 s"):
         run(data, Oracle(), "gold", max_turns=1, query_timeout=0.1)
     (record,) = folder(data, "gold").trajectories()
     assert record.reward is None and record.failed
@@ -321,7 +321,7 @@ def test_the_time_limit_of_a_query_is_a_setting_of_the_run(data):
 
 def test_a_finished_run_is_refused_unless_overwriting(data):
     run(data, Oracle(), limit=3)
-    with pytest.raises(RunError, match="is finished"):
+    with pytest.raises(RunError, match="is already finished"):
         run(data, Oracle(), limit=3)
     assert run(data, Oracle(), limit=4, overwrite=True).score.n == 4
 
@@ -333,9 +333,10 @@ def test_the_limit_counts_scorable_tasks(data):
 def test_a_dead_model_stops_the_evaluation_with_one_reason(data):
     class Dead(Oracle):
         async def complete(self, messages) -> Completion:
-            raise ModelError("cannot reach model 'm'")
+            raise ModelError("Cannot reach model 'm'.")
 
-    with pytest.raises(ModelError, match=r"^stopped: 8 rollouts in a row failed with: model: .*cannot reach"):
+    says = r"^Evaluation stopped: 8 rollouts in a row failed with: model: ModelError: Cannot reach model 'm'\. Fix this"
+    with pytest.raises(ModelError, match=says):
         run(data, Dead(), concurrency=2)
     assert len(list(folder(data).trajectories())) < 20
     assert run(data, Dead.__base__(), concurrency=2).score.n == 20
@@ -373,12 +374,12 @@ def test_headline_is_the_split_that_the_data_set_names(data):
 
 
 def test_unknown_data_and_splits_are_refused(data):
-    with pytest.raises(DataError, match="it has: dev"):
+    with pytest.raises(DataError, match="Choose one of: dev"):
         run(data, Oracle(), split="tets")
-    with pytest.raises(DataError, match="no data set"):
+    with pytest.raises(DataError, match="No data set"):
         run(data / "none", Oracle())
 
 
 def test_a_model_given_by_name_must_exist(data):
-    with pytest.raises(ModelError, match="no checkpoint folder"):
+    with pytest.raises(ModelError, match="No checkpoint folder"):
         run(data, "no/such/model")

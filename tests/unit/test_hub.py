@@ -107,7 +107,7 @@ def test_a_name_is_downloaded_with_progress_once_and_then_found_without_the_hub(
 def test_what_the_hub_refuses_is_one_line(hub: Path, name: str, why: str) -> None:
     with pytest.raises(ModelError) as refused:
         policy_folder(name)
-    assert str(refused.value).startswith(f"cannot download the model: {name}. {why}")
+    assert str(refused.value).startswith(f"Cannot download the model: {name}. {why}")
     assert "\n" not in str(refused.value)
 
 
@@ -127,7 +127,7 @@ def test_every_command_says_in_one_line_what_to_do_without_a_network(
         main([command, "--model", "mine/other", *options])
     err = capsys.readouterr().err
     assert ended.value.code == 1
-    assert "error: cannot download the model: mine/other. No folder here has this name and the hub cannot be" in err
+    assert "error: Cannot download the model: mine/other. No folder here has this name and the hub cannot be" in err
     assert err.count("\n") == 1 and not (tmp_path / "laptop/run").exists()
 
 

@@ -280,8 +280,8 @@ def boom(context):
     ("returned", "error"),
     [
         (lambda context: boom(context), "agent: ValueError: two lines"),
-        (lambda context: None, "agent: TypeError: Mine.run returned NoneType; it must return the final query"),
-        (lambda context: 7, "agent: TypeError: Mine.run returned int; it must return the final query"),
+        (lambda context: None, "agent: TypeError: Invalid value of Mine.run: NoneType. Return the final query."),
+        (lambda context: 7, "agent: TypeError: Invalid value of Mine.run: int. Return the final query."),
     ],
 )
 def test_an_agent_that_breaks_is_a_failed_rollout(database, returned, error):
@@ -297,7 +297,7 @@ def test_a_query_that_is_no_text_is_the_agents_mistake(database):
     async def confused(context):
         await context.execute(None)
 
-    assert run(database, agent_of(confused)).error == "agent: TypeError: a query is a text, not NoneType"
+    assert run(database, agent_of(confused)).error == "agent: TypeError: Invalid query: NoneType. Pass a string."
 
 
 def test_a_broken_model_fails_the_rollout_even_where_the_agent_goes_on(database):
@@ -356,9 +356,11 @@ def test_any_other_reward_is_a_failed_rollout_that_names_it(database, value, sho
 
     record = run(database, None, reward=odd)
     assert (
-        record.reward is None and record.error.startswith("reward: ValueError: the reward ") and "odd" in record.error
+        record.reward is None
+        and record.error.startswith("reward: ValueError: Invalid value of the reward ")
+        and "odd" in record.error
     )
-    assert record.error.endswith(f"returned {shown}; it must return a number from 0 to 1, or None")
+    assert record.error.endswith(f": {shown}. Return a number from 0 to 1, or None.")
 
 
 def test_a_reward_that_raises_is_a_failed_rollout(database):

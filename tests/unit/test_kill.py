@@ -87,7 +87,7 @@ def test_a_full_disk_keeps_the_feedback_that_was_given(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 20, before[1]))
     try:
-        with pytest.raises(RunError, match=r"cannot write .*feedback.jsonl: File too large"):
+        with pytest.raises(RunError, match=r"Cannot write .*feedback.jsonl: File too large"):
             store.append(Feedback(question="lost", db="d", sql="SELECT 2"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

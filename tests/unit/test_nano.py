@@ -121,5 +121,5 @@ def test_a_short_training_learns_and_refuses_to_overwrite(tmp_path: Path) -> Non
     assert measured["first_loss"] == pytest.approx(math.log(1024), abs=0.3)
     assert measured["last_loss"] < 5.0
     assert LocalEngine(tmp_path / "nano").generate([GenerationRequest((1, 5, 6), 4)])[0].token_ids
-    with pytest.raises(ModelError, match="already holds"):
+    with pytest.raises(ModelError, match="Checkpoint already exists"):
         train_nano(tmp_path / "nano", minutes=0.1, progress=False)

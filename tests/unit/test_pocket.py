@@ -237,9 +237,9 @@ def test_made_up_schemas_use_no_word_of_an_unseen_schema() -> None:
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match="no pocket data set"):
+    with pytest.raises(DataError, match="Not a pocket data set"):
         write_pocket(tmp_path, progress=False)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     (tmp_path / "dataset.json").write_text("{torn")
-    with pytest.raises(DataError, match="remove the folder"):
+    with pytest.raises(DataError, match="Remove the folder"):
         write_pocket(tmp_path, progress=False)

@@ -143,15 +143,15 @@ def test_a_missing_or_damaged_state_is_one_line(tmp_path, text):
     path = tmp_path / "bandit.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(DataError, match=r"cannot read the repair state .*; delete it to start afresh") as error:
+    with pytest.raises(DataError, match=r"Cannot read the repair state .*. Delete it to start over") as error:
         LinUCBRepair.load(path)
     assert "\n" not in str(error.value)
 
 
 def test_what_is_no_strategy_is_refused():
-    with pytest.raises(ValueError, match="'generate' is no repair strategy"):
+    with pytest.raises(ValueError, match="Unknown repair strategy: generate"):
         LinUCBRepair().learn(some_situations(1)[0], "generate", 1.0)
-    with pytest.raises(ValueError, match="'fix' is no repair strategy"):
+    with pytest.raises(ValueError, match="Unknown repair strategy: fix"):
         FixedRepair("fix")
 
 

@@ -112,7 +112,7 @@ def test_answers_that_make_the_next_prompt_too_long_are_wrong_and_a_first_prompt
 def test_a_gold_query_that_does_not_run_has_no_reward_and_failed_where_it_had_run(run, scorable, gold, reason):
     record = run("SELECT name FROM singer", gold=gold, scorable=scorable)
     assert record.reward is None and record.failed == scorable and record.reason == reason
-    assert not scorable or "changed?" in record.error
+    assert not scorable or "was changed" in record.error
 
 
 def test_an_answer_cut_at_the_token_limit_is_executed_and_marked(run):

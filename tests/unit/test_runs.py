@@ -71,7 +71,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(RunError, match="another process"):
+        with pytest.raises(RunError, match="Another process"):
             RunFolder(tmp_path).open({"a": 1})
     finally:
         other.kill()
@@ -85,7 +85,7 @@ def test_a_finished_run_is_refused_unless_overwriting_is_asked(tmp_path):
         run.append("trajectories.jsonl", trajectory(1))
         run.finish({"n": 1})
     assert run.finished and run.summary() == {"n": 1}
-    with pytest.raises(RunError, match="is finished"):
+    with pytest.raises(RunError, match="is already finished"):
         RunFolder(tmp_path).open({"a": 1})
     with RunFolder(tmp_path).open({"a": 2}, overwrite=True) as run:
         assert not run.finished and list(run.trajectories()) == []
@@ -123,7 +123,7 @@ def test_another_config_is_refused_with_the_difference_named(tmp_path):
 
 def test_an_unwritable_place_is_a_run_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write the run folder"):
+    with pytest.raises(RunError, match="Cannot write the run folder"):
         RunFolder(tmp_path / "file" / "run").open({})
 
 

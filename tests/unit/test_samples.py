@@ -1,4 +1,4 @@
-"""Estimates from several rollouts a task, against values worked out by hand or by counting."""
+"""Estimates from several rollouts per task, against values worked out by hand or by counting."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_the_table_has_a_row_a_turn_and_the_calls_of_the_whole() -> None:
     table = sample_table({"vote": Summary.model_validate_json(summary.model_dump_json()), "greedy": summary_of(made)})
     assert table[["run", "turn", "calls a task"]].values.tolist() == [["vote", 1, ""], ["vote", 2, 3.0]]
     assert table["avg@2"].tolist() == ["0.0 (0.0 to 0.0)", "50.0 (50.0 to 50.0)"]
-    assert "2 rollouts a task, 95% intervals over tasks:\nafter turn 1: avg@2 0.0%" in summary.text()
+    assert "2 rollouts per task, 95% intervals over tasks:\nafter turn 1: avg@2 0.0%" in summary.text()
     assert "after turn 2: avg@2 50.0% (50.0% to 50.0%), pass@1 50.0%" in summary.text()
     assert sample_table({}).empty
 

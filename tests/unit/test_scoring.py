@@ -67,11 +67,11 @@ def test_modes_are_passed_on(data, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no pairs"),
+        ("", "No pairs in"),
         ("{", "line 1: not JSON"),
         ('{"db_id": "club", "gold": "SELECT 1"}', "needs text in db_id, gold and pred"),
         ('["x"]', "needs text in db_id, gold and pred"),
-        ('{"db_id": "../..", "gold": "SELECT 1", "pred": "SELECT 1"}', "none of the databases"),
+        ('{"db_id": "../..", "gold": "SELECT 1", "pred": "SELECT 1"}', "No database of"),
     ],
 )
 def test_malformed_pairs_are_refused_in_one_line(data, tmp_path, text, message):
@@ -134,12 +134,12 @@ def test_a_database_that_cannot_be_read_costs_no_other_database(data, tmp_path):
 
 
 def test_missing_inputs_are_refused(data, tmp_path):
-    with pytest.raises(DataError, match="no databases in"):
+    with pytest.raises(DataError, match="No databases in"):
         score_pairs(tmp_path / "nosuch", tmp_path / "pairs.jsonl", tmp_path / "o")
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="Cannot read"):
         score_pairs(data, tmp_path / "nosuch.jsonl", tmp_path / "o")
     (tmp_path / "pairs.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="Cannot read"):
         score_pairs(data, tmp_path / "pairs.jsonl.gz", tmp_path / "o")
 
 
@@ -155,7 +155,7 @@ def test_a_scoring_process_that_is_killed_is_one_line(data, tmp_path):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(DataError, match="was killed"):
+    with pytest.raises(DataError, match="Scoring process killed"):
         score_pairs(data, pairs, tmp_path / "out.jsonl", workers=2)
     killer.join()
 
@@ -163,7 +163,7 @@ def test_a_scoring_process_that_is_killed_is_one_line(data, tmp_path):
 def test_the_pairs_are_not_written_over(data, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", ROWS)
     before = pairs.read_bytes()
-    with pytest.raises(DataError, match="choose another file"):
+    with pytest.raises(DataError, match="Choose another file"):
         score_pairs(data, pairs, pairs)
     assert pairs.read_bytes() == before
 

@@ -82,14 +82,14 @@ def test_a_row_is_planned_without_gpu_data_or_network(
     assert config["data"]["train_batch_size"] == 32 and config["trainer"]["total_training_steps"] == 436
     text = "\n".join(lines)
     assert "436 steps of 32 tasks x 4 rollouts: 2 epochs of 218 steps (7,000 tasks as published)" in text
-    assert "no data set in" in text and "of each GPU" in text and "of disk" in text
+    assert "No data set in" in text and "of each GPU" in text and "of disk" in text
 
 
 def test_a_row_can_be_named_by_its_folder_and_a_wrong_name_lists_them_all(tmp_path: Path) -> None:
     cell = ROWS["qwen-3b"]
     by_folder = ablate("gpu", only=cell.name, data=tmp_path, results=tmp_path, dry_run=True)
     assert by_folder["cell"].tolist() == ["qwen-3b"]
-    with pytest.raises(RunError, match=f"no cell 'qwen'; it has: {', '.join(ROWS)}"):
+    with pytest.raises(RunError, match=f"Unknown cell of grid seed: qwen. Choose one of: {', '.join(ROWS)}"):
         ablate("gpu", only="qwen", results=tmp_path, dry_run=True)
 
 
@@ -120,7 +120,9 @@ def test_steps_follow_the_data_at_hand(pocket: DataSet, tmp_path: Path) -> None:
 
 
 def test_a_training_that_its_epochs_cannot_hold_is_refused(pocket: DataSet, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"20 steps do not fit into trainer.total_epochs=1 of 10 steps; ask for 2"):
+    with pytest.raises(
+        TrainingError, match=r"Too many steps for trainer.total_epochs=1 of 10 steps: 20. Give trainer.total_epochs=2"
+    ):
         train(
             "laptop", "r", pocket.root, results=tmp_path,
             overrides=["trainer.total_training_steps=20", "trainer.total_epochs=1", "data.train_max_samples=160"],
@@ -129,7 +131,7 @@ def test_a_training_that_its_epochs_cannot_hold_is_refused(pocket: DataSet, tmp_
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379"])
 def test_a_cluster_that_does_not_answer_is_refused(address: str, pocket: DataSet, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=f"no Ray cluster answers at {address}: .*; start one") as caught:
+    with pytest.raises(TrainingError, match=f"Cannot reach Ray at {address}: .*. Start a cluster") as caught:
         train("laptop", "r", pocket.root, results=tmp_path, overrides=[f"ray_kwargs.ray_init.address={address}"])
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
@@ -196,10 +198,10 @@ def main_exit(arguments: list[str]) -> int:
 def test_a_tracker_that_cannot_be_used_is_one_line_before_anything_starts(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cases = {"clipboard": "cannot track with 'clipboard'; choose one of wandb, mlflow, tensorboard"}
+    cases = {"clipboard": "Unknown tracker: clipboard. Choose one of: wandb, mlflow, tensorboard."}
     for name in TRACKERS:
         if importlib.util.find_spec(name) is None:
-            cases[name] = f"cannot track with {name}: it is not installed; run 'pip install {name}'"
+            cases[name] = f"Tracker is not installed: {name}. Run 'pip install {name}'."
     for name, text in cases.items():
         assert main_exit([*command, "--results", str(tmp_path / "results"), "--track", name]) == 1
         assert capsys.readouterr().err == f"error: {text}\n"

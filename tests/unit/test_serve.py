@@ -143,10 +143,10 @@ def test_what_is_decoded_token_by_token_is_what_all_tokens_decode_to(pocket: Dat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "missing"], "no checkpoint folder 'missing'"),
-        (["--model", "openai:gpt"], "cannot serve openai:gpt"),
-        (["--model", "nano", "--engine", "magic"], "no engine 'magic'; there are: vllm, transformers"),
-        (["--model", "nano", "--host", "203.0.113.7"], "cannot listen on 203.0.113.7:8000: Cannot assign"),
+        (["--model", "missing"], "No checkpoint folder: missing"),
+        (["--model", "openai:gpt"], "Cannot serve an endpoint: openai:gpt"),
+        (["--model", "nano", "--engine", "magic"], "Unknown engine: magic. Choose one of: vllm, transformers"),
+        (["--model", "nano", "--host", "203.0.113.7"], "Cannot listen on 203.0.113.7:8000: Cannot assign"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(options: list[str], message: str, capsys) -> None:
@@ -160,7 +160,7 @@ def test_a_taken_port_is_refused_before_anything_is_loaded(capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as end:
         main(["serve", "--model", "nano", "--port", str(taken.getsockname()[1])])
     err = capsys.readouterr().err
-    assert end.value.code == 1 and "already in use; choose another --port" in err and err.count("\n") == 1
+    assert end.value.code == 1 and "already in use. Choose another --port" in err and err.count("\n") == 1
 
 
 def test_weights_that_cannot_be_loaded_end_it(tmp_path: Path) -> None:

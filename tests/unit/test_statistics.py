@@ -52,5 +52,5 @@ def test_the_bootstrap_interval_leaves_out_a_fortieth_on_each_side():
 
 @pytest.mark.parametrize("test", [mcnemar, paired_bootstrap])
 def test_sides_of_different_length_are_refused(test):
-    with pytest.raises(ValueError, match="got 2 and 1 outcomes"):
+    with pytest.raises(ValueError, match="Unpaired outcomes: 2 and 1"):
         test([1, 0], [1])

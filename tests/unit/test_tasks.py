@@ -58,10 +58,10 @@ def test_tasks_are_frozen_and_refuse_unknown_fields():
     ("use", "says"),
     [
         (lambda root: DataSet(root / "nowhere"), "sqlbench data pocket"),
-        (lambda root: DataSet(root).load("test"), "has no split 'test'; it has: dev"),
-        (lambda root: DataSet(root).database("bank"), "no database 'bank'"),
-        (lambda root: (root / "dataset.json").write_text("{torn") and DataSet(root), "write the data set again"),
-        (lambda root: (root / "dataset.json").write_text("[1]") and DataSet(root), "write the data set again"),
+        (lambda root: DataSet(root).load("test"), ": test. Choose one of: dev"),
+        (lambda root: DataSet(root).database("bank"), "No database 'bank'"),
+        (lambda root: (root / "dataset.json").write_text("{torn") and DataSet(root), "make the data set again"),
+        (lambda root: (root / "dataset.json").write_text("[1]") and DataSet(root), "make the data set again"),
     ],
 )
 def test_what_is_missing_is_named_in_one_line(tmp_path, use, says):
@@ -87,7 +87,7 @@ def test_a_split_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
 
 def test_a_damaged_split_is_a_data_error(tmp_path):
     (folder(tmp_path) / "dev.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match="write the data set again"):
+    with pytest.raises(DataError, match="Make the data set again"):
         DataSet(tmp_path).load("dev")
 
 
@@ -105,11 +105,11 @@ def test_numbers_name_tasks_and_a_hint_is_part_of_the_question(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([ROW | {"surprise": 1}], "row 1, field 'surprise': Extra inputs are not permitted, not 1"),
-        ([ROW, ROW | {"question": None}], "row 2, field 'question': Input should be a valid string, not "),
-        ([ROW | {"gold": 5}], "row 1, field 'gold': Input should be a valid string, not 5"),
-        ([ROW | {"task_id": 1.5}], "row 1, field 'task_id': Input should be a valid string, not 1.5"),
-        ([{"task_id": "a\nb"}], "row 1, field 'db_id': Field required"),
+        ([ROW | {"surprise": 1}], "field 'surprise': Extra inputs are not permitted, not 1"),
+        ([ROW, ROW | {"question": None}], "Invalid row 2 of "),
+        ([ROW | {"gold": 5}], "field 'gold': Input should be a valid string, not 5"),
+        ([ROW | {"task_id": 1.5}], "field 'task_id': Input should be a valid string, not 1.5"),
+        ([{"task_id": "a\nb"}], "field 'db_id': Field required"),
     ],
 )
 def test_a_row_that_is_no_task_is_named(tmp_path, rows, says):

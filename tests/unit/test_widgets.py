@@ -198,7 +198,7 @@ def test_a_config_that_is_none_of_ours_is_named(run: Path, tmp_path: Path, confi
 def test_metrics_that_are_damaged_are_named(tmp_path: Path) -> None:
     training(tmp_path / "run")
     (tmp_path / "run" / METRICS).write_text("no json\n")
-    with pytest.raises(DataError, match=r"metrics\.jsonl, line 1, is no JSON"):
+    with pytest.raises(DataError, match=r"Not JSON: .*metrics\.jsonl, line 1"):
         read_metrics(tmp_path / "run")
 
 
