@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
 
 BROKEN, BESIDE = "SELECT nme FROM nowhere", "SELECT 'something else'"
+EVERY_ROW = "SELECT entry_id, amount FROM entry ORDER BY entry_id"
 RULE = "Spell every name as the schema does."
 WAIT = 400_000
 """Milliseconds; a kernel that loads a model on a busy machine takes its time."""
@@ -89,6 +90,17 @@ class Endpoint(ThreadingHTTPServer):
         return f"```sql\n{right if RULE in system else BESIDE if 'An earlier' in system else BROKEN}\n```"
 
 
+class Lister(Endpoint):
+    """Names a table that does not exist, and then selects every row of the one that does."""
+
+    def answer(self, messages: list[str]) -> str:
+        if len(messages) == 1:
+            return super().answer(messages)
+        if "You review" in messages[0]:
+            return "Every row, as asked. THE QUERY IS CORRECT"
+        return f"```sql\n{EVERY_ROW if 'An earlier' in messages[0] else BROKEN}\n```"
+
+
 @pytest.fixture
 def serve(pocket: DataSet, repo: Path, tmp_path: Path) -> Iterator:
     """Starts ``sqlbench chat`` on the embedded data set; gives its address."""
@@ -123,6 +135,14 @@ def serve(pocket: DataSet, repo: Path, tmp_path: Path) -> Iterator:
 def endpoint(pocket: DataSet) -> Iterator[Endpoint]:
     builtin = BuiltIn(pocket.root)
     server = Endpoint({task.question: task.gold for task in builtin.tasks() if task.db_id == "concert"})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def lister() -> Iterator[Lister]:
+    server = Lister({})
     yield server
     server.shutdown()
     server.server_close()
@@ -239,6 +259,38 @@ def test_ask_watch_judge_retry_connect_measure_and_evolve(
     page.get_by_role("button", name="Who has the most money?").click()
     page.get_by_role("cell", name="Ada <Lovelace>").wait_for(timeout=WAIT)
     assert all(host.startswith("127.0.0.1") for host in requested)
+
+
+def test_an_answer_of_more_rows_than_are_kept_is_shown_by_its_first_and_may_be_right(
+    page: Page, serve, lister: Lister, picture, tmp_path: Path
+) -> None:
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as raw:
+        raw.execute("CREATE TABLE entry (entry_id INTEGER PRIMARY KEY, amount INTEGER)")
+        raw.executemany("INSERT INTO entry VALUES (?, ?)", ((i, 7 * i) for i in range(1, 10_002)))
+    address = f"http://127.0.0.1:{lister.server_address[1]}/v1"
+    open_page(page, serve("--model", "openai:m", OPENAI_BASE_URL=address, OPENAI_API_KEY="none"))
+    field(page, "path.sqlite").fill("ledger.sqlite")
+    page.get_by_role("button", name="Connect").click()
+    page.get_by_text("connected to ledger").wait_for(timeout=WAIT)
+    ask(page, "List every entry.", 1)
+    card = page.locator(".sqlbench-card").first
+    attempts = card.locator(".attempt")
+    assert attempts.count() == 2 and attempts.nth(1).locator("pre").first.inner_text() == EVERY_ROW
+    assert "more than 10,000 rows" in attempts.nth(1).inner_text()
+    heading = card.get_by_role("heading", name=re.compile("^Result: "))
+    assert heading.inner_text() == "Result: more than 10,000 rows, the first 20 are shown"
+    cells = card.locator(".scroll td").all_inner_texts()
+    assert cells == [str(value) for i in range(1, 21) for value in (i, 7 * i)]
+    assert "gave up" not in card.inner_text()
+    picture(page, "chat_large")
+
+    # Nothing was learned against the repair, and the verdict rewards it.
+    bandit = tmp_path / "results/laptop/chat/bandit.json"
+    assert not bandit.exists()
+    page.get_by_role("button", name="Correct").click()
+    card.get_by_text("Marked right").wait_for(timeout=WAIT)
+    (lesson,) = json.loads(bandit.read_text())["lessons"]
+    assert lesson["strategy"] == attempts.nth(1).locator("code").inner_text() and lesson["reward"] > 0.5
 
 
 def test_the_embedded_policy_answers_out_of_the_box(page: Page, serve, picture) -> None:
