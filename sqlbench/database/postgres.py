@@ -160,7 +160,7 @@ class PostgresConnection:
 
     def run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:
         """Run one statement."""
-        if len(sql) > SQL_BYTES:
+        if len(sql.encode(errors="replace")) > SQL_BYTES:
             return QueryResult("rejected", error=f"statement of more than {SQL_BYTES} bytes")
         if "\0" in sql:
             return QueryResult("rejected", error="the query contains a null character")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import os
 import shutil
 import sqlite3
@@ -15,12 +16,43 @@ from contextlib import closing
 import pytest
 
 from sqlbench.connection import connect
-from sqlbench.database import engine
+from sqlbench.database import engine, postgres, sqlite
 from sqlbench.database.engine import cached_database, open_database
 from sqlbench.database.schema import introspect, sample_rows
 from sqlbench.database.sqlite import SqliteConnection
-from sqlbench.database.types import Limits
+from sqlbench.database.types import SQL_BYTES, Limits
 from sqlbench.errors import DatabaseError
+from sqlbench.evaluation import STOP_AFTER
+from sqlbench.models.chat import MAX_CHARS, RETRIES, EndpointChatModel
+from sqlbench.reward import GOLD_ROWS
+from sqlbench.scoring import score_pairs
+
+
+def test_the_limits_on_the_page_are_those_of_the_code(repo):
+    page = (repo / "docs/reliability.md").read_text()
+    limits, score_seconds = Limits(), inspect.signature(score_pairs).parameters["query_timeout"].default
+    depth, columns, compound = (sqlite._LIMITS[getattr(sqlite3, f"SQLITE_LIMIT_{name}")] for name in (
+        "EXPR_DEPTH", "COLUMN", "COMPOUND_SELECT"
+    ))  # fmt: skip
+    endpoint = inspect.signature(EndpointChatModel).parameters
+    for promised in (
+        f"| time | `--query-timeout` ({limits.seconds:g} s; `score` {score_seconds:g} s)",
+        f"| rows | {limits.rows:,}; a gold query {GOLD_ROWS:,};",
+        f"| bytes of a result | {limits.result_bytes >> 20} MB | {limits.result_bytes >> 20} MB |",
+        f"| memory | {sqlite.HEAP_BYTES >> 20} MB for SQLite in the whole process | `work_mem` 16 MB |",
+        f"| text of a statement | {SQL_BYTES:,} bytes | {SQL_BYTES:,} bytes |",
+        f"| {sqlite.PROGRAM_STEPS:,} instructions, expressions {depth} deep, {columns:,} columns, {compound} parts of",
+        f"| one value | {sqlite.VALUE_BYTES >> 20} MB; ",
+        f"has to end within {sqlite.STEP_BUDGET / 1e9:g} s | 1 GB |",
+        f"| pattern of LIKE and GLOB | {sqlite._SMALL.pattern:,} bytes,",
+        f"| json_patch | values of {sqlite._PATCH_BYTES >> 10} kB |",
+        f"| comments | none | {postgres._COMMENTS:,} |",
+        f"(`--timeout`, {endpoint['timeout'].default:g} s)",
+        f"An answer is kept up to {MAX_CHARS:,} characters",
+        f"After {STOP_AFTER} failures in a row in the same words, or {3 * STOP_AFTER} in any words",
+    ):
+        assert promised in page, promised
+    assert "work_mem = '16MB'" in postgres._SETTINGS and (RETRIES, "tried again up to three times" in page) == (3, True)
 
 
 @pytest.fixture

@@ -123,6 +123,7 @@ HOSTILE = {
     "listen": ("LISTEN pg_x", REFUSED),
     "comment in a comment": ("/* /* */ SELECT 1 */", REFUSED),
     "comments without end": ("/*" * 49_000, {"rejected"}),
+    "more bytes than characters": (f"SELECT '{'ä' * 60_000}'", {"rejected"}),
     "quote without end": ("SELECT '" + "pg_" * 30_000, {"error"}),
     "advisory lock": ("SELECT pg_advisory_lock(1)", REFUSED),
     "empty": ("", REFUSED),
