@@ -171,7 +171,7 @@ def test_the_chat_page_is_served_where_the_home_cannot_be_written(data, monkeypa
         process.terminate()
         process.wait()
     errors = Path("err").read_text()
-    assert errors.startswith("cannot write /proc/nobody/") and errors.count("\n") == 1
+    assert errors.startswith("Cannot write /proc/nobody/") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("tasks", ["3", "10"])

@@ -519,7 +519,8 @@ def test_a_run_stops_with_one_line_when_nothing_works(server, data, capsys, alik
         main(["eval", "--run", "run", "--results", str(data.parent / "results"), "--prompts", "nano", *arguments])
     last = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 1
-    assert re.fullmatch(r"error: stopped: \d+ rollouts in a row failed with: .*HTTP 40[04].*same command.*", last), last
+    says = r"error: Evaluation stopped: \d+ rollouts in a row failed with: .*HTTP 40[04].* rerun the command; .*"
+    assert re.fullmatch(says, last), last
     assert len(server.times) < TASKS
     server.faults = always(good)
     assert run(data, max_turns=3, timeout=None, concurrency=4).score.n == TASKS

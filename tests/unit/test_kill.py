@@ -49,7 +49,7 @@ def test_a_full_disk_a_lost_database_and_a_kill_lose_nothing(pocket: DataSet, tm
 
     full = start(data, results, largest_file=60_000)
     error = full.communicate(timeout=120)[1].splitlines()[-1]
-    assert full.returncode == 1 and error.startswith("error: cannot write") and "File too large" in error
+    assert full.returncode == 1 and error.startswith("error: Cannot write") and "File too large" in error
     kept = rows(run)
     assert 0 < len(kept) < LIMIT
 

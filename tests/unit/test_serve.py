@@ -78,7 +78,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def address(line: str, monkeypatch) -> str:
-    found = re.search(r"serving nano as 'nano' at (\S+) .*OPENAI_BASE_URL=\1 sqlbench eval --model openai:nano ", line)
+    found = re.search(r"Serving nano as 'nano' at (\S+) .*OPENAI_BASE_URL=\1 sqlbench eval --model openai:nano ", line)
     monkeypatch.setenv("OPENAI_BASE_URL", found[1])
     return found[1]
 
@@ -126,7 +126,7 @@ def test_the_newest_policy_of_a_training_run_is_served(tmp_path: Path) -> None:
     config = {"config": {"sqlbench": {"model": str(NANO_PATH)}}, "model_files": "some"}
     (run / "config.json").write_text(json.dumps(config))
     with served(tmp_path / "log", "--model", str(run)) as text:
-        address = re.search(rf"serving {run} as 'my-run' at (http://127\.0\.0\.1:\d+/v1)", text)[1]
+        address = re.search(rf"Serving {run} as 'my-run' at (http://127\.0\.0\.1:\d+/v1)", text)[1]
         with openai.OpenAI(base_url=address, api_key="none") as client:
             assert [model.id for model in client.models.list()] == ["my-run"]
     assert (run / "policy/model.safetensors").read_bytes() == (NANO_PATH / "model.safetensors").read_bytes()
