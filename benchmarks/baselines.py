@@ -5,7 +5,7 @@
 Every arm starts from nano and sees at most ``steps x 16 x 8`` rollouts, or the tasks of as many steps:
 
 - ``grpo``: the profile's defaults; ``dynamic`` and ``success-rate``: the same with other tasks per step
-  (`sqlbench.training.sampling`); ``token_mean`` and ``transition``: with another loss, or credit.
+  (`sqlbench.training.sampling`); ``positive_only``, ``token_mean`` and ``transition``: with another loss, or credit.
 - ``permuted``: rewards of each task's rollouts, shuffled among them; ``runs``: a reward for queries that run.
 - ``sft``: the gold queries of the training split, as many answers as GRPO sees rollouts.
 - ``rejection``: rollouts of nano on as many training tasks as GRPO sees, of which the right ones are imitated.
@@ -43,6 +43,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "grpo": (),
     "dynamic": ("sqlbench.sampling=dynamic",),
     "success-rate": ("sqlbench.sampling=success-rate",),
+    "positive_only": ("actor_rollout_ref.actor.policy_loss.loss_mode=positive_only",),
     "token_mean": ("actor_rollout_ref.actor.policy_loss.loss_mode=token_mean",),
     "transition": ("sqlbench.credit=transition",),
     "permuted": ("sqlbench.control=permuted",),

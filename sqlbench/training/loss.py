@@ -1,12 +1,14 @@
-"""Two policy losses for verl, by name: ``token_mean`` and ``per_rollout_mean``.
+"""Policy losses for verl, by name: ``token_mean``, ``per_rollout_mean`` and ``positive_only``.
 
-Both are verl's clipped objective. ``token_mean`` weighs every trained token alike, so a rollout with five transitions
+All are verl's clipped objective. ``token_mean`` weighs every trained token alike, so a rollout with five transitions
 counts five times as much as one with one. ``per_rollout_mean`` weighs every rollout alike: the mean over rollouts of
 the mean over a rollout's trained tokens, exact for one optimizer step per batch, with micro-batches of any size.
-With credit by transition (`sqlbench.training.credit`) each transition weighs the same.
-Both are means over the whole batch: rows that the trainer leaves out, since their advantage is 0, count in the
+With credit by transition (`sqlbench.training.credit`) each transition weighs the same. ``positive_only`` weighs as
+``per_rollout_mean`` and learns only from what was better than its group's mean: nothing is pushed down. This is close
+to RAFT++ (Xiong et al., arXiv 2504.11343).
+All are means over the whole batch: rows that the trainer leaves out, since their advantage is 0, count in the
 denominator.
-Both report the largest difference between the probabilities of the sampled tokens in the rollout engine and in the
+All report the largest difference between the probabilities of the sampled tokens in the rollout engine and in the
 trainer, as a mean over micro-batches; with one optimizer step per batch, and no separate old-log-probability pass,
 that is the agreement of the two.
 """
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, register_policy_loss
 
+PER_ROLLOUT = ("per_rollout_mean", "positive_only")
 Row = tuple[str, int]
 """Rollout that a row belongs to, and how many of its tokens are trained."""
 
@@ -29,12 +32,12 @@ def row_weights(loss_mode: str, kept: list[Row], batch: list[Row]) -> list[float
     Without this a step in which one group divides would have as large a gradient as one in which all do.
 
     Args:
-        loss_mode: ``per_rollout_mean``, or the name of a loss that is a mean over tokens.
+        loss_mode: one of `PER_ROLLOUT`, or the name of a loss that is a mean over tokens.
         kept: the rows that are trained on.
         batch: all rows, those without advantage included.
     """
     tokens = sum(count for _, count in kept)
-    if loss_mode != "per_rollout_mean":
+    if loss_mode not in PER_ROLLOUT:
         return [tokens / sum(count for _, count in batch)] * len(kept)
     of_rollout: Counter[str] = Counter()
     for rollout, count in kept:
@@ -65,3 +68,9 @@ def per_rollout_mean(rollout_is_weights: torch.Tensor | None = None, **rest: Any
             "No row weights for the loss: per_rollout_mean. Use the trainer mode 'sqlbench', which computes them."
         )
     return _clipped(rollout_is_weights=rollout_is_weights, **rest)
+
+
+@register_policy_loss("positive_only")
+def positive_only(advantages: torch.Tensor, **rest: Any) -> Any:
+    """Compute `per_rollout_mean` with advantages below 0 left out."""
+    return per_rollout_mean(advantages=advantages.clamp(min=0), **rest)

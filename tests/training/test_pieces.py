@@ -464,7 +464,7 @@ def actor_config(tokens: int) -> Any:
 
 def test_per_rollout_mean_weighs_rollouts_alike_and_token_mean_tokens() -> None:
     """Rollout a has rows of 3 and 1 tokens and advantage 1, rollout b one row of 2 tokens and advantage -2."""
-    from sqlbench.training.loss import per_rollout_mean, row_weights, token_mean
+    from sqlbench.training.loss import per_rollout_mean, positive_only, row_weights, token_mean
 
     lengths, advantage = [3, 1, 2], torch.tensor([1.0, 1.0, -2.0])
     mask = (torch.arange(3) < torch.tensor(lengths).unsqueeze(1)).float()
@@ -487,6 +487,9 @@ def test_per_rollout_mean_weighs_rollouts_alike_and_token_mean_tokens() -> None:
 
     whole, metrics = per_rollout_mean(rollout_is_weights=weight([0, 1, 2]), **batch([0, 1, 2]))
     assert float(whole) == pytest.approx(-(1.0 + -2.0) / 2) and metrics["actor/rollout_probs_gap"] == 0
+    assert row_weights("positive_only", kept, kept) == weights
+    alone, _ = positive_only(rollout_is_weights=weight([0, 1, 2]), **batch([0, 1, 2]))
+    assert float(alone) == pytest.approx(-1.0 / 2)  # rollout b still counts as one of two
     split = sum(per_rollout_mean(rollout_is_weights=weight(r), **batch(r))[0] for r in ([0], [1, 2]))
     assert float(split) == pytest.approx(float(whole))
     assert float(token_mean(**batch([0, 1, 2]))[0]) == pytest.approx(-(4 * 1.0 + 2 * -2.0) / 6)
@@ -500,6 +503,7 @@ def test_losses_are_registered_with_verl_by_name() -> None:
     import sqlbench.training.loss as loss
 
     assert get_policy_loss_fn("per_rollout_mean") is loss.per_rollout_mean
+    assert get_policy_loss_fn("positive_only") is loss.positive_only
     assert get_policy_loss_fn("token_mean") is loss.token_mean
 
 
