@@ -370,7 +370,7 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
         "workers": (
             {"data": data, "overrides": ["actor_rollout_ref.rollout.agent.num_workers=two"]},
             TrainingError,
-            "num_workers=two: give a whole number",
+            "num_workers: two. Give a whole number",
         ),
         "resampling": (
             {"data": data, "overrides": ["sqlbench.agent=resampling", "sqlbench.trained_agents=rewrite"]},

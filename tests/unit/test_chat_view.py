@@ -325,7 +325,7 @@ def test_a_verdict_that_could_not_be_kept_can_be_given_again(tmp_path: Path, sho
             kept.rename(tmp_path / "away") if kept.exists() else None
             kept.mkdir()
             card.judge(True)
-            assert "cannot write" in view._message.value and card.exchange and card.exchange.verdict is None
+            assert "annot write" in view._message.value and card.exchange and card.exchange.verdict is None
             kept.rmdir()
             (tmp_path / "away").rename(kept) if (tmp_path / "away").exists() else None
         card.judge(True)

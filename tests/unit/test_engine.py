@@ -15,6 +15,7 @@ from contextlib import closing
 
 import pytest
 
+from sqlbench.config import ScoreConfig
 from sqlbench.connection import connect
 from sqlbench.database import engine, postgres, sqlite
 from sqlbench.database.engine import cached_database, open_database
@@ -25,12 +26,11 @@ from sqlbench.errors import DatabaseError
 from sqlbench.evaluation import STOP_AFTER
 from sqlbench.models.chat import MAX_CHARS, RETRIES, EndpointChatModel
 from sqlbench.reward import GOLD_ROWS
-from sqlbench.scoring import score_pairs
 
 
 def test_the_limits_on_the_page_are_those_of_the_code(repo):
     page = (repo / "docs/reliability.md").read_text()
-    limits, score_seconds = Limits(), inspect.signature(score_pairs).parameters["query_timeout"].default
+    limits, score_seconds = Limits(), ScoreConfig.model_fields["query_timeout"].default
     depth, columns, compound = (sqlite._LIMITS[getattr(sqlite3, f"SQLITE_LIMIT_{name}")] for name in (
         "EXPR_DEPTH", "COLUMN", "COMPOUND_SELECT"
     ))  # fmt: skip
