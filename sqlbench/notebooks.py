@@ -291,6 +291,7 @@ def run_notebook(
             changed,
             kernel_name="python3",
             progress_bar={"desc": title},
+            stdout_file=sys.stderr,  # a training cell takes minutes and prints a line per step
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except PapermillExecutionError as error:

@@ -82,14 +82,17 @@ def test_nothing_runs_when_a_later_notebook_would_be_refused(tmp_path: Path) -> 
     assert not (tmp_path / "results").exists()
 
 
-def test_a_run_leaves_provenance_and_is_skipped_the_second_time(tmp_path: Path) -> None:
+def test_a_run_leaves_provenance_and_is_skipped_the_second_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     counter = tmp_path / "count"
-    code = f"with open({str(counter)!r}, 'a') as f: f.write('x')\n(profile, steps, splits)"
+    code = f"with open({str(counter)!r}, 'a') as f: f.write('x')\nprint('step 1')\n(profile, steps, splits)"
     notebook = write(tmp_path / "01_a.ipynb", code)
     output = tmp_path / "out" / "01_a.ipynb"
     first = run_notebook(notebook, output, {"steps": 7, "profile": "gpu"})
     again = run_notebook(notebook, output, {"steps": 7, "profile": "gpu"})
     assert (first.skipped, again.skipped, counter.read_text()) == (False, True, "x")
+    assert "step 1" in capsys.readouterr().err  # what a long cell prints is seen while it runs
     done = nbformat.read(output, as_version=4)
     note = done.metadata["sqlbench"]
     assert (note["parameters"]["steps"], note["finished"], note["versions"]["papermill"][0]) == (7, True, "2")
