@@ -114,8 +114,9 @@ def test_a_policy_learns_from_its_own_right_answers(pocket: DataSet, tmp_path: P
     run = sft(pocket.root, "rs", source=tmp_path / "laptop/own", split=SPLIT, steps=1, batch_size=2, results=tmp_path)
     right = sum(json.loads(line)["reward"] == 1 for line in (tmp_path / f"laptop/own/{TRAJECTORIES}").open())
     assert json.loads((run / "summary.json").read_text())["answers"] == right > 0
-    main(["sft", "--run", "cli", "--data", str(pocket.root), "--split", SPLIT, "--source", str(tmp_path / "laptop/own"),
-          "--steps", "1", "--results", str(tmp_path)])  # fmt: skip
-    assert (tmp_path / "laptop/cli/policy/model.safetensors").is_file()
+    place = ["--data", str(pocket.root), "--split", SPLIT, "--results", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        main(["sft", "--run", "cli", "--source", str(tmp_path / "laptop/own"), "--steps", "1", *place])
+    assert end.value.code == 0 and (tmp_path / "laptop/cli/policy/model.safetensors").is_file()
     with pytest.raises(DataError, match="No right answer to imitate"):
         sft(pocket.root, "none", source=tmp_path / "laptop/own", split="headline", steps=1, results=tmp_path)
