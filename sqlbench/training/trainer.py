@@ -322,8 +322,8 @@ def _watch_actors(ended: threading.Event) -> None:
         return {a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] in ours}
 
     known = alive()
-    lost = "a node lost, or the memory used up" if len(ray.nodes()) > 1 else "the memory used up"
+    why = "a node may be lost, or the memory used up" if len(ray.nodes()) > 1 else "the memory may have been used up"
     while not ended.wait(WATCH_SECONDS):
         if (gone := ", ".join(sorted(known - alive()))) and not ended.is_set():
-            print(f"TrainingError: a process of the training is gone ({gone}); was {lost}?", flush=True)
+            print(f"TrainingError: a process of the training is gone ({gone}); {why}.", flush=True)
             os._exit(1)

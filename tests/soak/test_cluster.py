@@ -227,8 +227,8 @@ def test_a_lost_node_ends_a_training_in_one_line_and_the_same_command_resumes_on
     assert process.wait(300) == 1, stage.last(20)
     seconds = time.monotonic() - began
     line = stage.last()
-    assert line.startswith("error: training stopped: TrainingError: a process of the training is gone ("), line
-    assert "verl_cpu_server_" in line and "was a node lost, or the memory used up?" in line
+    assert line.startswith("error: Training stopped: TrainingError: a process of the training is gone ("), line
+    assert "verl_cpu_server_" in line and "a node may be lost, or the memory used up. See " in line
     assert "Traceback" not in stage.log.read_text()
     kill(*lost)
     assert not cluster.left(), "actors of a training outlive it on the other node"
