@@ -16,7 +16,7 @@ Every measurement is one ``sqlbench train``. It leaves ``DIR/<measurement>.json`
   by GRPO; accuracy is that of the trainer's own validation, before the first step and after the last.
 
 ``--minutes`` bounds all of it: when they are over, the training that runs is interrupted, and what it has measured
-counts. A measurement that has its JSON is not made again, so the same command goes on with the next one.
+counts. A measurement that has its JSON is not made again, so the same command resumes with the next one.
 
 The first step (it compares probabilities) is left out of the times, and the last of a training that ended by itself
 (it saves). The GPU's peak is that of all processes on it; vLLM takes a fixed share whatever it needs, so the trainer's
@@ -307,7 +307,7 @@ def measure(name: str, options: argparse.Namespace, deadline: float) -> dict[str
 
 
 def published(name: str) -> dict[str, float] | None:
-    """Seconds a step, and prompt tokens, of the seed experiment's row that a measurement is like."""
+    """Seconds per step, and prompt tokens, of the seed experiment's row that a measurement is like."""
     if name not in PUBLISHED:
         return None
     with SEED_FIGURES.open(newline="") as file:
@@ -401,7 +401,7 @@ def table(made: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure and print; what fails is said in one line, and the rest goes on."""
+    """Measure and print; what fails is said in one line, and the rest still runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results, models and run folders")
     parser.add_argument("--part", nargs="+", choices="abc", default="abc")

@@ -126,8 +126,8 @@ class Loop:
     """EX of the same rollouts' last queries."""
     compared: int
     """Rollouts of which both are known."""
-    mended: int
-    spoilt: int
+    fixed: int
+    spoiled: int
     unknown: int
     """Rewrites of which it is not known whether both queries were right."""
     repeated: int
@@ -137,7 +137,7 @@ class Loop:
     balanced: float
     """Balanced accuracy of the checks: 50 is that of a coin, and of one verdict for all."""
     calls: float
-    """Model calls a rollout."""
+    """Model calls per rollout."""
     cut: float
     """Of the answers, how many ran into the token limit."""
     broken: float
@@ -163,8 +163,8 @@ def loop(records: list[dict[str, Any]]) -> Loop:
         first=share([first for first, _ in ends]),
         last=share([last for _, last in ends]),
         compared=len(ends),
-        mended=known.count((False, True)),
-        spoilt=known.count((True, False)),
+        fixed=known.count((False, True)),
+        spoiled=known.count((True, False)),
         unknown=len(steps) - len(known),
         repeated=sum(a["sql"] == b["sql"] for a, b in steps),
         rewrites=len(steps),
@@ -213,7 +213,7 @@ def validation_table(runs: Sequence[Run]) -> pd.DataFrame:
                 row[level] = f"{share([r['right'] is True for r in records if r['hardness'] == level]):.0f}"
             row["first → last query"] = f"{found.first:.1f} → {found.last:.1f}%, {found.compared} tasks"
             unknown = f", {found.unknown} unknown" * (found.unknown > 0)
-            row["mended / spoilt"] = f"{found.mended} / {found.spoilt}{unknown}"
+            row["fixed / broken"] = f"{found.fixed} / {found.spoiled}{unknown}"
             row["rewrites that repeat"] = f"{found.repeated} of {found.rewrites}"
             row["check says incorrect"] = f"{found.said_incorrect:.1f}%"
             row["balanced accuracy"] = f"{found.balanced:.1f}%"
@@ -261,7 +261,7 @@ def seconds(run: Run) -> Seconds | None:
 
 
 def time_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each run: seconds a step by part, and the work that was done in them."""
+    """A row for each run: seconds per step by part, and the work that was done in them."""
     rows = []
     for run in runs:
         found = seconds(run)
@@ -285,7 +285,7 @@ def time_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def figure(runs: Sequence[Run]) -> Figure:
-    """Validation EX with intervals, the same by hardness, what the loop did, and seconds a step."""
+    """Validation EX with intervals, the same by hardness, what the loop did, and seconds per step."""
     validated, timed = [run for run in runs if run.validations], [run for run in runs if seconds(run)]
     with plt.rc_context(STYLE):
         drawn, ((ex, hardness), (repeats, time)) = plt.subplots(2, 2, figsize=(9.9, 6.6), layout="constrained")
@@ -316,7 +316,7 @@ def figure(runs: Sequence[Run]) -> Figure:
         time.set_yticks(range(len(timed)), [run.name for run in timed])
         time.invert_yaxis()
         time.set_xlim(0, 1.15 * max(bottoms, default=1.0))
-        time.set_xlabel("seconds a step (mean), validation left out")
+        time.set_xlabel("seconds per step (mean), validation left out")
         for axis, title in (
             (ex, "Validation EX, greedy, with 95% intervals (%)"),
             (hardness, "The same by hardness (%)"),

@@ -5,7 +5,7 @@
 MODEL is a folder or a Hugging Face name. Two evaluations of three turns, on the first N tasks, with the same prompts:
 ``plain`` in float32 with every batch computed afresh, ``frozen`` as ``sqlbench eval`` runs such a model (bfloat16 where
 the CPU has it, keys and values of earlier prompts kept). OMP_NUM_THREADS sets the threads. CPU seconds mean
-something on a busy machine too. Writes ``local_model.json``, after each form; the same command goes on.
+something on a busy machine too. Writes ``local_model.json``, after each form; the same command resumes.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 *simulate* needs no model: each class of failure has one right strategy, which solves the task with a known
 probability; the table says how often each policy knows it in the last quarter of the episodes. *tasks* runs the real
 agent with a real model, one rollout after another for each policy, since the bandit learns between them; all policies
-get the same tasks in the same order. Interrupted, it goes on where it stopped when it is started again. Rollouts and
+get the same tasks in the same order. Interrupted, it resumes when it is started again. Rollouts and
 the bandit's state are in DIR, and the table as JSON and Markdown.
 
 Success has 95% Wilson intervals, differences have bootstrap intervals over tasks (seeds in the simulator). The best
@@ -414,7 +414,7 @@ def main() -> None:
     except (SqlbenchError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on where it stopped")
+        sys.exit("Interrupted. Run the same command again to resume.")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def main() -> None:
     except (SqlbenchError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on where it stopped")
+        sys.exit("Interrupted. Run the same command again to resume.")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class SamplingConfig(Settings):
 
     heading: ClassVar = "Sampling"
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
-    samples: int = Field(1, ge=1, description="Rollouts a task, for avg@n, pass@k, majority and best of n.")
+    samples: int = Field(1, ge=1, description="Rollouts per task, for avg@n, pass@k, majority and best of n.")
     seed: int | None = Field(None, description="Of a local model's samples; 0 by default.")
     max_tokens: int | None = Field(None, ge=1, description="Tokens of an answer at most; the model's own by default.")
 
@@ -91,7 +91,7 @@ class EvalConfig(RolloutConfig, SamplingConfig):
     run: Run
     agent: Agent = "self-correcting"
     reward: Reward = "execution-match"
-    limit: int | None = Field(None, ge=1, description="Only the first so many scorable tasks.")
+    limit: int | None = Field(None, ge=1, description="Use only the first N scorable tasks.")
     prompts: Any = Field(None, description="Prompts if not the model's own: nano, chat or a .toml file.")  # or Prompts
     timeout: float | None = Field(None, ge=0.01, description="Seconds a call to an endpoint may take.", exclude=True)
     concurrency: int | None = Field(
@@ -131,7 +131,7 @@ class SftConfig(Settings):
     source: Path | None = Field(None, description="Run whose right rollouts are imitated, instead of gold queries.")
     split: str = Field("train", description="The split whose tasks are used, with either source.")
     steps: int = Field(300, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(32, ge=1, description="Answers a step.")
+    batch_size: int = Field(32, ge=1, description="Answers per step.")
     lr: float = Field(2e-4, ge=0, description="Learning rate of AdamW, constant.")
     seed: int = Field(1, description="Of the order of the answers.")
     table_info_truncate: SchemaCharacters = 2048
@@ -161,11 +161,13 @@ class ScoreConfig(Settings):
 
     data: Path = Field(description="Data set folder; a prediction has to match on each database/<db_id>/*.sqlite.")
     pairs: Path = Field(description="JSON lines with db_id, gold, pred (.jsonl or .jsonl.gz).")
-    out: Path = Field(description="JSON lines to write: one verdict a pair.")
+    out: Path = Field(description="JSON lines to write: one verdict per pair.")
     keep_distinct: bool = Field(False, description="Do not drop DISTINCT.")
     strict: bool = Field(False, description="Close the reference evaluator's holes.")
     query_timeout: QueryTimeout = 10.0
-    workers: int | None = Field(None, ge=1, description="Processes; by default one a core where there are many pairs.")
+    workers: int | None = Field(
+        None, ge=1, description="Processes; by default one per core where there are many pairs."
+    )
 
 
 class NotebooksConfig(Settings):

@@ -76,7 +76,7 @@ SERIES = {
         Series("response", "sqlbench/response_tokens", "Response length (tokens)"),
         Series("zero_variance", "sqlbench/zero_variance_groups", "Groups without variance (%)", 100),
         Series("clip", "actor/pg_clipfrac", "Clipped tokens (%)", 100),
-        Series("failed", "sqlbench/failed_rollouts", "Failed rollouts a step"),
+        Series("failed", "sqlbench/failed_rollouts", "Failed rollouts per step"),
         Series("step_s", "timing_s/step", "Time a step (s)"),
         Series("rollout_s", "timing_s/gen", "Rollout (s)"),
         Series("update_s", "timing_s/update_actor", "Update actor (s)"),

@@ -97,7 +97,7 @@ def sample_table(summaries: Mapping[str, Summary]) -> pd.DataFrame:
             shown = {k: f"{100 * e.value:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})" for k, e in estimates.items()}
             rows.append({"run": name, "turn": turn} | shown)
         if summary.samples and summary.transitions is not None:  # the answers are those after the last turn
-            rows[-1]["calls a task"] = round(summary.samples.n * summary.transitions, 1)
+            rows[-1]["calls per task"] = round(summary.samples.n * summary.transitions, 1)
     return pd.DataFrame(rows).fillna("")
 
 

@@ -41,8 +41,6 @@ def stop_when_told() -> None:
 
 def leave() -> NoReturn:
     """Say how an interrupted command is resumed, and end the process without waiting for its threads."""
-    print(
-        "interrupted; for eval, train, ablate and notebooks the same command goes on where it stopped", file=sys.stderr
-    )
+    print("Interrupted. Run the same command again to resume (eval, train, ablate, notebooks).", file=sys.stderr)
     sys.stdout.flush()
     os._exit(130)  # a batch of answers takes seconds

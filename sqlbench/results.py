@@ -109,7 +109,7 @@ class Score(Record):
     ex: float | None
     """Share of the scored rollouts; None where there are none."""
     low: float | None
-    """Lower end of the 95% interval: Wilson's; with several rollouts a task, a bootstrap over tasks."""
+    """Lower end of the 95% interval: Wilson's; with several rollouts per task, a bootstrap over tasks."""
     high: float | None
 
     @classmethod
@@ -177,7 +177,7 @@ class Summary(Record):
     score_with_failed: Score | None = None
     """The same with failed rollouts counted as wrong."""
     samples: Samples | None = None
-    """What several rollouts a task give together."""
+    """What several rollouts per task give together."""
     reward: float | None = None
     """Mean reward, of the rollouts that have one; the same as `Score.ex` where the reward is execution match."""
     by_hardness: dict[str, Score]

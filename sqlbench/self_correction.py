@@ -1,4 +1,4 @@
-"""What the repair loop of recorded rollouts did: how well checks judged, what rewrites mended or spoilt, and the gain.
+"""Measures the repair loop of recorded rollouts: how well checks judge, what rewrites fix or break, and the gain.
 
 The first query of a rollout is what the same policy answers with one turn (greedy decoding, same prompt), so the gain
 of more turns over one is measured within the same rollouts. Verdicts of queries before the last one are made here, by
@@ -49,9 +49,9 @@ class Correction(Settings):
 
     None where not both kinds were checked.
     """
-    mended: int
+    fixed: int
     """Rewrites from a wrong query to a right one."""
-    spoilt: int
+    broken: int
     """Rewrites from a right query to a wrong one."""
     repeated: int
     """Rewrites that gave an earlier query again, those included that were then sampled again."""
@@ -59,7 +59,7 @@ class Correction(Settings):
     by_turn: list[float]
     """Execution match of the query that stands after each turn: 1, 2 and so on."""
     transitions: float
-    """Model calls a rollout."""
+    """Model calls per rollout."""
 
 
 def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correction:
@@ -97,8 +97,8 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
         recall=mean(~says[~correct]),
         recall_ran=mean(~says[~correct & checks["ran"]]),
         balanced_accuracy=balanced_accuracy(says, correct),
-        mended=(change == 1).sum(),
-        spoilt=(change == -1).sum(),
+        fixed=(change == 1).sum(),
+        broken=(change == -1).sum(),
         repeated=rewrites.sum(),
         rewrites=len(rewrites),
         by_turn=tasks.mean().tolist(),
@@ -129,9 +129,9 @@ def row(found: Correction) -> dict[str, object]:
         "Check: recall (%)": _percent(found.recall),
         "Check: recall, ran (%)": _percent(found.recall_ran),
         "Check: balanced (%)": _percent(found.balanced_accuracy),
-        "Mended / spoilt": f"{found.mended} / {found.spoilt}",
+        "Fixed / broken": f"{found.fixed} / {found.broken}",
         "Repeated": f"{found.repeated} of {found.rewrites}",
-        "Calls a rollout": round(found.transitions, 2),
+        "Calls per rollout": round(found.transitions, 2),
     }
 
 

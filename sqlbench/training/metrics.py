@@ -45,7 +45,7 @@ def step_metrics(rollouts: Iterable[Trajectory], prefix: str) -> dict[str, float
 
     Rollouts, failed ones, those with reward 0 because an answer made the next prompt too long, and over the scored
     ones: EX, mean reward, transitions and turns a rollout, prompt and response tokens a transition, share of
-    responses cut at the limit, seconds a rollout, share of rewrites that repeat an earlier query, answers that were
+    responses cut at the limit, seconds per rollout, share of rewrites that repeat an earlier query, answers that were
     sampled at another temperature and so not trained on, and, where queries were judged one by one, the balanced
     accuracy of the check.
     """

@@ -1,7 +1,7 @@
 """The chat: a question in, every attempt visible while it is made, a verdict back; what was learned stands beside it.
 
 One question at a time a view. Work runs as tasks on the kernel's event loop and sets values of widgets, so it shows
-wherever the view is displayed. Whatever goes wrong is one line in the view, and the view goes on. Text of users, models
+wherever the view is displayed. Whatever goes wrong is one line in the view, which stays usable. Text of users, models
 and databases is escaped.
 """
 

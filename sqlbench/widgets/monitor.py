@@ -1,6 +1,6 @@
 """Watches a training run from its folder alone, so also one in another process or, by a shared drive, machine.
 
-While the run goes on, a thread looks at the folder every few seconds and redraws when there is something new; it ends
+While the run lasts, a thread looks at the folder every few seconds and redraws when there is something new; it ends
 with the run. A run that was killed looks like one between two steps, so the age of its last sign of life is shown.
 """
 
@@ -26,7 +26,7 @@ from sqlbench.widgets import view
 
 WATCHED = (*PANELS[:3], "clip", *PANELS[3:], "step_s", "failed")
 RECENT = 10
-"""The mean time of so many steps tells the time left."""
+"""Steps whose mean time tells the time left."""
 
 
 class Monitor(w.VBox):
@@ -37,7 +37,7 @@ class Monitor(w.VBox):
         every: seconds between two looks.
 
     Raises:
-        DataError: the folder holds a run that is no training.
+        DataError: the folder holds a run that is not a training.
     """
 
     def __init__(self, folder: Path | str, every: float = 3.0) -> None:
@@ -53,7 +53,7 @@ class Monitor(w.VBox):
     def refresh(self) -> None:
         """Look at the folder now."""
         if self._config().get("kind", "training") != "training":
-            raise DataError(f"{self.folder} is no training run; look at it with the inspector")
+            raise DataError(f"{self.folder} is not a training run. Open it with the inspector.")
         finished = RunFolder(self.folder).finished  # looked at first: what is read then is complete
         file = self.folder / METRICS
         seen = (finished, *((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()))

@@ -71,7 +71,7 @@ def rollout_table(source: Source) -> pd.DataFrame:
     """Light fields of the rollouts of a run folder, of several by label, or of trajectories; one row each, in order.
 
     Raises:
-        DataError: there are none, or a line is no rollout.
+        DataError: there are none, or a line is not a rollout.
     """
     if isinstance(source, str | Path):
         source = {"": source}
@@ -99,7 +99,7 @@ def _rows(folder: Path, label: str) -> Iterator[dict[str, Any]]:
             try:
                 yield _Light.model_validate_json(line).row(label, (path, offset, len(line)))
             except ValidationError as error:
-                raise DataError(f"{path}, line {number}, is no trajectory: {error.errors()[0]['msg']}") from error
+                raise DataError(f"{path}, line {number}, is not a trajectory: {error.errors()[0]['msg']}") from error
             offset += len(line)
 
 
@@ -145,7 +145,7 @@ class RunFacts:
         try:
             return cls._of(folder, RunFolder(folder).config())
         except (KeyError, TypeError) as error:
-            raise DataError(f"{folder / CONFIG} is no config of a run ({error!r}); move it away") from error
+            raise DataError(f"{folder / CONFIG} is not the config of a run ({error!r}). Move it away.") from error
 
     @classmethod
     def _of(cls, folder: Path, config: dict[str, Any]) -> RunFacts:

@@ -312,7 +312,7 @@ class ChatSession:
         try:
             lock = open(self.folder / ".bandit.lock", "a")  # noqa: SIM115
         except OSError as error:
-            raise RunError(f"cannot write {self.folder}: {error.strerror}; make it writable and try again") from error
+            raise RunError(f"Cannot write {self.folder}: {error.strerror}. Make it writable and try again.") from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             bandit = self._bandit()  # with what other pages of the chat learned meanwhile

@@ -161,7 +161,7 @@ def test_ctrl_c_stops_within_five_seconds_and_says_how_to_go_on(
         process.send_signal(signal.SIGINT)
         assert process.wait(60) in (130, 0), stage.last(20)
         if process.returncode == 130:
-            assert "the same command goes on where it stopped" in stage.last()
+            assert "Run the same command again to resume" in stage.last()
             slowest = max(slowest, time.monotonic() - started)
             assert slowest < 5
     assert stage.settled() == []

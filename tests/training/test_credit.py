@@ -39,7 +39,7 @@ def made(pocket: DataSet, calls: list[Transition], queries: list[str], **more: s
 
 
 def whole(pocket: DataSet, **more: str) -> Trajectory:
-    """Wrong, missed; mended, called wrong; repeated and sampled again; broken; and nothing but repetitions."""
+    """Wrong, missed; fixed, called wrong; repeated and sampled again; broken; and nothing but repetitions."""
     calls = [
         call("write", 1, WRONG), call("check", 1, RIGHT),
         call("rewrite", 2, GOLD), call("check", 2, INCORRECT),
@@ -155,7 +155,7 @@ def test_no_two_transitions_of_a_group_have_the_same_key(credit: str) -> None:
 
 @pytest.mark.parametrize("credit", ["rollout", "transition", "published"])
 def test_verl_compares_a_transition_with_those_of_its_group(credit: str) -> None:
-    """Two rollouts of one task: wrong, called wrong, mended; and wrong, called right."""
+    """Two rollouts of one task: wrong, called wrong, fixed; and wrong, called right."""
     from tensordict import TensorDict
     from verl import DataProto
     from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories

@@ -229,7 +229,7 @@ while True:
         pass
 """
     status, err = interrupted(code)
-    assert status == 130 and "the same command goes on where it stopped" in err
+    assert status == 130 and "Run the same command again to resume" in err
 
 
 def test_an_interruption_that_python_drops_is_raised_again():

@@ -42,8 +42,8 @@ def rollouts(pocket: DataSet) -> list[Trajectory]:
         )  # fmt: skip
 
     before = [
-        made(0, [False, True], [False], 0, validation=True),  # mended
-        made(1, [True, False], [False], 0, validation=True),  # spoilt
+        made(0, [False, True], [False], 0, validation=True),  # fixed
+        made(1, [True, False], [False], 0, validation=True),  # spoiled
         made(2, [False, False, False], [False, False], 0, validation=True),  # repeated twice
         made(3, [True], [True], 0, validation=True),
     ]
@@ -113,7 +113,7 @@ def test_without_data_only_queries_like_the_last_are_judged(run: Path, tmp_path:
     compact_run.compact(run, tmp_path / "small")
     found = gpu_report.read_run(tmp_path / "small", tmp_path)
     loop = gpu_report.loop(found.validations[0])
-    assert (loop.unknown, loop.compared, loop.mended, loop.repeated) == (2, 2, 0, 2)
+    assert (loop.unknown, loop.compared, loop.fixed, loop.repeated) == (2, 2, 0, 2)
 
 
 def test_the_tables_count_what_happened(pocket: DataSet, run: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_tables_count_what_happened(pocket: DataSet, run: Path, tmp_path: Pa
     (found,) = gpu_report.read_runs(tmp_path / "all")
     loop = gpu_report.loop(found.validations[0])
     assert (loop.first, loop.last, loop.compared) == (50.0, 50.0, 4)
-    assert (loop.mended, loop.spoilt, loop.repeated, loop.rewrites) == (1, 1, 2, 4)
+    assert (loop.fixed, loop.spoiled, loop.repeated, loop.rewrites) == (1, 1, 2, 4)
     assert loop.said_incorrect == 80.0  # four of five checks
     assert loop.balanced == 75.0  # one of two right queries, all three wrong ones
     assert loop.calls == (3 + 3 + 5 + 2) / 4 and loop.cut == pytest.approx(100 * 4 / 13)

@@ -130,8 +130,8 @@ def test_every_turn_has_its_estimates_and_an_answer_stands_until_the_end() -> No
         return sql == "right"
 
     made = [
-        rollout("a", 0, True, ran(0, "wrong"), ran(1, "right", 2), gold="a"),  # mended
-        rollout("a", 1, False, ran(1, "right"), ran(2, "wrong", 2), gold="a"),  # spoilt
+        rollout("a", 0, True, ran(0, "wrong"), ran(1, "right", 2), gold="a"),  # fixed
+        rollout("a", 1, False, ran(1, "right"), ran(2, "wrong", 2), gold="a"),  # broken
         rollout("b", 0, True, ran(1, "right"), gold="b"),  # one turn
         rollout("b", 1, False, FAILED, ran(3, "other", 2), ran(3, "bad", 3), gold="b", pred="other"),  # goes back
     ]
@@ -180,7 +180,7 @@ def test_the_table_has_a_row_a_turn_and_the_calls_of_the_whole() -> None:
     found = estimated(made, 2, lambda *_: False)
     summary = summary_of(made).model_copy(update={"samples": found, "transitions": 1.5})
     table = sample_table({"vote": Summary.model_validate_json(summary.model_dump_json()), "greedy": summary_of(made)})
-    assert table[["run", "turn", "calls a task"]].values.tolist() == [["vote", 1, ""], ["vote", 2, 3.0]]
+    assert table[["run", "turn", "calls per task"]].values.tolist() == [["vote", 1, ""], ["vote", 2, 3.0]]
     assert table["avg@2"].tolist() == ["0.0 (0.0 to 0.0)", "50.0 (50.0 to 50.0)"]
     assert "2 rollouts per task, 95% intervals over tasks:\nafter turn 1: avg@2 0.0%" in summary.text()
     assert "after turn 2: avg@2 50.0% (50.0% to 50.0%), pass@1 50.0%" in summary.text()

@@ -29,10 +29,10 @@ def test_known_rollouts(pocket: DataSet) -> None:
     task = next(t for t in pocket.load("train") if t.scorable)
     rollouts = [
         record(task, [task.gold], [RIGHT]),
-        record(task, [OTHER, task.gold], [WRONG]),  # mended
-        record(task, [task.gold, OTHER], [WRONG]),  # spoilt: the check was wrong
+        record(task, [OTHER, task.gold], [WRONG]),  # fixed
+        record(task, [task.gold, OTHER], [WRONG]),  # broken: the check was wrong
         record(task, [OTHER], [RIGHT]),  # missed: it ran
-        record(task, [BROKEN, BROKEN, task.gold], [WRONG, WRONG]),  # repeated, then mended
+        record(task, [BROKEN, BROKEN, task.gold], [WRONG, WRONG]),  # repeated, then fixed
         record(task, [BROKEN], []).model_copy(update={"reward": None, "error": "model: Timeout: gone"}),
         record(task, [OTHER], [RIGHT]).model_copy(update={"gold": BROKEN}),  # scored then, cannot be now
     ]
@@ -42,23 +42,23 @@ def test_known_rollouts(pocket: DataSet) -> None:
     assert (found.recall, found.recall_ran) == (3 / 4, 1 / 2)
     assert found.balanced_accuracy == (3 / 4 + 1 / 2) / 2  # of two right queries one was called so
     assert found.by_turn == [2 / 5, 2 / 5, 3 / 5]  # one gained, one lost; then one gained
-    assert (found.mended, found.spoilt, found.repeated, found.rewrites) == (2, 1, 1, 4)
+    assert (found.fixed, found.broken, found.repeated, found.rewrites) == (2, 1, 1, 4)
     assert found.transitions == pytest.approx((2 + 3 + 3 + 2 + 5) / 5)
     assert found.gain_low <= 0.2 <= found.gain_high and found.p == 1.0  # two gained, one lost
     assert row(found)["By turn"] == "+0.0 / +20.0" and row(found)["Check: balanced (%)"] == 62.5
-    assert row(found)["Gain"] == 20.0 and row(found)["Mended / spoilt"] == "2 / 1"
+    assert row(found)["Gain"] == 20.0 and row(found)["Fixed / broken"] == "2 / 1"
 
 
 def test_repetitions_that_were_sampled_again_count(pocket: DataSet) -> None:
     """Two samples repeat and the third is right; another rollout ends with a repetition, whose query stays."""
     task = next(t for t in pocket.load("train") if t.scorable)
-    mended, ended = record(task, [OTHER, task.gold], [WRONG]), record(task, [BROKEN], [])
-    again = [mended.transitions[0].model_copy(update={"agent": "rewrite", "turn": 2})] * 2
-    mended = mended.model_copy(update={"transitions": [mended.transitions[0], *again, *mended.transitions[1:]]})
+    fixed, ended = record(task, [OTHER, task.gold], [WRONG]), record(task, [BROKEN], [])
+    again = [fixed.transitions[0].model_copy(update={"agent": "rewrite", "turn": 2})] * 2
+    fixed = fixed.model_copy(update={"transitions": [fixed.transitions[0], *again, *fixed.transitions[1:]]})
     last = ended.transitions[0].model_copy(update={"agent": "rewrite", "turn": 2})
     ended = ended.model_copy(update={"transitions": [*ended.transitions, last]})
-    found = correction([mended, ended], pocket.root)
-    assert (found.repeated, found.rewrites, found.mended) == (3, 4, 1)
+    found = correction([fixed, ended], pocket.root)
+    assert (found.repeated, found.rewrites, found.fixed) == (3, 4, 1)
     assert found.by_turn == [0.0, 0.5] and found.transitions == (5 + 2) / 2
 
 
@@ -68,8 +68,8 @@ def test_several_rollouts_of_a_task_are_one_task(pocket: DataSet) -> None:
     one = [record(tasks[0], [OTHER, tasks[0].gold], [WRONG]), record(tasks[1], [OTHER], [RIGHT])]
     four = [t.model_copy(update={"sample": sample}) for t in one for sample in range(4)]
     alone, found = correction(one, pocket.root), correction(four, pocket.root)
-    assert (found.rewrites, found.mended, found.flagged) == (4, 4, 4)
-    counted = {"flagged", "mended", "rewrites"}
+    assert (found.rewrites, found.fixed, found.flagged) == (4, 4, 4)
+    counted = {"flagged", "fixed", "rewrites"}
     assert found.model_dump(exclude=counted) == alone.model_dump(exclude=counted)
     assert (found.tasks, found.first, found.last, found.p) == (2, 0.0, 0.5, 1.0)
 

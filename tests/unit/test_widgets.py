@@ -190,7 +190,7 @@ def test_a_config_that_is_none_of_ours_is_named(run: Path, tmp_path: Path, confi
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / TRAJECTORIES).write_bytes((run / TRAJECTORIES).read_bytes())
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"config\.json is no config of a run"):
+    with pytest.raises(DataError, match=r"config\.json is not the config of a run"):
         Inspector(tmp_path / "copy")
     Monitor(tmp_path / "copy", every=60).close()
 
@@ -303,7 +303,7 @@ def test_torn_lines_are_dropped_and_wrong_ones_named(run: Path, tmp_path: Path) 
     (tmp_path / TRAJECTORIES).write_bytes(lines[0] + lines[1][:50])
     assert len(Inspector(tmp_path).rollouts) == 1
     (tmp_path / TRAJECTORIES).write_bytes(lines[0] + b"{}\n")
-    with pytest.raises(DataError, match=r"line 2, is no trajectory: Field required"):
+    with pytest.raises(DataError, match=r"line 2, is not a trajectory: Field required"):
         Inspector(tmp_path)
     with pytest.raises(DataError, match="no rollouts in"):
         Inspector(tmp_path / "none")
@@ -566,7 +566,7 @@ def wait_until(true, seconds: float = 30) -> None:
 
 
 def test_an_evaluation_is_no_training(run: Path) -> None:
-    with pytest.raises(DataError, match="is no training run; look at it with the inspector"):
+    with pytest.raises(DataError, match="is not a training run\\. Open it with the inspector"):
         Monitor(run)
 
 
