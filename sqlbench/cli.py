@@ -21,16 +21,20 @@ from pydantic import Field
 from sqlbench.config import (
     POCKET,
     AblateConfig,
+    AskConfig,
     ChatConfig,
+    CompareConfig,
     Data,
     EnvConfig,
     EvalConfig,
     NotebooksConfig,
     QueryTimeout,
+    RunsConfig,
     ScoreConfig,
     Seed,
     ServeConfig,
     SftConfig,
+    ShowConfig,
     TrainConfig,
 )
 from sqlbench.errors import DataError, SqlbenchError
@@ -156,6 +160,35 @@ def _notebooks(settings: NotebooksConfig) -> None:
     from sqlbench.notebooks import run_notebooks
 
     print(run_notebooks(settings).text())
+
+
+@command("ask")
+def _ask(settings: AskConfig, request: Request = None) -> None:
+    from sqlbench.terminal import ask
+
+    _send(request)
+    ask(settings)
+
+
+@command("runs")
+def _runs(settings: RunsConfig) -> None:
+    from sqlbench.terminal import runs
+
+    print(runs(settings).to_string(index=False))
+
+
+@command("show")
+def _show(settings: ShowConfig) -> None:
+    from sqlbench.terminal import show
+
+    show(settings)
+
+
+@command("compare")
+def _compare(settings: CompareConfig) -> None:
+    from sqlbench.terminal import compare
+
+    compare(settings)
 
 
 @command("env")

@@ -200,6 +200,53 @@ class EnvConfig(Settings):
     query_timeout: QueryTimeout = 5.0
 
 
+class AskConfig(Settings):
+    """Answer one question on a database, step by step."""
+
+    question: str = Field(description="The question.", json_schema_extra={"flags": []})
+    db: str = Field(description="A SQLite file, or postgresql://user@host:port/name; only ever read.")
+    model: Model = "nano"
+    agent: Agent = "self-correcting"
+    max_turns: int = Field(3, ge=1, description="Queries the agent may write.")
+    table_info_truncate: int | None = Field(
+        None, ge=1, description="Characters of schema in a prompt; by default 2048 for nano and 12000 for other models."
+    )
+    sample_rows: SampleRows = 0
+    query_timeout: QueryTimeout = 5.0
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+    max_tokens: int | None = Field(None, ge=1, description="Tokens of an answer at most; the model's own by default.")
+    prompts: str | None = Field(None, description="Prompt family or TOML file, if not the model's own.")
+    verbose: bool = Field(False, description="Show prompts and whole answers.")
+
+
+class RunsConfig(Settings):
+    """List runs, the newest first."""
+
+    filter: str = Field("", description="Part of a run's name.", json_schema_extra={"flags": ["--filter"]})
+    kind: str | None = Field(None, description="eval, training or sft.")
+    best: bool = Field(False, description="The most accurate first.")
+    results: Results = RESULTS
+
+
+class ShowConfig(Settings):
+    """Show the rollouts of a run in the terminal, or one task's step by step."""
+
+    run: Path = Field(description="Folder of a run, as results/laptop/baseline.", json_schema_extra={"flags": []})
+    task: str | None = Field(None, description="Only this task, step by step.")
+    wrong: bool = Field(False, description="Only wrong rollouts.")
+    verbose: bool = Field(False, description="Show prompts and whole answers.")
+    html: Path | None = Field(None, description="Write the inspector's page to this file instead.")
+    limit: int = Field(40, ge=1, description="Rollouts to list.")
+
+
+class CompareConfig(Settings):
+    """Compare two evaluations over the same tasks, task by task."""
+
+    first: Path = Field(description="Folder of an evaluation.", json_schema_extra={"flags": []})
+    second: Path = Field(description="Folder of the other.", json_schema_extra={"flags": []})
+    limit: int = Field(20, ge=1, description="Changed tasks to list.")
+
+
 class ServeConfig(Settings):
     """Serve a policy to any OpenAI client."""
 

@@ -72,7 +72,8 @@ def run_command(groups: Mapping[str, str], arguments: Sequence[str] | None) -> N
     except ValidationError as error:
         first = error.errors()[0]
         value = "" if first["type"] == "missing" else f", not {first['input']!r}"
-        flag = _flags(model, str(first["loc"][0]))[0]
+        name = str(first["loc"][0])
+        flag = (_flags(model, name) or [name])[0]
         parser.error(f"'{flag}': {first['msg'][0].lower()}{first['msg'][1:]}{value}")
     own = signature(function, eval_str=True).parameters
     call = {name: getattr(checked, name) for name in own if name != "settings"}
@@ -103,7 +104,7 @@ def _add_options(parser: Parser, model: type[Settings]) -> None:
         flags, kinds = _flags(model, name), {field.annotation, *get_args(field.annotation)}
         how: dict[str, Any] = {"metavar": "N" if kinds & {int, float} else "PATH" if Path in kinds else "TEXT"}
         if not flags:
-            how = {"metavar": "KEY=VALUE", "nargs": "*"}
+            how = {"metavar": "KEY=VALUE", "nargs": "*"} if get_origin(field.annotation) is list else {}
         elif field.annotation is bool:
             how = {"action": BooleanOptionalAction if field.default else "store_true"}
         elif get_origin(field.annotation) is list:

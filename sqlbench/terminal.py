@@ -1,0 +1,210 @@
+"""Rollouts and runs as plain text: what ``sqlbench ask``, ``runs``, ``show`` and ``compare`` print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from textwrap import indent
+from typing import Any
+
+import pandas as pd
+
+from sqlbench.agent.prompts import prompts_for, render_execution
+from sqlbench.agent.trajectory import Execution, Trajectory, Transition
+from sqlbench.config import AskConfig, CompareConfig, RolloutConfig, RunsConfig, ShowConfig
+from sqlbench.connection import LARGE, SMALL, connect
+from sqlbench.data.tasks import Task
+from sqlbench.errors import DataError, ModelError
+from sqlbench.evaluation import run_sync
+from sqlbench.interfaces import load_plugin
+from sqlbench.models import open_model
+from sqlbench.results import Rollouts, difference, in_order
+from sqlbench.rollout import run_agent
+from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder, read_trajectories
+from sqlbench.text import clean
+
+WIDTH = 72
+"""Characters of a question in a list."""
+CHARACTERS = 2000
+"""Characters of a result."""
+
+
+class Printer:
+    """Prints a rollout as it happens (`sqlbench.rollout.Observer`)."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+
+    def text(self, agent: str, turn: int, piece: str) -> None:
+        """Wait for the whole answer."""
+
+    def transition(self, transition: Transition) -> None:
+        """Print one answer; with its prompt where everything is asked for."""
+        strategy = f", strategy {transition.strategy}" if transition.strategy else ""
+        print(f"\n{transition.agent} (turn {transition.turn}{strategy})")
+        if self.verbose:
+            for message in transition.messages:
+                print(indent(f"[{message.role}]\n{message.content}", "  | "))
+        if self.verbose or transition.agent == "check":
+            print(indent(transition.completion.text.strip() or "(empty)", "  "), flush=True)
+
+    def execution(self, execution: Execution, execution_text: str) -> None:
+        """Print one query and its result."""
+        print(indent(f"{execution.sql.strip() or '(no query)'}\n-> {execution_text}", "  "), flush=True)
+
+
+def ask(settings: AskConfig) -> None:
+    """Answer one question on a database and print each step.
+
+    Raises:
+        DatabaseError: the database cannot be opened.
+        ModelError: the model cannot be used, or broke.
+    """
+    connection = connect(settings.db)
+    model = open_model(settings.model, temperature=settings.temperature, max_tokens=settings.max_tokens)
+    prompts = prompts_for(settings.prompts or model.family)
+    shown = settings.table_info_truncate or (SMALL if prompts.family == "nano" else LARGE)
+    config = RolloutConfig(
+        max_turns=settings.max_turns,
+        table_info_truncate=shown,
+        sample_rows=settings.sample_rows,
+        query_timeout=settings.query_timeout,
+    )
+    if connection.notice:
+        print(f"Note: {connection.notice}.")
+    task = Task(task_id="ask", db_id=connection.name, question=clean(settings.question), gold="", split="")
+    agent, printer = load_plugin("agent", settings.agent), Printer(settings.verbose)
+    context = run_sync(
+        lambda: run_agent(task, connection.database, model, prompts, config, observer=printer, agent=agent)
+    )
+    if context.error is not None:
+        raise ModelError(f"No answer: {context.error.rstrip('.')}. Try another model or database.")
+    print(f"\nanswer\n{indent(context.sql or '(no query)', '  ')}")
+
+
+def runs(settings: RunsConfig) -> pd.DataFrame:
+    """List the runs below a folder, the newest first or the best.
+
+    Raises:
+        DataError: there are none.
+    """
+    rows = sorted(_runs(settings), key=lambda row: -row.pop("changed"))
+    if not rows:
+        raise DataError(f"No runs in {settings.results}. Evaluate or train first, or give another --results.")
+    if settings.best:
+        rows.sort(key=lambda row: -1.0 if row["EX (%)"] == "" else row["EX (%)"], reverse=True)
+    return pd.DataFrame(rows)
+
+
+def _runs(settings: RunsConfig) -> Iterator[dict[str, Any]]:
+    for file in settings.results.rglob(CONFIG):
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        if not isinstance(config, dict) or settings.kind not in (None, config.get("kind")) or "kind" not in config:
+            continue
+        name = str(file.parent.relative_to(settings.results))
+        if settings.filter not in name:
+            continue
+        folder = RunFolder(file.parent)
+        summary = folder.summary() if folder.finished else {}
+        ours = config.get("config", {}).get("sqlbench", config)
+        ex = summary.get("score", {}).get("ex", summary.get("val_ex_last"))
+        yield {
+            "run": name,
+            "kind": config["kind"],
+            "model": ours.get("model", ""),
+            "data": f"{ours.get('data', '')} {ours.get('split', '')}".strip(),
+            "EX (%)": "" if ex is None else round(100 * ex, 1),
+            "n": summary.get("score", {}).get("n", ""),
+            "state": "finished" if folder.finished else "unfinished",
+            "changed": file.stat().st_mtime,
+        }
+
+
+def show(settings: ShowConfig) -> None:
+    """Print the rollouts of a run as a list, or those of one task step by step.
+
+    Raises:
+        DataError: the run has no rollouts, or none of the task.
+    """
+    if not (settings.run / TRAJECTORIES).is_file():
+        raise DataError(f"No rollouts in {settings.run}. Give the folder of an evaluation or training.")
+    if settings.html is not None:
+        from sqlbench.widgets.inspector import Inspector
+
+        inspector = Inspector(settings.run)
+        if settings.task:
+            numbers = inspector.rollouts.index[inspector.rollouts["task"] == settings.task]
+            if numbers.empty:
+                raise DataError(f"No such task in {settings.run}: {settings.task}. Leave it out for a list.")
+            inspector.select(int(numbers[0]))
+        page = f"<!doctype html><meta charset='utf-8'><title>{settings.run.name}</title>{inspector.html()}"
+        settings.html.write_text(page, encoding="utf-8")
+        print(f"wrote {settings.html}")
+        return
+    found = 0
+    for record in read_trajectories(settings.run):
+        if settings.task and settings.task not in (record.task_id, record.task_key):
+            continue
+        if settings.wrong and record.correct is not False:
+            continue
+        found += 1
+        if settings.task:
+            _print_rollout(record, settings.verbose)
+        elif found <= settings.limit:
+            print(f"{outcome(record):7} {record.task_id:24} {' '.join(record.question.split())[:WIDTH]}")
+    if not found:
+        raise DataError(
+            f"No such rollout in {settings.run}: {settings.task or 'a wrong one'}. Leave it out for a list."
+        )
+    if not settings.task and found > settings.limit:
+        print(f"... {found - settings.limit} more (--limit)")
+
+
+def outcome(record: Trajectory) -> str:
+    """Name the outcome of a rollout."""
+    return "failed" if record.failed else {True: "right", False: "wrong", None: "-"}[record.correct]
+
+
+def _print_rollout(record: Trajectory, verbose: bool) -> None:
+    step = "" if record.step is None else f", step {record.step}{' (validation)' if record.validation else ''}"
+    print(f"{record.task_id} on {record.db_id}{step}: {outcome(record)} {record.reason or record.error or ''}")
+    print(f"question\n{indent(record.question, '  ')}\ngold\n{indent(record.gold, '  ')}")
+    printer, left = Printer(verbose), list(record.executions)
+    for transition in record.transitions:
+        printer.transition(transition)
+        if transition.agent != "check" and left and left[0].turn <= transition.turn:
+            printer.execution(left[0], render_execution(left.pop(0), "chat", CHARACTERS))
+    for execution in left:  # of an agent that runs queries of its own
+        printer.execution(execution, render_execution(execution, "chat", CHARACTERS))
+    print(f"\nanswer\n{indent(record.pred or '(none)', '  ')}\n")
+
+
+def compare(settings: CompareConfig) -> None:
+    """Print the paired difference of two evaluations, by hardness too, and the tasks whose outcome changed.
+
+    Raises:
+        DataError: a run has no rollouts, or the two are not over the same tasks.
+    """
+    sides = []
+    for folder in (settings.first, settings.second):
+        frame = Rollouts.of(t for t in read_trajectories(folder) if t.step is None).rollouts
+        if frame.empty:
+            raise DataError(f"No evaluation in {folder}. Give the folder of one.")
+        sides.append(frame)
+    first, second = (frame.groupby("task")["correct"].mean() for frame in sides)
+    print(f"{settings.first}: {100 * first.mean():.1f}%, {settings.second}: {100 * second.mean():.1f}%")
+    print(f"second - first: {difference(first, second)}")
+    about = sides[0].drop_duplicates("task").set_index("task")
+    for level in in_order(about["hardness"].unique()):
+        keys = about.index[about["hardness"] == level]
+        a, b = first.loc[first.index.isin(keys)], second.loc[second.index.isin(keys)]
+        print(f"  {level or '-'}: {difference(a, b)}")
+    changed = first.index[(first - second).fillna(0) != 0]
+    for key in changed[: settings.limit]:
+        word = "gained" if second[key] > first[key] else "lost"
+        print(f"{word:7} {about.loc[key, 'task_id']:24} {' '.join(about.loc[key, 'question'].split())[:WIDTH]}")
+    if len(changed) > settings.limit:
+        print(f"... {len(changed) - settings.limit} more (--limit)")
