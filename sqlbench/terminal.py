@@ -79,6 +79,9 @@ def ask(settings: AskConfig) -> None:
     )
     if context.error is not None:
         raise ModelError(f"No answer: {context.error.rstrip('.')}. Try another model or database.")
+    if not context.executions[-1].answered:
+        small = " nano knows the embedded databases only." if prompts.family == "nano" else ""
+        raise ModelError(f"No query that runs after {len(context.executions)} of them. Try a larger --model.{small}")
     print(f"\nanswer\n{indent(context.sql or '(no query)', '  ')}")
 
 

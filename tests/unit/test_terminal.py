@@ -69,6 +69,24 @@ def test_what_cannot_be_asked_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert status == 2 and "question" in err and len(err.strip().splitlines()) == 1
 
 
+def test_an_answer_that_does_not_run_is_not_given_as_one(
+    pocket: DataSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stubborn.py").write_text(
+        "from sqlbench.agent.trajectory import Completion\n"
+        "class Stubborn:\n"
+        "    name, family = 'stubborn', 'chat'\n"
+        "    async def complete(self, messages, on_text=None):\n"
+        "        return Completion(text='SELECT x FROM nowhere')\n"
+        "model = Stubborn()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = pocket.root / "database/concert/concert.sqlite"
+    status, out, err = call(capsys, "ask", "How many?", "--db", file, "--model", "stubborn:model")
+    assert status == 1 and "no such table: nowhere" in out and "answer" not in out
+    assert err.strip() == "error: No query that runs after 1 of them. Try a larger --model."
+
+
 def test_runs_are_listed_and_the_best_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "laptop/low", made("a", 1.0), ex=0.25)
     write_run(tmp_path / "laptop/high", made("a", 1.0), ex=0.75)
