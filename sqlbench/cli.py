@@ -263,6 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop_when_told()
     try:
         run_command(GROUPS, arguments)
+        sys.stdout.flush()  # a disk that is full shows here
         sys.exit(0)
     except KeyboardInterrupt:
         leave()
@@ -278,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, OSError) and (error.filename or error.errno in (*FULL, errno.ENOENT)):
             where = f"{error.filename or 'a file'}: {error.strerror}"
             what = "write" if error.errno in FULL else "use"
-            _say(f"error: cannot {what} {where}; mend that and give the same command again")
+            _say(f"error: Cannot {what} {where}. Fix this and rerun the command.")
             sys.exit(1)
         with tempfile.NamedTemporaryFile("w", prefix="sqlbench-error-", suffix=".log", delete=False) as file:
             traceback.print_exc(file=file)

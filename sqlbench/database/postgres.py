@@ -135,7 +135,7 @@ class PostgresConnection:
                 "CREATE ROLE reader LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader."
             ) from error
         except (psycopg.Error, UnicodeError) as error:
-            why = str(error).strip().rstrip(".")
+            why = str(error).strip().rstrip(".?")
             raise DatabaseError(f"Cannot open {without_password(target)}: {why}. Check address and login.") from error
         self.deadline = math.inf
         self.cancelled = False

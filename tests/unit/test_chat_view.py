@@ -290,9 +290,9 @@ def test_whatever_breaks_is_one_line_and_the_view_goes_on(tmp_path: Path, shop: 
         view.ask("before any database")
         assert not view.cards
         for target, message in {
-            "postgresql://me:secret@localhost:1/x": "cannot open postgresql://me@localhost:1/x",
+            "postgresql://me:secret@localhost:1/x": "Cannot open postgresql://me@localhost:1/x",
             str(tmp_path / "notes.txt"): "file is not a database",
-            "mysql://me:secret@localhost/x": "not supported",
+            "mysql://me:secret@localhost/x": "Unsupported kind of database: mysql",
             str(tmp_path / "empty.sqlite"): "empty has no tables",
             ":memory:": "has no tables",
         }.items():

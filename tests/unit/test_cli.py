@@ -268,7 +268,7 @@ def test_an_interruption_says_how_to_go_on(data, silent_port):
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=200)[1]
     assert process.returncode == 130
-    assert "Traceback" not in errors and "the same command goes on" in errors.splitlines()[-1]
+    assert "Traceback" not in errors and "Run the same command again to resume" in errors.splitlines()[-1]
 
 
 def unread(arguments: list[str], output: int | None) -> int:

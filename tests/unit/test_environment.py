@@ -279,7 +279,7 @@ def test_the_page_of_openenv_plays_an_episode(server):
     assert press("reset_env")[2] == "Environment reset successfully."
     _, shown, status = press("step_form", "generate", "SELECT 'by hand'")
     assert status == "Step complete." and "by hand" in json.loads(shown)["observation"]["result"]
-    assert press("step_form", "generate", None)[2].startswith("Error: attempt 2 cannot be 'generate'")
+    assert press("step_form", "generate", None)[2].startswith("Error: Invalid strategy for attempt 2: generate.")
     assert json.loads(press("get_state_sync")[0])["step_count"] == 1
 
 
@@ -333,7 +333,7 @@ def test_an_id_in_use_is_refused_and_one_that_is_done_can_be_used_again(server):
     task = server.tasks[5]
     assert server.reset(episode_id="mine", task_id=task.task_id)["episode_id"] == "mine"
     status, answer = server.call("/reset", {"episode_id": "mine"})
-    assert status == 409 and "episode 'mine' is running" in answer["detail"]
+    assert status == 409 and "Episode is already running: mine." in answer["detail"]
     server.step("mine", "generate", task.gold)
     assert server.reset(episode_id="mine", task_id=server.tasks[6].task_id)["question"] == server.tasks[6].question
 

@@ -319,7 +319,7 @@ def test_an_agent_without_end_is_stopped(database):
             await context.execute("SELECT 1")
 
     record = run(database, agent_of(endless))
-    assert record.error == f"agent: RuntimeError: more than {MOST_CALLS} calls in one rollout"
+    assert record.error == f"agent: RuntimeError: Too many calls in one rollout: {MOST_CALLS}. Stop the agent earlier."
     assert len(record.executions) == MOST_CALLS
 
 

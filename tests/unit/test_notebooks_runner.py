@@ -107,7 +107,9 @@ def test_a_run_leaves_provenance_and_is_skipped_the_second_time(
 def test_a_failing_cell_is_named_and_the_partial_notebook_kept(tmp_path: Path) -> None:
     notebook = write(tmp_path / "01_a.ipynb", "print('fine')", "1 / 0", "print('never')")
     output = tmp_path / "out" / "01_a.ipynb"
-    with pytest.raises(NotebookError, match=r"01_a failed in cell 3: ZeroDivisionError: division by zero\. See .*partial") as caught:
+    with pytest.raises(
+        NotebookError, match=r"01_a failed in cell 3: ZeroDivisionError: division by zero\. See .*partial"
+    ) as caught:
         run_notebook(notebook, output, {"steps": 7})
     partial = tmp_path / "out" / "01_a.partial.ipynb"
     assert str(partial) in str(caught.value)
