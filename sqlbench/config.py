@@ -200,21 +200,13 @@ class EnvConfig(Settings):
     query_timeout: QueryTimeout = 5.0
 
 
-class AskConfig(Settings):
+class AskConfig(RolloutConfig):
     """Answer one question on a database, step by step."""
 
     question: str = Field(description="The question.", json_schema_extra={"flags": []})
     db: str = Field(description="A SQLite file, or postgresql://user@host:port/name; only ever read.")
     model: Model = "nano"
     agent: Agent = "self-correcting"
-    max_turns: int = Field(3, ge=1, description="Queries the agent may write.")
-    table_info_truncate: int | None = Field(
-        None, ge=1, description="Characters of schema in a prompt; by default 2048 for nano and 12000 for other models."
-    )
-    sample_rows: SampleRows = 0
-    query_timeout: QueryTimeout = 5.0
-    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
-    max_tokens: int | None = Field(None, ge=1, description="Tokens of an answer at most; the model's own by default.")
     prompts: str | None = Field(None, description="Prompt family or TOML file, if not the model's own.")
     verbose: bool = Field(False, description="Show prompts and whole answers.")
 

@@ -12,7 +12,7 @@ import pandas as pd
 from sqlbench.agent.prompts import prompts_for, render_execution
 from sqlbench.agent.trajectory import Execution, Trajectory, Transition
 from sqlbench.config import AskConfig, CompareConfig, RolloutConfig, RunsConfig, ShowConfig
-from sqlbench.connection import LARGE, SMALL, connect
+from sqlbench.connection import LARGE, connect
 from sqlbench.data.tasks import Task
 from sqlbench.errors import DataError, ModelError
 from sqlbench.evaluation import run_sync
@@ -61,15 +61,11 @@ def ask(settings: AskConfig) -> None:
         ModelError: the model cannot be used, or broke.
     """
     connection = connect(settings.db)
-    model = open_model(settings.model, temperature=settings.temperature, max_tokens=settings.max_tokens)
+    model = open_model(settings.model)
     prompts = prompts_for(settings.prompts or model.family)
-    shown = settings.table_info_truncate or (SMALL if prompts.family == "nano" else LARGE)
-    config = RolloutConfig(
-        max_turns=settings.max_turns,
-        table_info_truncate=shown,
-        sample_rows=settings.sample_rows,
-        query_timeout=settings.query_timeout,
-    )
+    config: RolloutConfig = settings
+    if "table_info_truncate" not in settings.model_fields_set and prompts.family != "nano":
+        config = config.model_copy(update={"table_info_truncate": LARGE})
     if connection.notice:
         print(f"Note: {connection.notice}.")
     task = Task(task_id="ask", db_id=connection.name, question=clean(settings.question), gold="", split="")
