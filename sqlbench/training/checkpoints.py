@@ -34,12 +34,17 @@ def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
     if record["model_files"] and not start.is_dir():
         raise TrainingError(f"Missing start policy of {run}: {start}. Run this in the project's folder.")
     if start.is_dir():
-        for file in start.iterdir():
-            if file.is_file() and ("token" in file.name or file.name in ("sqlbench.json", "chat_template.jinja")):
-                shutil.copy2(file, building / file.name)
+        copy_tokenizer(start, building)
     shutil.rmtree(target, ignore_errors=True)
     building.rename(target)
     return target
+
+
+def copy_tokenizer(start: Path, policy: Path) -> None:
+    """Copy the files of a checkpoint beside its weights: tokenizer, chat template and prompt family."""
+    for file in start.iterdir():
+        if file.is_file() and ("token" in file.name or file.name in ("sqlbench.json", "chat_template.jinja")):
+            shutil.copy2(file, policy / file.name)
 
 
 def checkpointed(run: str | Path) -> int:

@@ -30,6 +30,7 @@ from sqlbench.models.checkpoint import check_checkpoint, checkpoint_family
 from sqlbench.models.local import encode_chat
 from sqlbench.rollout import rollout
 from sqlbench.runs import METRICS, RunFolder, read_trajectories, run_path
+from sqlbench.training.checkpoints import copy_tokenizer
 
 SAVE_EVERY = 100
 """Optimizer steps between two states on disk, from which an interrupted run resumes."""
@@ -185,9 +186,7 @@ def _fit(
     policy = folder.root / "policy"
     shutil.rmtree(policy, ignore_errors=True)
     model.save_pretrained(policy)
-    for file in start.iterdir():
-        if file.is_file() and ("token" in file.name or file.name in ("sqlbench.json", "chat_template.jinja")):
-            shutil.copy2(file, policy / file.name)
+    copy_tokenizer(start, policy)
     shutil.rmtree(state.parent, ignore_errors=True)
     last = losses[-20:]
     return sum(last) / len(last)

@@ -134,14 +134,12 @@ def test_pretraining_holds_no_gold_of_dev(pocket: DataSet) -> None:
 
 
 def test_gold_runs_and_returns_rows_and_no_single_null_or_zero(pocket: DataSet, tasks: list[Task]) -> None:
-    connections = {d: sqlite3.connect(pocket.database(d)) for d in {t.db_id for t in tasks}}
     for t in tasks:
-        rows = connections[t.db_id].execute(t.gold).fetchall()
+        with closing(sqlite3.connect(pocket.database(t.db_id))) as connection:
+            rows = connection.execute(t.gold).fetchall()
         assert rows, t
         assert t.returns_rows
         assert len(rows) > 1 or any(cell not in (None, 0) for cell in rows[0]), t
-    for connection in connections.values():
-        connection.close()
 
 
 def test_a_limit_never_cuts_through_a_tie(pocket: DataSet, tasks: list[Task]) -> None:
@@ -212,12 +210,12 @@ def test_questions_are_whole_sentences_without_slips_of_grammar(tasks: list[Task
 def test_the_databases_hold_nulls_dates_quotes_accents_and_checked_foreign_keys(pocket: DataSet) -> None:
     cells = []
     for domain in read_domains("seen") + read_domains("unseen"):
-        connection = sqlite3.connect(pocket.database(domain.name))
-        assert not connection.execute("PRAGMA foreign_key_check").fetchall()
         assert 2 <= len(domain.tables) <= 5
         assert domain.links()
-        for table in domain.tables:
-            cells += [cell for row in connection.execute(f"SELECT * FROM {table}") for cell in row]
+        with closing(sqlite3.connect(pocket.database(domain.name))) as connection:  # SQLite's heap has a limit here
+            assert not connection.execute("PRAGMA foreign_key_check").fetchall()
+            for table in domain.tables:
+                cells += [cell for row in connection.execute(f"SELECT * FROM {table}") for cell in row]
     texts = [c for c in cells if isinstance(c, str)]
     assert None in cells
     assert any("'" in t for t in texts)
