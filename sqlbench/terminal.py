@@ -22,6 +22,7 @@ from sqlbench.results import Rollouts, difference, in_order
 from sqlbench.rollout import run_agent
 from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder, read_trajectories
 from sqlbench.text import clean
+from sqlbench.widgets.view import outcome
 
 WIDTH = 72
 """Characters of a question in a list."""
@@ -153,7 +154,8 @@ def show(settings: ShowConfig) -> None:
         if settings.task:
             _print_rollout(record, settings.verbose)
         elif found <= settings.limit:
-            print(f"{outcome(record):7} {record.task_id:24} {' '.join(record.question.split())[:WIDTH]}")
+            question = " ".join(record.question.split())[:WIDTH]
+            print(f"{outcome(record.correct, record.error):10} {record.task_id:24} {question}")
     if not found:
         raise DataError(
             f"No such rollout in {settings.run}: {settings.task or 'a wrong one'}. Leave it out for a list."
@@ -162,14 +164,10 @@ def show(settings: ShowConfig) -> None:
         print(f"... {found - settings.limit} more (--limit)")
 
 
-def outcome(record: Trajectory) -> str:
-    """Name the outcome of a rollout."""
-    return "failed" if record.failed else {True: "right", False: "wrong", None: "-"}[record.correct]
-
-
 def _print_rollout(record: Trajectory, verbose: bool) -> None:
     step = "" if record.step is None else f", step {record.step}{' (validation)' if record.validation else ''}"
-    print(f"{record.task_id} on {record.db_id}{step}: {outcome(record)} {record.reason or record.error or ''}")
+    became = outcome(record.correct, record.error)
+    print(f"{record.task_id} on {record.db_id}{step}: {became} {record.reason or record.error or ''}")
     print(f"question\n{indent(record.question, '  ')}\ngold\n{indent(record.gold, '  ')}")
     printer, left = Printer(verbose), list(record.executions)
     for transition in record.transitions:
