@@ -24,7 +24,7 @@ from sqlbench.data.tasks import Task
 from sqlbench.errors import DataError
 from sqlbench.samples import Samples, result_of
 from sqlbench.sqltree import HARDNESS, component_match, error_class
-from sqlbench.statistics import bootstrap, mcnemar, paired_bootstrap, wilson
+from sqlbench.statistics import bootstrap, clustered, mcnemar, paired_bootstrap, wilson
 
 TEXTS = ("task_key", "task_id", "db_id", "hardness", "question", "gold", "pred", "reason", "error")
 ROLLOUT = dict.fromkeys(TEXTS, object)
@@ -182,6 +182,10 @@ class Summary(Record):
     """Mean reward, of the rollouts that have one; the same as `Score.ex` where the reward is execution match."""
     by_hardness: dict[str, Score]
     by_database: dict[str, Score]
+    over_databases: tuple[float, float] | None = None
+    """95% interval of `Score.ex` over databases instead of tasks; None for fewer than two."""
+    over_constructs: tuple[float, float] | None = None
+    """The same over query constructs, where the data set names them."""
     by_phrasing: dict[str, Score]
     failed: int
     """Rollouts in which the model or the database broke; not part of the score."""
@@ -213,6 +217,8 @@ class Summary(Record):
         ex = f"EX {self.score}"
         if self.failed and self.score_with_failed is not None:
             ex += f", with failed rollouts as wrong {self.score_with_failed}"
+        for what, interval in (("databases", self.over_databases), ("constructs", self.over_constructs)):
+            ex += "" if interval is None else ", {:.1%} to {:.1%} over {}".format(*interval, what)
         if self.reward is not None and self.reward != self.score.ex:
             ex += f", mean reward {self.reward:.3f}"
         levels = ", ".join(f"{k} {v.ex:.1%}" for k, v in self.by_hardness.items() if v.ex is not None)
@@ -247,8 +253,9 @@ def summarise(
     seconds: float = 0.0,
 ) -> Summary:
     """Summarise rollouts; `tasks` adds the phrasing families and the count of unscorable tasks."""
-    phrasing = {task.key: task.phrasing for task in tasks}
-    frame = found.rollouts.assign(phrasing=[phrasing.get(key, "") for key in found.rollouts["task_key"]])
+    known = {task.key: (task.phrasing, task.kind) for task in tasks}
+    kinds = [known.get(key, ("", "")) for key in found.rollouts["task_key"]]
+    frame = found.rollouts.assign(phrasing=[phrasing for phrasing, _ in kinds], construct=[kind for _, kind in kinds])
     good, failed = frame[~frame["failed"]], frame[frame["failed"]]
     scored = good[good["correct"].notna()]
     calls = found.calls[found.calls["rollout"].isin(good.index)]
@@ -267,6 +274,8 @@ def summarise(
         by_hardness=_scores(scored, "hardness"),
         by_database=_scores(scored, "db_id"),
         by_phrasing=_scores(scored, "phrasing"),
+        over_databases=clustered(scored["correct"], scored["db_id"]),
+        over_constructs=clustered(scored["correct"], scored["construct"]),
         failed=len(failed),
         failures=_tally(": ".join(error.split(": ", 2)[:2]) for error in failed["error"]),
         unscorable=len(good) - len(scored) + sum(not task.scorable for task in tasks),

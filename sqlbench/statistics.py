@@ -44,6 +44,26 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def clustered(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float] | None:
+    """Compute the 95% interval of the mean, by resampling whole clusters of tasks from a fixed seed.
+
+    Tasks on one schema, or of one construct, succeed and fail together. This interval says what to expect of other
+    schemas or constructs, where `bootstrap` says what to expect of other tasks on the same ones.
+
+    Returns:
+        None for fewer than two clusters.
+    """
+    import numpy as np
+
+    names, place = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    if len(names) < 2:
+        return None
+    sums, counts = np.bincount(place, weights=values), np.bincount(place)
+    drawn = np.random.default_rng(0).integers(len(names), size=(5000, len(names)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:
     """Compute the two-sided p-value of McNemar's exact test: do as many tasks get better as worse?"""
     from statsmodels.stats.contingency_tables import mcnemar as test

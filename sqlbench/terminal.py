@@ -21,6 +21,7 @@ from sqlbench.models import open_model
 from sqlbench.results import Rollouts, difference, in_order
 from sqlbench.rollout import run_agent
 from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder, read_trajectories
+from sqlbench.statistics import clustered
 from sqlbench.text import clean
 from sqlbench.widgets.view import outcome
 
@@ -195,6 +196,9 @@ def compare(settings: CompareConfig) -> None:
     print(f"{settings.first}: {100 * first.mean():.1f}%, {settings.second}: {100 * second.mean():.1f}%")
     print(f"second - first: {difference(first, second)}")
     about = sides[0].drop_duplicates("task").set_index("task")
+    change = (second - first).dropna()
+    if interval := clustered(change, about.loc[change.index, "db_id"]):
+        print("  over databases instead of tasks: {:+.1f} to {:+.1f} points".format(*(100 * end for end in interval)))
     for level in in_order(about["hardness"].unique()):
         keys = about.index[about["hardness"] == level]
         a, b = first.loc[first.index.isin(keys)], second.loc[second.index.isin(keys)]

@@ -7,7 +7,7 @@ from math import comb
 import pytest
 from scipy.stats import binom
 
-from sqlbench.statistics import mcnemar, paired_bootstrap, wilson
+from sqlbench.statistics import bootstrap, clustered, mcnemar, paired_bootstrap, wilson
 
 
 def test_wilson_by_its_formula():
@@ -48,6 +48,22 @@ def test_the_bootstrap_interval_leaves_out_a_fortieth_on_each_side():
     low, high = paired_bootstrap([0] * 2000, [0, 1] * 1000)
     assert (2000 * low, 2000 * high) == pytest.approx(binom.interval(0.95, 2000, 0.5), abs=3)
     assert binom.interval(0.90, 2000, 0.5) == (963, 1037) and binom.interval(0.95, 2000, 0.5) == (956, 1044)
+
+
+def test_tasks_that_succeed_and_fail_together_count_once():
+    """Where all tasks of a schema have one outcome, 4 schemas of 100 tasks say no more than 4 tasks do."""
+    values, schemas = [1] * 200 + [0] * 200, [f"s{i // 100}" for i in range(400)]
+    assert clustered(values, schemas) == (0.0, 1.0)  # all four drawn alike: 1 in 16, more than a fortieth a side
+    assert clustered(values, schemas) == clustered([1, 1, 0, 0], ["s0", "s1", "s2", "s3"])
+    alone = clustered(values, [str(i) for i in range(400)])  # every task its own schema
+    assert alone == pytest.approx(bootstrap(values), abs=0.01)
+    assert clustered([1, 0, 0], ["one"] * 3) is None and clustered([], []) is None
+
+
+def test_a_large_cluster_weighs_by_its_tasks():
+    low, high = clustered([1] * 90 + [0] * 10, ["large"] * 90 + ["small"] * 10)
+    assert (low, high) == (0.0, 1.0)
+    assert clustered([1] * 90 + [1] * 10, ["large"] * 90 + ["small"] * 10) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("test", [mcnemar, paired_bootstrap])
