@@ -139,6 +139,7 @@ BUILT_IN = {
     "agent": {
         "self-correcting": "sqlbench.agent.graph:SelfCorrectingAgent",
         "published": "sqlbench.agent.published:PublishedAgent",
+        "conversation": "sqlbench.agent.conversation:ConversationAgent",
         "resampling": "sqlbench.agent.resampling:ResamplingAgent",
     },
     "reward": {"execution-match": "sqlbench.reward:execution_match", "runs": "sqlbench.reward:runs"},

@@ -86,6 +86,10 @@ class Prompts(Record):
             strategy=self._component(f"repair.{strategy}", dialect=dialect_name) if strategy else "",
         )
 
+    def result(self, execution_text: str) -> Message:
+        """The next message of a conversation: what the database answered."""
+        return Message(role="user", content=self._component("conversation.user", execution=execution_text))
+
     def _component(self, name: str, **fields: str) -> str:
         return _FIELD.sub(lambda m: fields.get(m[1], m[0]), self.components[name])
 
@@ -233,6 +237,11 @@ def extract_sql(text: str) -> str:
             if _QUERY.match(sql := _innermost(element[1])):
                 return _trim(sql)
     return _trim(_innermost(text))
+
+
+def is_query(text: str) -> bool:
+    """Tell whether a text begins as a query does; whether it is one is for the database to say."""
+    return _QUERY.match(text) is not None
 
 
 def _innermost(text: str) -> str:

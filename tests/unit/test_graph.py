@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sqlbench.agent.conversation import ConversationAgent
 from sqlbench.agent.graph import AGAIN, REFUSED, REJECTED, draw
 from sqlbench.agent.prompts import STRATEGIES, prompts_for
 from sqlbench.agent.repair import FixedRepair, Situation, repeated
@@ -263,6 +264,39 @@ def test_resampling_ends_with_the_last_query_where_none_runs(answer, kind):
 def test_resampling_samples_an_answer_to_a_question_whose_last_one_was_rejected(answer):
     state, _ = answer(GOOD, kind=Sampled, agent=ResamplingAgent(), start=[(BAD, "50 rows")])
     assert [(t.agent, t.completion.temperature) for t in state.transitions] == [("write", 1.0)]
+
+
+def test_a_conversation_shows_every_query_with_its_result_and_ends_where_the_model_stands_by_one(answer):
+    state, model = answer(BROKEN, BAD, f"```sql\n{GOOD}\n```", f"{BAD};", agent=ConversationAgent(), max_turns=9)
+    assert agents(state) == ["write1", "rewrite2", "rewrite3", "rewrite4"] and state.sql == BAD
+    last = model.seen[-1]
+    assert [m.role for m in last] == ["system", "user", *["assistant", "user"] * 3]
+    assert last[:4] == model.seen[1] and [m.content.split("\n")[1] for m in last[2::2]] == [BROKEN, BAD, GOOD]
+    assert "no such column: nam" in last[3].content and "singer" in last[1].content
+
+
+@pytest.mark.parametrize("end", ["It answers the question.", ""])
+def test_a_conversation_ends_where_the_model_gives_no_further_query(answer, end):
+    state, _ = answer(GOOD, end, agent=ConversationAgent(), max_turns=9)
+    assert state.sql == GOOD and len(state.executions) == 1 and state.error is None
+
+
+def test_a_conversation_ends_after_the_turns(answer):
+    state, model = answer(BROKEN, BAD, GOOD, agent=ConversationAgent(), max_turns=2)
+    assert state.sql == BAD and model.answers == [GOOD]
+
+
+def test_a_conversation_begins_with_what_was_rejected_before(answer):
+    state, model = answer(GOOD, GOOD, agent=ConversationAgent(), start=[(BAD, "50 rows")], max_turns=3)
+    assert agents(state) == ["rewrite1", "rewrite2"] and state.sql == GOOD
+    assert BAD in model.seen[0][2].content and "50 rows" in model.seen[0][3].content
+
+
+def test_a_family_without_conversations_is_asked_for_rewrites(answer):
+    state, model = answer(BROKEN, BAD, BAD, agent=ConversationAgent(), family="nano", max_turns=9)
+    assert agents(state) == ["write1", "rewrite2", "rewrite3"] and state.sql == BAD
+    assert [len(prompt) for prompt in model.seen] == [2, 2, 2]
+    assert BROKEN in model.seen[2][1].content and BAD in model.seen[2][1].content
 
 
 def test_five_attempts_are_made_where_every_query_differs(answer):

@@ -168,7 +168,11 @@ def test_a_part_is_found_beside_the_working_directory(mine):
         ("agent", "broken:Agent", ["importing broken raised ZeroDivisionError: division by zero"]),
         ("agent", "leaves:Agent", ["importing leaves raised SystemExit: bye"]),
         ("agent", "lacks:Agent", ["importing lacks raised ModuleNotFoundError: No module named 'nowhere'"]),
-        ("agent", "selfcorrecting", ["unknown name", "self-correcting or published or resampling or module:attribute"]),
+        (
+            "agent",
+            "selfcorrecting",
+            ["unknown name", "self-correcting or published or conversation or resampling or module:attribute"],
+        ),
         ("agent", "../mine:Agent", ["unknown name"]),
         ("reward", "mine:number", ["int without __call__"]),
         ("dataset", "mine:Agent", ["without splits, load, database"]),
