@@ -28,9 +28,7 @@ Data = Annotated[Path, Field(description="Data set folder, or module:attribute."
 OwnData = Annotated[Path | None, Field(description="Data set folder, or module:attribute; the profile's by default.")]
 MODEL = "nano, a folder, a Hugging Face name (owner/name), openai:NAME, or module:attribute."
 Model = Annotated[str, Field(description=MODEL)]
-Agent = Annotated[
-    str, Field(description="self-correcting, conversation, resampling, published, or module:attribute.")
-]
+Agent = Annotated[str, Field(description="self-correcting, conversation, resampling, published, or module:attribute.")]
 Reward = Annotated[str, Field(description="execution-match, runs (a control), or module:attribute of your own.")]
 QueryTimeout = Annotated[float, Field(ge=0.01, le=LONGEST_QUERY, description="Seconds a query may take, gold or not.")]
 SchemaCharacters = Annotated[int, Field(ge=1, description="Characters of schema in a prompt.")]

@@ -1,7 +1,8 @@
 """The built-in agent ``conversation``: a conversation with the database, without a check.
 
-The model decides when it is done. The shape of MTIR-SQL (arXiv 2510.25510) and SQL-Trail (arXiv 2601.17699), with the transitions of the graph: the first
-query is a ``write``, every later answer a ``rewrite``, so both are trained and credited alike.
+The model decides when it is done. The shape of MTIR-SQL (arXiv 2510.25510) and SQL-Trail (arXiv 2601.17699), with the
+transitions of the graph: the first query is a ``write``, every later answer a ``rewrite``, so both are trained and
+credited alike.
 """
 
 from __future__ import annotations
