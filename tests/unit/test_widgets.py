@@ -286,10 +286,10 @@ def test_results_are_live_where_the_database_is_and_stored_elsewhere(run: Path, 
 
 def test_a_query_that_failed_is_not_run_again(data: Path) -> None:
     hangs = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n"
-    late = Execution(turn=1, sql=hangs, status="timeout", error="no result within 5 s")
-    started = time.monotonic()
+    late = Execution(turn=1, sql=hangs, status="timeout", error="as it was recorded")
     inspector = Inspector([rollout(pred=hangs, executions=[late], reward=0.0, reason="pred_timeout")], data)
-    assert inspector.results()[1].status == "timeout" and time.monotonic() - started < 3
+    pred = inspector.results()[1]
+    assert (pred.status, pred.error) == ("timeout", "as it was recorded")
 
 
 def test_differing_cells_are_marked_and_equal_results_are_not(run: Path) -> None:
