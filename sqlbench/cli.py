@@ -37,6 +37,7 @@ from sqlbench.config import (
     ShowConfig,
     TrainConfig,
 )
+from sqlbench.database.types import LONGEST_QUERY
 from sqlbench.errors import DataError, SqlbenchError
 from sqlbench.interrupt import leave, stop_when_told
 from sqlbench.options import command, run_command
@@ -52,6 +53,14 @@ GROUPS = {
 Request = Annotated[
     str | None,
     Field(description="Request fields for an endpoint, a JSON object; null leaves one out. Also SQLBENCH_REQUEST."),
+]
+
+Source = Annotated[Path, Field(description="The release, zipped or unpacked.", json_schema_extra={"flags": ["--from"]})]
+Out = Annotated[Path, Field(description="Folder to write.")]
+Column = Annotated[str | None, Field(description="Its column, if it has another name.")]
+AuditTimeout = Annotated[
+    float | None,
+    Field(ge=0.01, le=LONGEST_QUERY, description="Seconds a gold query may take; the import's, or 5, by default."),
 ]
 
 
@@ -77,21 +86,62 @@ def data_spider(
         Field(description="A Spider release, zipped or unpacked.", json_schema_extra={"flags": ["--from"]}),
     ] = None,
     download: Annotated[bool, Field(description="Fetch the public archive first.")] = False,
-    out: Annotated[Path, Field(description="Folder to write.")] = Path("data/spider"),
+    out: Out = Path("data/spider"),
     seed: Seed = 0,
     query_timeout: QueryTimeout = 5.0,
 ) -> None:
     """Import a Spider release: splits, databases, tables.json, gold audit."""
-    from sqlbench.data.spider import download_spider, import_spider
+    from sqlbench.data.imports import import_release
+    from sqlbench.data.spider import download_spider
 
     if download == (source is not None):
         raise DataError("say where the release is: either --from ZIP_OR_FOLDER or --download")
-    audit = import_spider(source or download_spider(out.parent), out, seed=seed, query_timeout=query_timeout)
-    print(f"{audit.summary()}\nwrote {out}")
+    source = source or download_spider(out.parent)
+    found = import_release("spider", source, out, seed=seed, query_timeout=query_timeout)
+    print(f"{found.summary()}\nwrote {out}")
+
+
+def _release(name: str, text: str, seconds: float) -> None:
+    """Add the command that imports a release of one layout."""
+
+    def run(source: Source, out: Out = Path("data") / name, query_timeout: QueryTimeout = seconds) -> None:
+        from sqlbench.data.imports import import_release
+
+        print(f"{import_release(name, source, out, query_timeout=query_timeout).summary()}\nwrote {out}")
+
+    run.__doc__ = text
+    command(f"data {name}")(run)
+
+
+_release("bird", "Import BIRD: train, dev or mini-dev, zipped or unpacked.", 30.0)
+_release("spider2-lite", "Import the part of Spider 2.0-lite that is on SQLite and has gold queries.", 30.0)
+_release("agent-lightning", "Import the Spider folder of Agent Lightning: Parquet files and databases.", 5.0)
+
+
+@command("data import")
+def data_import(
+    file: Annotated[Path, Field(description="CSV, TSV, JSON, JSON lines or Parquet.", json_schema_extra={"flags": []})],
+    db: Annotated[str, Field(description="The SQLite file, or a folder or zip archive of <db_id>.sqlite.")],
+    out: Annotated[Path | None, Field(description="Folder to write; by default data/ and the file's name.")] = None,
+    split: Annotated[str, Field(description="Name of the split, without a column of that name.")] = "dev",
+    question: Column = None,
+    gold: Column = None,
+    db_id: Column = None,
+    evidence: Column = None,
+    hardness: Column = None,
+    query_timeout: QueryTimeout = 5.0,
+) -> None:
+    """Import questions with gold queries from a file of your own; usual names of columns are recognised."""
+    from sqlbench.data.imports import import_table
+
+    out = out or Path("data") / file.stem
+    columns = {"question": question, "gold": gold, "db_id": db_id, "evidence": evidence, "hardness": hardness}
+    found = import_table(file, db, out, split=split, query_timeout=query_timeout, **columns)
+    print(f"{found.summary()}\nwrote {out}")
 
 
 @command("data audit")
-def data_audit(data: Data = POCKET, query_timeout: QueryTimeout = 5.0) -> None:
+def data_audit(data: Data = POCKET, query_timeout: AuditTimeout = None) -> None:
     """Run every gold query of a data set and list the tasks that cannot be scored."""
     from sqlbench.data.audit import audit_dataset
 

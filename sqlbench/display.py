@@ -15,7 +15,7 @@ from IPython.display import Markdown
 from sqlbench.agent.trajectory import Execution, Trajectory
 from sqlbench.data.audit import audit_dataset, read_audit
 from sqlbench.data.tasks import DataSet, Task
-from sqlbench.results import Rollouts, Score, Summary
+from sqlbench.results import Rollouts, Score, Summary, in_order
 from sqlbench.sqltree import HARDNESS
 
 SHOWN_ROWS = 3
@@ -56,6 +56,8 @@ def ensure_data(data: Path | str, source: str = "pocket") -> DataSet:
 
 def audit_table(data: Path | str) -> pd.DataFrame:
     """Tabulate the gold audit, one row per split, with the score of one constant query."""
+    splits = read_audit(data).splits
+    levels = in_order({level for split in splits.values() for level in split.hardness})
     return pd.DataFrame(
         {
             "split": name,
@@ -65,10 +67,10 @@ def audit_table(data: Path | str) -> pd.DataFrame:
             "gold without rows": split.zero_rows,
             "same result after a mutation": split.unchanged,
             "needs order": split.needs_order,
-            **{level: split.hardness.get(level, 0) for level in HARDNESS},
+            **{level: split.hardness.get(level, 0) for level in (HARDNESS if {*levels} <= {*HARDNESS} else levels)},
             "constant query (%)": round(100 * max(split.constant_floor.values(), default=0.0), 1),
         }
-        for name, split in read_audit(data).splits.items()
+        for name, split in splits.items()
     )
 
 

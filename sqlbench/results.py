@@ -23,7 +23,7 @@ from sqlbench.agent.trajectory import Completion, Execution, Record, Trajectory
 from sqlbench.data.tasks import Task
 from sqlbench.errors import DataError
 from sqlbench.samples import Samples, result_of
-from sqlbench.sqltree import HARDNESS, component_match, error_class
+from sqlbench.sqltree import LEVELS, component_match, error_class
 from sqlbench.statistics import bootstrap, clustered, mcnemar, paired_bootstrap, wilson
 
 TEXTS = ("task_key", "task_id", "db_id", "hardness", "question", "gold", "pred", "reason", "error")
@@ -96,8 +96,8 @@ def balanced_accuracy(said: pd.Series, right: pd.Series) -> float | None:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Sort names of groups, hardness from easy to extra."""
-    return sorted(names, key=lambda name: (HARDNESS.index(name) if name in HARDNESS else len(HARDNESS), name))
+    """Sort names of groups, levels of hardness from the easiest."""
+    return sorted(names, key=lambda name: (LEVELS.index(name) if name in LEVELS else len(LEVELS), name))
 
 
 class Score(Record):

@@ -19,6 +19,8 @@ from sqlglot.dialects.dialect import Dialect
 from sqlglot.tokens import TokenType
 
 HARDNESS = ("easy", "medium", "hard", "extra")
+LEVELS = (*HARDNESS, "simple", "moderate", "challenging")
+"""Spider's levels, then BIRD's, each from the easiest."""
 _DIALECTS = {"sqlite": "sqlite", "postgresql": "postgres"}
 
 # ---- the one way to a tree

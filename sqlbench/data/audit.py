@@ -137,8 +137,15 @@ class Auditor:
         for task in tqdm(tasks, desc=f"gold audit of {split}", unit="task", mininterval=0.5):
             pair = (task.db_id, task.gold)
             if pair not in self._gold:
-                self._gold[pair] = {"hardness": task.hardness or hardness(task.gold)} | self._examine(*pair)
-            found = Finding(split=split, task_id=task.task_id, key=task.key, db_id=task.db_id, **self._gold[pair])
+                self._gold[pair] = self._examine(*pair)
+            found = Finding(
+                split=split,
+                task_id=task.task_id,
+                key=task.key,
+                db_id=task.db_id,
+                hardness=task.hardness or hardness(task.gold),
+                **self._gold[pair],
+            )
             self.findings.append(found)
             audited.append(
                 task.model_copy(
@@ -266,7 +273,7 @@ class Auditor:
                         (filled if some else empty).add(table.lower())
         except (sqlite3.DatabaseError, DatabaseError) as error:
             raise DataError(
-                f"Cannot read the SQLite database {self._path(db_id)}: {error}. Import it again."
+                f"Cannot read the SQLite database {self._path(db_id)}: {str(error).rstrip('.')}. Import it again."
             ) from error
         return filled, empty
 
@@ -303,18 +310,18 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def audit_dataset(root: str | Path, query_timeout: float = 5.0) -> Audit:
+def audit_dataset(root: str | Path, query_timeout: float | None = None) -> Audit:
     """Audit every split of a data set folder, rewrite the splits with the findings, and write the audit's two files.
 
     Args:
         root: the folder.
-        query_timeout: seconds that a gold query may take.
+        query_timeout: seconds that a gold query may take; by default as many as when it was imported, else 5.
 
     Raises:
         DataError: the folder is not a data set, or one of its databases is damaged.
     """
     data = DataSet(root)
-    auditor = Auditor(data.root, query_timeout)
+    auditor = Auditor(data.root, query_timeout or data.about.get("query_timeout", 5.0))
     audited = {split: auditor.audit(data.load(split), split) for split in data.splits()}
     for split, tasks in audited.items():
         write_split(data.root, split, tasks)

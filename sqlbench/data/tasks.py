@@ -5,8 +5,10 @@ Every data set is a folder::
     <root>/dataset.json                          name, source, seed, counts, headline split
     <root>/<split>.parquet                       one `Task` per row
     <root>/database/<db_id>/<db_id>.sqlite       the databases
-    <root>/tables.json                           schemas in Spider's form
+    <root>/database/<db_id>/*.sqlite             further ones for test-suite accuracy
+    <root>/tables.json                           schemas in Spider's form, where the release has them
     <root>/audit.parquet, audit.json             the gold audit (see `sqlbench.data.audit`)
+    <root>/problems.csv                          rows of an import that cannot be scored, with the reason
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Task(BaseModel):
     gold: Text
     split: str
     hardness: str = ""
-    """``easy``, ``medium``, ``hard`` or ``extra``, by Spider's published rules."""
+    """The data set's own level, else ``easy``, ``medium``, ``hard`` or ``extra`` by Spider's published rules."""
     kind: str = ""
     """Query construct, such as ``join_group`` (pocket only)."""
     phrasing: str = ""
@@ -55,6 +57,11 @@ class Task(BaseModel):
     def key(self) -> str:
         """Return the content key: the same for equal (database, question, gold), whatever the row number."""
         return hashlib.sha256("\x1f".join((self.db_id, self.question, self.gold)).encode()).hexdigest()[:16]
+
+
+def with_evidence(question: str, evidence: str) -> str:
+    """Return a question with the outside knowledge that it needs at its end, where every prompt shows it."""
+    return f"{question} Hint: {evidence}" if evidence else question
 
 
 def write_split(root: Path, split: str, tasks: list[Task]) -> Path:
@@ -79,7 +86,7 @@ class DataSet:
         if not note.is_file():
             raise DataError(
                 f"No data set in {self.root}: dataset.json is missing. Make one with "
-                f"'sqlbench data pocket --out {self.root}' or 'sqlbench data spider --from ZIP --out {self.root}'."
+                f"'sqlbench data pocket --out {self.root}', or import one ('sqlbench data --help')."
             )
         try:
             self.about: dict[str, Any] = dict(json.loads(note.read_text(encoding="utf-8")))
@@ -130,9 +137,7 @@ def _task(path: Path, number: int, row: dict[str, Any]) -> Task:
         raise DataError(
             f"Invalid row {number} of {path}, field '{field}': {wrong['msg']}{value}. Correct it."
         ) from error
-    if isinstance(hint, str) and hint:
-        return task.model_copy(update={"question": f"{task.question} Hint: {hint}"})
-    return task
+    return task.model_copy(update={"question": with_evidence(task.question, hint if isinstance(hint, str) else "")})
 
 
 def open_dataset(source: str | Path) -> Dataset:

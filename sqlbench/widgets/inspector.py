@@ -23,7 +23,7 @@ from sqlbench.database.types import NO_STATEMENT, QueryResult
 from sqlbench.errors import DataError, SqlbenchError
 from sqlbench.interfaces import Database
 from sqlbench.reward import REFERENCE, STRICT, prepare
-from sqlbench.sqltree import HARDNESS
+from sqlbench.sqltree import LEVELS
 from sqlbench.widgets import view
 from sqlbench.widgets.rollouts import RunFacts, Source, advantages, read_rollout, rollout_table
 
@@ -185,7 +185,7 @@ class Inspector(w.VBox):
         def look(width: int) -> dict[str, Any]:
             return {"layout": w.Layout(width=f"{width}px"), "style": {"description_width": "70px"}}
 
-        ranks = {value: n for n, value in enumerate((*view.OUTCOMES, *HARDNESS))}
+        ranks = {value: n for n, value in enumerate((*view.OUTCOMES, *LEVELS))}
         controls: dict[str, Any] = {}
         for name in CHOICES:
             values = [v for v in self.rollouts[name].dropna().unique() if v != ""]

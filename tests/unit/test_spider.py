@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from sqlbench.data.audit import read_audit
-from sqlbench.data.spider import SUBSET, download_spider, import_spider
+from sqlbench.data.imports import SUBSET
+from sqlbench.data.spider import download_spider, import_spider
 from sqlbench.data.tasks import DataSet
 from sqlbench.database.engine import open_database
 from sqlbench.errors import DataError
@@ -172,8 +173,8 @@ def damaged_database(tmp_path: Path) -> Path:
         (with_password, "is encrypted"),
         (leading_outside, "leads outside"),
         (not_json, "Not JSON"),
-        (no_query, "row 0 of dev.json"),
-        (database_outside, "row 0 of dev.json"),
+        (no_query, "row 1 of dev.json"),
+        (database_outside, "row 1 of dev.json"),
         (damaged_database, "Cannot read the SQLite database"),
     ],
 )
@@ -197,7 +198,7 @@ def test_an_import_that_is_interrupted_does_not_look_complete(release, tmp_path,
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sqlbench.data.spider.write_split", interrupt)
+    monkeypatch.setattr("sqlbench.data.imports.write_split", interrupt)
     with pytest.raises(KeyboardInterrupt):
         import_spider(release, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
