@@ -27,6 +27,7 @@ from sqlbench.config import (
     Data,
     EnvConfig,
     EvalConfig,
+    ExportConfig,
     NotebooksConfig,
     QueryTimeout,
     RunsConfig,
@@ -194,8 +195,15 @@ def _score(settings: ScoreConfig) -> None:
     from sqlbench.scoring import score_pairs
 
     counts = score_pairs(settings)
-    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    print(", ".join(f"{what} {n:.1%}" if isinstance(n, float) else f"{n} {what}" for what, n in counts.items()))
     print(f"wrote {settings.out}")
+
+
+@command("export")
+def _export(settings: ExportConfig) -> None:
+    from sqlbench.predictions import export_predictions
+
+    print(f"{export_predictions(settings)}\nwrote {settings.out}")
 
 
 @command("ablate")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature, getdoc
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -40,6 +40,14 @@ Overwrite = Annotated[bool, Field(description="Discard what the run folder holds
 Overrides = Annotated[list[str], Field(description="For verl, passed on unchanged.", json_schema_extra={"flags": []})]
 Track = Annotated[str | None, Field(description="Send metrics to wandb, mlflow or tensorboard too.")]
 Seed = Annotated[int, Field(description="Equal seeds give equal results.")]
+Metrics = Annotated[
+    list[Literal["test-suite", "exact-match", "bird-ex", "soft-f1", "ves", "r-ves"]],
+    Field(
+        description="Another score: test-suite, exact-match, bird-ex, soft-f1, ves or r-ves; repeatable.",
+        json_schema_extra={"flags": ["--metric"]},
+        exclude=True,
+    ),
+]
 Port = Annotated[int, Field(ge=0, le=65535, description="0 takes a free one.")]
 Host = Annotated[str, Field(description="Address to listen on; the default is this machine alone.")]
 
@@ -93,6 +101,7 @@ class EvalConfig(RolloutConfig, SamplingConfig):
     reward: Reward = "execution-match"
     limit: int | None = Field(None, ge=1, description="Use only the first N scorable tasks.")
     prompts: Any = Field(None, description="Prompts if not the model's own: nano, chat or a .toml file.")  # or Prompts
+    metrics: Metrics = []
     timeout: float | None = Field(None, ge=0.01, description="Seconds a call to an endpoint may take.", exclude=True)
     concurrency: int | None = Field(
         None, ge=1, description="Rollouts at a time; 16 for endpoints, else 128.", exclude=True
@@ -160,14 +169,25 @@ class ScoreConfig(Settings):
     """Score pairs of gold and predicted queries, by default with the reference evaluator's verdicts."""
 
     data: Path = Field(description="Data set folder; a prediction has to match on each database/<db_id>/*.sqlite.")
-    pairs: Path = Field(description="JSON lines with db_id, gold, pred (.jsonl or .jsonl.gz).")
+    pairs: Path = Field(
+        description="JSON lines with db_id, gold, pred (.jsonl or .jsonl.gz); predict.txt; BIRD's predict_dev.json."
+    )
     out: Path = Field(description="JSON lines to write: one verdict per pair.")
     keep_distinct: bool = Field(False, description="Do not drop DISTINCT.")
     strict: bool = Field(False, description="Close the reference evaluator's holes.")
+    split: str = Field("headline", description="The split that predictions of a .txt or .json file are of, in order.")
+    metrics: Metrics = []
     query_timeout: QueryTimeout = 10.0
     workers: int | None = Field(
         None, ge=1, description="Processes; by default one per core where there are many pairs."
     )
+
+
+class ExportConfig(Settings):
+    """Write the final queries of an evaluation as Spider's predict.txt or BIRD's predict_dev.json."""
+
+    run: Path = Field(description="Folder of an evaluation.", json_schema_extra={"flags": []})
+    out: Path = Field(description="File to write: .txt for Spider's form, .json for BIRD's.")
 
 
 class NotebooksConfig(Settings):

@@ -5,6 +5,7 @@ Tables are made from summaries and audits, stories from trajectories; no result 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -85,6 +86,17 @@ def score_table(scores: Mapping[str, Score], name: str) -> pd.DataFrame:
         {name: key, "tasks": s.n, "EX (%)": s.percent, "95% CI": s.interval_text} for key, s in scores.items() if s.n
     ]
     return pd.DataFrame(rows, columns=[name, "tasks", "EX (%)", "95% CI"]).round(1)
+
+
+def metric_table(summary: Summary) -> pd.DataFrame:
+    """Tabulate execution accuracy and the further scores of an evaluation by hardness, in percent."""
+    levels = {"all": summary.score} | summary.by_hardness
+    rows = [
+        {"hardness": level, "tasks": score.n, "EX": score.percent}
+        | {name: 100 * values.get(level, math.nan) for name, values in summary.metrics.items()}
+        for level, score in levels.items()
+    ]
+    return pd.DataFrame(rows).round(1)
 
 
 def sample_table(summaries: Mapping[str, Summary]) -> pd.DataFrame:

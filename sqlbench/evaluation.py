@@ -29,6 +29,7 @@ from sqlbench.data.tasks import Task, headline_split, open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, ModelError, RunError
 from sqlbench.interfaces import Agent, Dataset, Model, Reward, is_plugin, load_plugin
+from sqlbench.metrics import measure_rollouts
 from sqlbench.models import open_model
 from sqlbench.results import Rollouts, Summary, summarise
 from sqlbench.rollout import failed_rollout, rollout
@@ -87,6 +88,7 @@ def evaluate(settings: EvalConfig) -> Summary:
         work = dataset, models, prompts, settings, *parts
         run_sync(lambda: _run(left, work, folder, concurrency, samples * len(chosen)))
         found = Rollouts.of(folder.trajectories())
+        scored = found.rollouts[found.rollouts["correct"].notna()]
         summary = summarise(
             found,
             tasks,
@@ -94,6 +96,7 @@ def evaluate(settings: EvalConfig) -> Summary:
             data=_name(settings.data),
             split=split,
             samples=estimate_samples(found, samples, judge(dataset, settings)) if samples > 1 else None,
+            metrics=measure_rollouts(settings.metrics, scored, dataset, settings) if settings.metrics else {},
             seconds=time.perf_counter() - started,
         )
         folder.finish(summary)

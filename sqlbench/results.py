@@ -209,6 +209,8 @@ class Summary(Record):
     """Executed statements that failed, by class of error."""
     components: dict[str, float]
     """Mean match of each query component with the gold query."""
+    metrics: dict[str, dict[str, float]] = Field({}, exclude_if=lambda value: not value)
+    """Means of further scores that were asked for (`sqlbench.metrics`), by hardness and under ``all``."""
     seconds: float
     """Wall-clock time of the session that finished the run."""
 
@@ -227,11 +229,17 @@ class Summary(Record):
             f"{self.model} on {self.split}: {ex}; {self.failed} failed, {self.unscorable} unscorable"
             f"{''.join(f'; {_answers(count)} {flaw}' for flaw, count in self.flaws.items())}\n"
             f"by hardness: {levels or '-'}\n"
+            f"{''.join(f'{name}: {_levels(values)}' for name, values in self.metrics.items())}"
             f"per rollout: {_number(self.transitions)} transitions, {_number(self.turns)} turns; "
             f"per transition: {_number(calls.prompt)} prompt and {_number(calls.response)} response tokens"
             + "".join(f"\nsent to the endpoint: {fields} ({_answers(count)})" for fields, count in self.sent.items())
             + (self.samples.text() if self.samples else "")
         )
+
+
+def _levels(values: dict[str, float]) -> str:
+    by = ", ".join(f"{level} {values[level]:.1%}" for level in in_order(values.keys() - {"all"}))
+    return f"{values['all']:.1%}{f' ({by})' if by else ''}\n" if values else "-\n"
 
 
 def _answers(count: int) -> str:
@@ -250,6 +258,7 @@ def summarise(
     data: str = "",
     split: str = "",
     samples: Samples | None = None,
+    metrics: dict[str, dict[str, float]] | None = None,
     seconds: float = 0.0,
 ) -> Summary:
     """Summarise rollouts; `tasks` adds the phrasing families and the count of unscorable tasks."""
@@ -288,6 +297,7 @@ def summarise(
         reasons=_tally(good["reason"]),
         query_errors=_tally(queries["problem"].dropna()),
         components={name: mean(parts[name]) for name in sorted(parts)},
+        metrics=metrics or {},
         seconds=seconds,
     )
 

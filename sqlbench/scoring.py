@@ -23,9 +23,12 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from sqlbench.config import ScoreConfig, takes
+from sqlbench.data.tasks import DataSet, headline_split
 from sqlbench.database.engine import cached_database
 from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError, DataError
+from sqlbench.metrics import means, measure
+from sqlbench.predictions import read_predictions
 from sqlbench.reward import Verdict, score
 from sqlbench.text import clean
 
@@ -33,8 +36,8 @@ FIELDS = ("db_id", "gold", "pred")
 
 
 @takes(ScoreConfig, "data", "pairs", "out")
-def score_pairs(settings: ScoreConfig) -> dict[str, int]:
-    """Score every row of a file of pairs and return how often each reason occurred.
+def score_pairs(settings: ScoreConfig) -> dict[str, int | float]:
+    """Score every row of a file of pairs; return how often each reason occurred, and the means of the metrics.
 
     Raises:
         DataError: an input is missing, or no line of it is a pair.
@@ -43,7 +46,12 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int]:
     folder = data / "database"
     if not folder.is_dir():
         raise DataError(f"No databases in {data}. Put them at database/<db_id>/<db_id>.sqlite.")
-    rows = list(_read(pairs))
+    if pairs.suffix in (".txt", ".json"):
+        dataset = DataSet(data)
+        split = headline_split(dataset) if settings.split == "headline" else settings.split
+        rows = [(row, "") for row in read_predictions(pairs, dataset.load(split))]
+    else:
+        rows = list(_read(pairs))
     usable = [row for row, fault in rows if not fault]
     if not usable:
         why = f" ({rows[0][1]})" if rows else ""
@@ -61,11 +69,14 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int]:
         sink = out.open("w", encoding="utf-8")
     except OSError as error:
         raise DataError(f"Cannot write {out}: {error.strerror}. Choose another file with --out.") from error
-    how = settings.keep_distinct, settings.strict, Limits(seconds=settings.query_timeout)
+    how = settings.keep_distinct, settings.strict, Limits(seconds=settings.query_timeout), settings.metrics
+    metrics: dict[str, list[float | None]] = {name: [] for name in settings.metrics}
     jobs = ((str(folder), fault, [row.get(k) for k in FIELDS], *how) for row, fault in rows)
     with sink, tqdm(total=len(rows), desc="score", unit="pair", mininterval=0.5) as progress:
-        for (row, _), verdict in zip(rows, _verdicts(jobs, workers), strict=True):
-            row |= {"match": verdict.match, "reason": verdict.reason}
+        for (row, _), (verdict, values) in zip(rows, _verdicts(jobs, workers), strict=True):
+            row |= {"match": verdict.match, "reason": verdict.reason} | values
+            for name in metrics:
+                metrics[name].append(values.get(name))
             if verdict.pred_error is not None:
                 row["pred_error"] = verdict.pred_error
             row["ms"] = round(verdict.ms, 3)
@@ -75,10 +86,11 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int]:
             progress.update()
     matches = [row["match"] for row, _ in rows]
     scored = len(rows) - matches.count(None)
-    return {"pairs": len(rows), "scored": scored, "matched": matches.count(1)} | dict(counts)
+    known = {name: mean for name, some in metrics.items() if (mean := means(some)) is not None}
+    return {"pairs": len(rows), "scored": scored, "matched": matches.count(1)} | dict(counts) | known
 
 
-def _verdicts(jobs: Iterator[tuple], workers: int) -> Iterator[Verdict]:
+def _verdicts(jobs: Iterator[tuple], workers: int) -> Iterator[tuple[Verdict, dict]]:
     if workers == 1:
         yield from map(_verdict, jobs)
         return
@@ -93,22 +105,28 @@ def _verdicts(jobs: Iterator[tuple], workers: int) -> Iterator[Verdict]:
         ) from error
 
 
-def _verdict_chunk(jobs: list[tuple]) -> list[Verdict]:
+def _verdict_chunk(jobs: list[tuple]) -> list[tuple[Verdict, dict]]:
     return [_verdict(job) for job in jobs]
 
 
-def _verdict(job: tuple) -> Verdict:
-    folder, fault, texts, keep_distinct, strict, limits = job
+def _verdict(job: tuple) -> tuple[Verdict, dict]:
+    """Score one pair; the metrics too where the gold query can be scored."""
+    folder, fault, texts, keep_distinct, strict, limits, metrics = job
     if fault:
-        return Verdict(None, "bad_row", fault)
+        return Verdict(None, "bad_row", fault), {}
     db_id, gold, pred = [clean(text or "") for text in texts]
     try:
         databases = [cached_database(path) for path in _databases(Path(folder), db_id)]
         if not databases:
-            return Verdict(None, "no_database", f"no database {db_id!r}")
-        return score(gold, pred, databases, strict=strict, keep_distinct=keep_distinct, limits=limits)
+            return Verdict(None, "no_database", f"no database {db_id!r}"), {}
+        how = {"strict": strict, "keep_distinct": keep_distinct, "limits": limits}
+        verdict = score(gold, pred, databases, **how)
+        if verdict.match is None or not metrics:
+            return verdict, {}
+        databases.sort(key=lambda database: database.name != db_id)  # the task's own first
+        return verdict, measure(metrics, gold, pred, databases, **how)
     except DatabaseError as error:
-        return Verdict(None, "no_database", str(error))
+        return Verdict(None, "no_database", str(error)), {}
 
 
 _files: dict[tuple[Path, str], list[Path]] = {}

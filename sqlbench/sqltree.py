@@ -211,10 +211,56 @@ def component_match(gold: str, pred: str) -> dict[str, float]:
     return scores
 
 
+def exact_match(gold: str, pred: str, dialect: str = "sqlite") -> bool:
+    """Tell whether two queries have the same tables and, as sets, the same clauses, after Spider's exact set match.
+
+    As there, values, LIMIT's number, DISTINCT and join conditions do not count, nor do case and aliases. Two things
+    differ from Spider's script: a column is compared by its name alone, without its table or foreign keys, and the
+    clauses of nested queries are pooled with those of the query around them.
+    """
+    left, right = _without_values(gold, dialect), _without_values(pred, dialect)
+    return left is not None and left == right
+
+
+@lru_cache(maxsize=4096)
+def _without_values(sql: str, dialect: str) -> dict[str, Counter] | None:
+    tree = parse(sql, dialect)
+    if tree is None:
+        return None
+    tree = tree.copy()
+    for node in list(tree.walk()):
+        if isinstance(node, exp.Select):
+            node.set("distinct", None)
+        elif isinstance(node, exp.Join):
+            node.set("on", None)
+        elif isinstance(node, exp.Distinct) and len(node.expressions) == 1:
+            node.replace(node.expressions[0])
+        elif isinstance(node, (exp.Literal, exp.Boolean)) or _is_quoted_value(node):
+            node.replace(exp.Var(this="value"))
+    tables = Counter(table.name.lower() for table in tree.find_all(exp.Table))
+    return _components_of(tree) | {"tables": tables}
+
+
+def _is_quoted_value(node: exp.Expression) -> bool:
+    """Tell whether this is a text in double quotes, as many gold queries have it, on the right of a comparison."""
+    compared = (exp.EQ, exp.NEQ, exp.GT, exp.GTE, exp.LT, exp.LTE, exp.Like, exp.In, exp.Between)
+    return (
+        isinstance(node, exp.Column)
+        and not node.table
+        and isinstance(node.this, exp.Identifier)
+        and node.this.quoted
+        and isinstance(node.parent, compared)
+        and node.arg_key != "this"
+    )
+
+
 @lru_cache(maxsize=4096)
 def _components(sql: str) -> dict[str, Counter]:
+    return _components_of(parse(sql))
+
+
+def _components_of(tree: exp.Query | None) -> dict[str, Counter]:
     parts: dict[str, Counter] = {k: Counter() for k in ("select", "where", "group", "order", "joins", "set")}
-    tree = parse(sql)
     for node in tree.walk() if tree is not None else ():
         if isinstance(node, exp.Select):
             parts["select"].update(_text(column.unalias()) for column in node.expressions)
