@@ -122,7 +122,7 @@ _release("agent-lightning", "Import the Spider folder of Agent Lightning: Parque
 @command("data import")
 def data_import(
     file: Annotated[Path, Field(description="CSV, TSV, JSON, JSON lines or Parquet.", json_schema_extra={"flags": []})],
-    db: Annotated[str, Field(description="The SQLite file, or a folder or zip archive of <db_id>.sqlite.")],
+    db: Annotated[str, Field(description="SQLite file, address, or folder or zip archive of <db_id>.sqlite.")],
     out: Annotated[Path | None, Field(description="Folder to write; by default data/ and the file's name.")] = None,
     split: Annotated[str, Field(description="Name of the split, without a column of that name.")] = "dev",
     question: Column = None,

@@ -20,19 +20,17 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING
 
+import pandas as pd
 from tqdm.auto import tqdm
 
 from sqlbench.config import RolloutConfig
 from sqlbench.database.engine import cached_database
 from sqlbench.database.types import Limits
 from sqlbench.interfaces import Database, Dataset
+from sqlbench.results import mean
 from sqlbench.reward import GOLD_ROWS, score
 from sqlbench.sqltree import exact_match
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RUNS = 100
 """Measurements of both queries, for the two scores of efficiency."""
@@ -133,12 +131,6 @@ def _ratio(gold: str, pred: str, database: Database, limits: Limits) -> float | 
     return time_ratio([right.seconds for _, right in pairs], [left.seconds for left, _ in pairs])
 
 
-def means(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the known values; None where there are none."""
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
-
-
 def measure_rollouts(
     names: Sequence[str], scored: pd.DataFrame, dataset: Dataset, config: RolloutConfig
 ) -> dict[str, dict[str, float]]:
@@ -151,13 +143,10 @@ def measure_rollouts(
 
     keys = zip(scored["db_id"], scored["gold"], scored["pred"].fillna(""), strict=True)
     rows = [one(*key) for key in tqdm(keys, desc="metrics", total=len(scored), unit="query", mininterval=0.5)]
-    found: dict[str, dict[str, float]] = {}
-    for name in names:
-        groups = {"all": rows}
-        for level, row in zip(scored["hardness"], rows, strict=True):
-            groups.setdefault(level, []).append(row)
-        known = {level: means(row[name] for row in group) for level, group in groups.items() if level}
-        found[name] = {level: value for level, value in known.items() if value is not None}
+    table, found = pd.DataFrame(rows, scored.index, list(names), dtype=float), {}
+    for name, values in table.items():
+        groups = {"all": values} | {level: some for level, some in values.groupby(scored["hardness"]) if level}
+        found[str(name)] = {level: value for level, some in groups.items() if (value := mean(some)) is not None}
     return found
 
 

@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 
+import pandas as pd
 from tqdm.auto import tqdm
 
 from sqlbench.config import ScoreConfig, takes
@@ -27,8 +28,9 @@ from sqlbench.data.tasks import DataSet, headline_split
 from sqlbench.database.engine import cached_database
 from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError, DataError
-from sqlbench.metrics import means, measure
+from sqlbench.metrics import measure
 from sqlbench.predictions import read_predictions
+from sqlbench.results import mean
 from sqlbench.reward import Verdict, score
 from sqlbench.text import clean
 
@@ -86,7 +88,7 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int | float]:
             progress.update()
     matches = [row["match"] for row, _ in rows]
     scored = len(rows) - matches.count(None)
-    known = {name: mean for name, some in metrics.items() if (mean := means(some)) is not None}
+    known = {k: value for k, some in metrics.items() if (value := mean(pd.Series(some, dtype=float))) is not None}
     return {"pairs": len(rows), "scored": scored, "matched": matches.count(1)} | dict(counts) | known
 
 

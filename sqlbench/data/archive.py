@@ -20,6 +20,8 @@ from sqlbench.database.sqlite_file import SIDE_FILES
 from sqlbench.errors import DataError
 
 BLOCK = 1 << 20
+_MACOS = re.compile(r"(^|/)(__MACOSX/|\._)")
+"""What macOS adds to archives."""
 
 
 class Release:
@@ -28,7 +30,7 @@ class Release:
     def __init__(self, source: Path, files: dict[str, Callable[[], IO[bytes]]]) -> None:
         self.source = source
         self._files = files
-        self.names = sorted(name for name in files if not name.startswith("__MACOSX/"))
+        self.names = sorted(name for name in files if not _MACOS.search(name))
 
     def open(self, name: str) -> IO[bytes]:
         """Open one file for reading."""

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -431,7 +432,8 @@ def import_table(
 
     Args:
         file: one question per row. A column ``split`` tells the splits apart.
-        db: a SQLite file, which every row is then about, or a folder or zip archive of them, ``<db_id>.sqlite``.
+        db: a SQLite file or the address of a database, which every row is then about; or a folder or zip archive of
+            files, ``<db_id>.sqlite``.
         out: folder to write.
         split: name of the split where there is no such column.
         query_timeout: seconds after which a gold query excludes its task.
@@ -440,17 +442,28 @@ def import_table(
     Raises:
         DataError: a file is missing or damaged, no row is usable, or `out` holds something else.
     """
-    file, db = Path(file), Path(db)
+    file, address = Path(file), str(db) if "://" in str(db) else ""
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise DataError(f"Invalid address of --db: {error}. Give one such as postgresql://user@host/name.") from error
+    if parts.password:
+        raise DataError("Password in the address of --db. Leave it out, and give it in PGPASSWORD or ~/.pgpass.")
     if not _NAME.fullmatch(split):
         raise DataError(f"Invalid name of a split: {split!r}. Use letters, digits, '-' and '_'.")
-    with open_release(file) as source, open_release(db) as release, _replaced(Path(out), "import") as work:
-        databases, one = _databases(release, "", ""), ""
-        if db.name in release.names:
-            one = re.sub(r"[^\w .+-]|^\W", "_", db.stem)
-            databases = {one: [db.name]}
+    with open_release(file) as source, _replaced(Path(out), "import") as work:
+        path = Path(parts.path if address else db)
+        single = address or (path.is_file() and path.suffix.lower() != ".zip")
+        one = re.sub(r"[^\w .+-]|^\W", "_", path.stem or "database") if single else ""
         rows = _Rows(one)
         rows.add(file.name, split, _read(source, file.name), **columns)
-        _copy_databases(release, databases, _used(rows), work)
+        if address:
+            (work / "database").mkdir()
+            (work / "database" / f"{one}.url").write_text(f"{address}\n", encoding="utf-8")
+        else:
+            with open_release(path) as release:
+                files = {one: [path.name]} if one else _databases(release, "", "")
+                _copy_databases(release, files, _used(rows), work)
         about = {"name": "import", "source": file.name, "query_timeout": query_timeout}
         return _write(rows, work, about, ("dev", split, *rows.tasks))
 

@@ -55,6 +55,7 @@ def bird(root: Path) -> Path:
     """``dev.zip`` as it is published: the databases are an archive inside it."""
     databases = root / "dev_databases"
     database(databases / "shop/shop.sqlite")
+    (databases / "shop/._shop.sqlite").write_bytes(b"\0")
     (databases / "shop/database_description").mkdir()
     (databases / "shop/database_description/item.csv").write_bytes("original_column_name\nname\n".encode("utf-16"))
     with zipfile.ZipFile(root / "dev.zip", "w") as archive:
@@ -124,7 +125,9 @@ def test_bird_keeps_evidence_difficulty_and_descriptions(tmp_path, capsys, unpac
     assert tasks[1].question == "Which items? Hint: items have names"
     assert [task.scorable for task in tasks] == [True, True, True, False]
     assert (data.headline, data.about["query_timeout"]) == ("dev", 30.0)
-    described = data.database("shop").parent / "database_description/item.csv"
+    folder = data.database("shop").parent
+    assert sorted(path.name for path in folder.iterdir()) == ["database_description", "shop.sqlite"]
+    described = folder / "database_description/item.csv"
     assert described.read_bytes().decode("utf-16").startswith("original_column_name")
     assert json.loads((out / "tables.json").read_text())[0]["db_id"] == "shop"
     table = audit_table(out)
@@ -264,6 +267,8 @@ def test_what_is_wrong_with_an_option_is_said(tmp_path, capsys):
         ([shop, "--gold", "sql"], "No column 'sql' in mine.csv. Its columns are: id, question, gold, db_id."),
         ([tmp_path / "gone"], "No such file"),
         ([shop, "--split", "a/b"], "Invalid name of a split: 'a/b'"),
+        (["postgresql://reader:secret@localhost/shop"], "Password in the address of --db."),
+        (["postgresql://[reader/shop"], "Invalid address of --db"),
         ([own(tmp_path, "no.db", "not a database" * 100)], "file is not a database"),
     ]:
         assert sqlbench(*arguments, *more) == 1
@@ -292,6 +297,14 @@ def test_an_import_replaces_only_what_the_same_kind_of_import_wrote(tmp_path, ca
     assert sqlbench("data", "import", file, "--db", shop, "--out", out) == 0
     assert sqlbench("data", "bird", "--from", bird(tmp_path), "--out", out) == 1
     assert DataSet(out).about["name"] == "import" and "not empty" in capsys.readouterr().err
+
+
+def test_an_address_is_stored_and_not_copied(tmp_path, postgres):
+    file, out = own(tmp_path, "mine.csv", "question,gold\nHow many?,SELECT 1\n"), tmp_path / "out"
+    assert sqlbench("data", "import", file, "--db", postgres, "--out", out) == 0
+    (stored,) = (out / "database").iterdir()
+    assert stored.suffix == ".url" and stored.read_text() == f"{postgres}\n"
+    assert [task.db_id for task in DataSet(out).load("dev")] == [stored.stem]
 
 
 def test_further_databases_of_a_folder_come_along(tmp_path):
