@@ -21,6 +21,7 @@ from pydantic import Field
 from sqlbench.config import (
     POCKET,
     AblateConfig,
+    ApiConfig,
     AskConfig,
     ChatConfig,
     CompareConfig,
@@ -226,6 +227,14 @@ def _ask(settings: AskConfig, request: Request = None) -> None:
 
     _send(request)
     ask(settings)
+
+
+@command("api")
+def _api(settings: ApiConfig, request: Request = None) -> None:
+    from sqlbench.api import serve
+
+    _send(request)
+    serve(settings)
 
 
 @command("runs")

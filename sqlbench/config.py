@@ -220,15 +220,31 @@ class EnvConfig(Settings):
     query_timeout: QueryTimeout = 5.0
 
 
-class AskConfig(RolloutConfig):
-    """Answer one question on a database, step by step."""
+class QuestionConfig(RolloutConfig):
+    """What questions are asked on, and what answers them."""
 
-    question: str = Field(description="The question.", json_schema_extra={"flags": []})
     db: str = Field(description="A SQLite file, or postgresql://user@host:port/name; only ever read.")
     model: Model = "nano"
     agent: Agent = "self-correcting"
     prompts: str | None = Field(None, description="Prompt family or TOML file, if not the model's own.")
+
+
+class AskConfig(QuestionConfig):
+    """Answer one question on a database, step by step."""
+
+    question: str = Field(description="The question.", json_schema_extra={"flags": []})
     verbose: bool = Field(False, description="Show prompts and whole answers.")
+
+
+class ApiConfig(QuestionConfig):
+    """Answer questions on a database over HTTP, as events; SQLBENCH_TOKEN is the token that clients send."""
+
+    port: Port = 8001
+    host: Host = "127.0.0.1"
+    concurrency: int = Field(4, ge=1, description="Questions at a time.")
+    per_client: int = Field(2, ge=1, description="Questions at a time from one address.")
+    seconds: float = Field(120.0, gt=0, description="Seconds that a question may take.")
+    origin: list[str] = Field([], description="A web page's origin that may ask, as https://example.org; repeatable.")
 
 
 class RunsConfig(Settings):

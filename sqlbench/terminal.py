@@ -9,20 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from sqlbench.agent.prompts import prompts_for, render_execution
+from sqlbench.agent.prompts import render_execution
 from sqlbench.agent.trajectory import Execution, Trajectory, Transition
-from sqlbench.config import AskConfig, CompareConfig, RolloutConfig, RunsConfig, ShowConfig
-from sqlbench.connection import LARGE, connect
-from sqlbench.data.tasks import Task
-from sqlbench.errors import DataError, ModelError
+from sqlbench.answer import Answerer
+from sqlbench.config import AskConfig, CompareConfig, RunsConfig, ShowConfig
+from sqlbench.errors import DataError
 from sqlbench.evaluation import run_sync
-from sqlbench.interfaces import load_plugin
-from sqlbench.models import open_model
 from sqlbench.results import Rollouts, difference, in_order
-from sqlbench.rollout import run_agent
 from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder, read_trajectories
 from sqlbench.statistics import clustered
-from sqlbench.text import clean
 from sqlbench.widgets.view import outcome
 
 WIDTH = 72
@@ -62,24 +57,10 @@ def ask(settings: AskConfig) -> None:
         DatabaseError: the database cannot be opened.
         ModelError: the model cannot be used, or broke.
     """
-    connection = connect(settings.db)
-    model = open_model(settings.model)
-    prompts = prompts_for(settings.prompts or model.family)
-    config: RolloutConfig = settings
-    if "table_info_truncate" not in settings.model_fields_set and prompts.family != "nano":
-        config = config.model_copy(update={"table_info_truncate": LARGE})
-    if connection.notice:
-        print(f"Note: {connection.notice}.")
-    task = Task(task_id="ask", db_id=connection.name, question=clean(settings.question), gold="", split="")
-    agent, printer = load_plugin("agent", settings.agent), Printer(settings.verbose)
-    context = run_sync(
-        lambda: run_agent(task, connection.database, model, prompts, config, observer=printer, agent=agent)
-    )
-    if context.error is not None:
-        raise ModelError(f"No answer: {context.error.rstrip('.')}. Try another model or database.")
-    if not context.executions[-1].answered:
-        small = " nano knows the embedded databases only." if prompts.family == "nano" else ""
-        raise ModelError(f"No query that runs after {len(context.executions)} of them. Try a larger --model.{small}")
+    answerer = Answerer(settings)
+    if notice := answerer.connection.notice:
+        print(f"Note: {notice}.")
+    context = run_sync(lambda: answerer.answer(settings.question, Printer(settings.verbose)))
     print(f"\nanswer\n{indent(context.sql or '(no query)', '  ')}")
 
 

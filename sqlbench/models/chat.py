@@ -44,6 +44,21 @@ _TOO_MUCH = re.compile(r"too (large|long|many|high|big)|exceed|at most|maximum|l
 _UNKNOWN = re.compile(r"support|not (permitted|allowed)|unknown|unrecogni[sz]ed|deprecated", re.IGNORECASE)
 
 
+def load_env() -> None:
+    """Add what ``.env`` of the working directory sets, or of a folder above, to the environment.
+
+    Raises:
+        ModelError: it is not UTF-8.
+    """
+    from dotenv import find_dotenv, load_dotenv
+
+    file = find_dotenv(usecwd=True)
+    try:
+        load_dotenv(file)
+    except UnicodeDecodeError as error:
+        raise ModelError(f"Cannot read {file}: {error}. Save it as UTF-8.") from error
+
+
 class EndpointChatModel:
     """A model behind ``OPENAI_BASE_URL`` (default: OpenAI itself), with ``OPENAI_API_KEY``; ``.env`` is read too.
 
@@ -68,13 +83,7 @@ class EndpointChatModel:
         timeout: float = 120.0,
         request: Mapping[str, Any] | None = None,
     ) -> None:
-        from dotenv import find_dotenv, load_dotenv
-
-        file = find_dotenv(usecwd=True)
-        try:
-            load_dotenv(file)
-        except UnicodeDecodeError as error:
-            raise ModelError(f"Cannot read {file}: {error}. Save it as UTF-8.") from error
+        load_env()
         self.name = f"openai:{model}"
         self.family = "chat"
         self.model = model

@@ -1,0 +1,49 @@
+"""Questions on one database without a gold query: what ``sqlbench ask`` and ``sqlbench api`` have in common."""
+
+from __future__ import annotations
+
+from sqlbench.agent.prompts import prompts_for
+from sqlbench.config import QuestionConfig, RolloutConfig
+from sqlbench.connection import LARGE, connect
+from sqlbench.data.tasks import Task
+from sqlbench.errors import ModelError
+from sqlbench.interfaces import load_plugin
+from sqlbench.models import open_model
+from sqlbench.rollout import Observer, RolloutContext, run_agent
+from sqlbench.text import clean
+
+
+class Answerer:
+    """A database, a model and an agent, opened once; several questions may be answered at a time.
+
+    Raises:
+        DatabaseError: the database cannot be opened.
+        ModelError: the model cannot be used.
+    """
+
+    def __init__(self, settings: QuestionConfig) -> None:
+        self.connection = connect(settings.db)
+        self.model = open_model(settings.model)
+        self.agent = load_plugin("agent", settings.agent)
+        self.prompts = prompts_for(settings.prompts or self.model.family)
+        self.config: RolloutConfig = settings
+        if "table_info_truncate" not in settings.model_fields_set and self.prompts.family != "nano":
+            self.config = settings.model_copy(update={"table_info_truncate": LARGE})
+
+    async def answer(self, question: str, observer: Observer) -> RolloutContext:
+        """Answer one question; the `sql` of what is returned is the answer, a query that ran.
+
+        Raises:
+            ModelError: something broke, or no query ran.
+        """
+        task = Task(task_id="ask", db_id=self.connection.name, question=clean(question), gold="", split="")
+        database, model, prompts = self.connection.database, self.model, self.prompts
+        context = await run_agent(task, database, model, prompts, self.config, observer=observer, agent=self.agent)
+        if context.error is not None:
+            raise ModelError(f"No answer: {context.error.rstrip('.')}. Try another model or database.")
+        if not context.executions[-1].answered:
+            small = " nano knows the embedded databases only." if prompts.family == "nano" else ""
+            raise ModelError(
+                f"No query that runs after {len(context.executions)} of them. Try a larger --model.{small}"
+            )
+        return context
