@@ -26,7 +26,7 @@ class SqlObservation(Observation):
     """Observation after reset or a step; `reward` and `done` are those of the step."""
 
     episode_id: str
-    """Names the episode in HTTP requests."""
+    """Names the episode in HTTP requests, where it may be left out for the client's latest."""
     task_id: str
     db_id: str
     dialect: str
@@ -55,7 +55,7 @@ class Attempt(Record):
 
 
 class SqlState(State):
-    """State of an episode; empty without one."""
+    """State of an episode."""
 
     task_id: str = ""
     db_id: str = ""

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import uvicorn
@@ -24,28 +25,45 @@ from sql_env.server.sql_environment import DESCRIPTION, SqlEnvironment
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.repair import GENERATE
 from sqlbench.config import EnvConfig
+from sqlbench.models.chat import load_env
 from sqlbench.serve import listen
 
 MAX_SESSIONS = 100
 """WebSocket sessions at a time."""
+
+CLIENT: ContextVar[str | None] = ContextVar("client", default=None)
+"""Address that the HTTP request being answered comes from."""
+
+
+class _Clients:
+    """Middleware that sets `CLIENT`: OpenEnv makes an environment for a request without showing it the request."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope.get("client"):
+            CLIENT.set(scope["client"][0])
+        await self.app(scope, receive, send)
 
 
 def create(episodes: Episodes) -> FastAPI:
     """Make the server's application: OpenEnv's routes, ``/env/tasks`` and ``/env/info``."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page of ENABLE_WEB_INTERFACE=true reports home
     made = create_app(
-        lambda: SqlEnvironment(episodes),  # a function: the page takes a `partial` for an environment
+        lambda: SqlEnvironment(episodes, CLIENT.get()),  # a function: the page takes a `partial` for an environment
         SqlAction,
         SqlObservation,
         env_name="sqlbench",
         max_concurrent_envs=MAX_SESSIONS,
     )
-    # OpenEnv's own /state asks a new environment, which has no episode.
+    made.add_middleware(_Clients)
+    # OpenEnv's own /state takes no episode_id.
     made.router.routes[:] = [route for route in made.router.routes if getattr(route, "path", "") != "/state"]
 
     @made.get("/state", tags=["State Management"])
     async def state(episode_id: str | None = None) -> SqlState:
-        return SqlState() if episode_id is None else episodes.find(episode_id).state()
+        return (episodes.latest(CLIENT.get()) if episode_id is None else episodes.find(episode_id)).state()
 
     @made.get("/env/tasks", tags=["Environment Info"])
     async def tasks() -> list[dict[str, str]]:
@@ -85,14 +103,27 @@ def create(episodes: Episodes) -> FastAPI:
     return made
 
 
+def _settings() -> dict[str, str]:
+    """Read settings from the environment and ``.env``."""
+    load_env()
+    named = {
+        "data": os.environ.get("SQLBENCH_DATA"),
+        "split": os.environ.get("SQLBENCH_SPLIT"),
+        "model": os.environ.get("SQLBENCH_MODEL"),
+        "reward": os.environ.get("SQLBENCH_REWARD"),
+    }
+    return {name: value for name, value in named.items() if value}
+
+
+def _create(settings: EnvConfig) -> FastAPI:
+    return create(Episodes(**settings.model_dump(exclude={"host", "port"})))
+
+
 def __getattr__(name: str) -> FastAPI:
     """Make ``sql_env.server.app:app``, for ``openenv.yaml``, with settings from the environment."""
     if name != "app":
         raise AttributeError(name)
-    get = os.environ.get
-    data = get("SQLBENCH_DATA", "data/pocket")
-    reward = get("SQLBENCH_REWARD", "execution-match")
-    return create(Episodes(data, get("SQLBENCH_SPLIT", "train"), get("SQLBENCH_MODEL", "nano"), reward=reward))
+    return _create(EnvConfig.model_validate(_settings()))
 
 
 def serve(settings: EnvConfig) -> None:
@@ -105,7 +136,7 @@ def serve(settings: EnvConfig) -> None:
     """
     data, host = settings.data, settings.host
     with listen(host, settings.port) as listener:
-        made = create(Episodes(**settings.model_dump(exclude={"host", "port"})))
+        made = _create(settings)
         line = f"Serving {data} on http://{host}:{listener.getsockname()[1]}. Press Ctrl-C to stop."
         print(line, file=sys.stderr, flush=True)
         config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
@@ -114,3 +145,14 @@ def serve(settings: EnvConfig) -> None:
             lambda r: not (r.exc_info and r.exc_info[0] is WebSocketDisconnect)
         )
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def main() -> None:
+    """Run ``sqlbench env`` with settings from the environment: the command ``server`` of this folder's project."""
+    from sqlbench.cli import main as sqlbench
+
+    sqlbench(["env", *(f"--{name}={value}" for name, value in _settings().items()), *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

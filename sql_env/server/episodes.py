@@ -49,6 +49,7 @@ class Episode:
     schema_text: str
     attempts: list[Attempt] = field(default_factory=list)
     success: bool = False
+    client: str | None = None
     used: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -141,6 +142,7 @@ class Episodes:
         self.limit, self.idle_seconds = limit, idle_seconds
         self.order = self.shuffled(0)
         self._kept: dict[str, Episode] = {}  # the one used last is last
+        self._latest: dict[str, Episode] = {}  # of each client
 
     def shuffled(self, seed: int) -> Iterator[Task]:
         """Yield the tasks without end, in an order that depends on the seed alone."""
@@ -148,8 +150,10 @@ class Episodes:
         while True:
             yield from random.sample(tasks, len(tasks))
 
-    async def start(self, task: Task, episode_id: str, instead_of: Episode | None) -> Episode:
-        """Start a new episode under this id; end the one it replaces."""
+    async def start(
+        self, task: Task, episode_id: str, instead_of: Episode | None = None, client: str | None = None
+    ) -> Episode:
+        """Start a new episode under this id, which is then its client's latest; end the one it replaces."""
         try:
             database = cached_database(self.dataset.database(task.db_id), self.config.limits)
             schema = await in_thread(database.schema)
@@ -167,7 +171,9 @@ class Episodes:
             )
         if instead_of is not None:
             self._drop(instead_of)
-        episode = Episode(episode_id, task, database, text)
+        episode = Episode(episode_id, task, database, text, client=client)
+        if client is not None:
+            self._latest[client] = episode
         self._use(episode)
         episode.log("START", task_id=task.task_id, question=task.question, max_attempts=MAX_ATTEMPTS)
         return episode
@@ -178,6 +184,13 @@ class Episodes:
         if episode_id not in self._kept:
             raise RequestError(404, f"Unknown or expired episode: {episode_id}. Call reset first.")
         return self._kept[episode_id]
+
+    def latest(self, client: str | None) -> Episode:
+        """Find the episode that this client started last."""
+        self._expire()
+        if client not in self._latest:
+            raise RequestError(409, "No episode is running. Call reset first, or give the episode_id of one.")
+        return self._latest[client]
 
     def _use(self, episode: Episode) -> None:
         episode.used = time.monotonic()
@@ -195,6 +208,8 @@ class Episodes:
     def _drop(self, episode: Episode) -> None:
         if self._kept.get(episode.episode_id) is episode:
             del self._kept[episode.episode_id]
+            if self._latest.get(episode.client or "") is episode:
+                del self._latest[episode.client or ""]
             if not episode.done:
                 episode.log_end(abandoned=True)
 

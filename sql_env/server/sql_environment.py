@@ -1,7 +1,8 @@
 """OpenEnv's side of the episodes.
 
 OpenEnv keeps one environment object for a WebSocket session, but makes a new one for every HTTP request. Episodes
-therefore live in `Episodes`, outside both, and HTTP requests name theirs by the id that reset returned.
+therefore live in `Episodes`, outside both. An HTTP request names one by the id that reset returned, or means the one
+that its client (the address it comes from) started last.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ DESCRIPTION = "Answer questions about a database with one SQL query each; repair
 
 
 class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
-    """One client's view of the episodes: a WebSocket session, or a single HTTP request."""
+    """One client's view of the episodes: a WebSocket session, or a single HTTP request, which has a `client`."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 
-    def __init__(self, episodes: Episodes) -> None:
+    def __init__(self, episodes: Episodes, client: str | None = None) -> None:
         super().__init__()
-        self._episodes = episodes
+        self._episodes, self._client = episodes, client
         self._order = episodes.order
         self._episode: Episode | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -56,7 +57,7 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
                 404, f"Unknown task of split {self._episodes.split}: {task_id}. Choose one that /env/tasks lists."
             )
         name = uuid.uuid4().hex if episode_id is None else str(episode_id)
-        self._episode = await self._episodes.start(task, name, instead_of=self._episode)
+        self._episode = await self._episodes.start(task, name, self._episode, self._client)
         return self._episode.observation()
 
     async def step_async(
@@ -65,11 +66,7 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
         """Play one attempt of this session's episode, or of the one named."""
         if not isinstance(episode_id, str | None):  # OpenEnv passes it on with any type
             raise RequestError(422, f"Invalid episode_id: {json.dumps(episode_id)[:60]}. Send a string.")
-        episode = self._episode if episode_id is None else self._episodes.find(episode_id)
-        if episode is None:
-            raise RequestError(
-                409, "No episode is running. Call reset first; over HTTP send the episode_id that it returned."
-            )
+        episode = self._current(episode_id)
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._episodes.attempt(episode, action)
@@ -92,7 +89,12 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
     @property
     def state(self) -> SqlState:
         """Return the state of this session's episode."""
-        return SqlState() if self._episode is None else self._episode.state()
+        return self._current().state()
+
+    def _current(self, episode_id: str | None = None) -> Episode:
+        if episode_id is not None:
+            return self._episodes.find(episode_id)
+        return self._episode or self._episodes.latest(self._client)
 
     def get_metadata(self) -> EnvironmentMetadata:
         """Return what OpenEnv shows of the environment."""

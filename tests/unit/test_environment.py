@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sql_env import SqlAction, SqlEnvClient, SqlObservation, SqlState
+from sql_env import SqlAction, SqlEnvClient, SqlObservation
 from sql_env.server.episodes import Episodes, RequestError
 from sql_env.server.sql_environment import SqlEnvironment
 from sqlbench.agent.prompts import STRATEGIES
@@ -149,6 +150,33 @@ def test_openenv_accepts_the_server(server):
     assert report["passed"] and report["mode"] == "simulation" and not report["summary"]["failed_criteria"]
 
 
+def test_openenv_accepts_the_folder(repo):
+    command = [sys.executable, "-m", "openenv.cli", "validate", ".", "--json"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=repo / "sql_env")
+    report = json.loads(shown.stdout)
+    assert report["passed"] and all(report["deployment_modes"].values()), report
+
+
+def test_without_an_id_a_request_means_the_latest_episode_of_its_address(server):
+    """The three documented calls in a row, from two addresses of this machine at the same time."""
+
+    def call(source: str, path: str, body: dict | None = None) -> dict:
+        connection = http.client.HTTPConnection(*server.url[7:].split(":"), source_address=(source, 0))
+        header = {"Content-Type": "application/json"}
+        connection.request("GET" if body is None else "POST", path, body and json.dumps(body), header)
+        return json.loads(connection.getresponse().read())
+
+    attempt = {"action": {"strategy": "generate", "sql": WRONG}}
+    for answer in (call("127.0.0.2", "/state"), call("127.0.0.2", "/step", attempt)):
+        assert answer == {"detail": "No episode is running. Call reset first, or give the episode_id of one."}
+    old, other, new = (call(f"127.0.0.{n}", "/reset", {})["observation"]["episode_id"] for n in (2, 3, 2))
+    assert call("127.0.0.2", "/step", attempt)["observation"]["episode_id"] == new
+    assert call("127.0.0.3", "/state")["episode_id"] == other
+    states = [call("127.0.0.3", f"/state?episode_id={name}") for name in (old, other, new)]
+    assert [state["step_count"] for state in states] == [0, 0, 1]
+    assert call("127.0.0.2", "/state") == states[2]
+
+
 def test_an_http_episode_is_kept_by_its_id_and_solved_by_a_query_of_the_caller(server):
     task = server.tasks[0]
     start = server.reset(task_id=task.task_id)
@@ -215,7 +243,6 @@ def test_what_writes_is_refused_and_counts_as_an_attempt(server):
         ("/reset", {"seed": float("nan")}, 422, "should be a finite number"),
         ("/reset", {"task_id": "\ud800"}, 404, r"dev_seen_pretrain: \ufffd."),
         ("/step", {"action": {"strategy": "generate"}, "episode_id": ["@"]}, 422, "Invalid episode_id"),
-        ("/step", {"action": {"strategy": "generate"}}, 409, "Call reset first; over HTTP send the episode_id"),
         ("/step", {"action": {"strategy": "generate"}, "episode_id": "x"}, 404, "expired episode: x"),
         ("/step", {"action": {"strategy": "guess"}, "episode_id": "@"}, 422, "Unknown strategy: guess. Choose one of"),
         (
@@ -252,7 +279,8 @@ def test_text_that_is_no_unicode_is_answered(server):
 
 def test_the_page_of_openenv_plays_an_episode(server):
     """`ENABLE_WEB_INTERFACE=true`: its own calls, and what its buttons send through Gradio."""
-    assert server.call("/web/state")[0] == 200
+    status, answer = server.call("/web/state")
+    assert status == 409 and "Call reset first" in answer["detail"]
     status, start = server.call("/web/reset", {})
     assert status == 200 and start["observation"]["attempts_left"] == 5
     for strategy in ("generate", "fix_column"):  # by the server's model
@@ -350,9 +378,9 @@ def test_tasks_and_info_say_what_is_served(server):
 def test_a_websocket_session_keeps_its_episode_and_survives_mistakes(server):
     task = server.tasks[7]
     with SqlEnvClient(base_url=server.url).sync() as client:
-        assert client.state() == SqlState()
-        with pytest.raises(RuntimeError, match=r"No episode is running. Call reset first"):
-            client.step(SqlAction(strategy="generate"))
+        for call in (client.state, lambda: client.step(SqlAction(strategy="generate"))):
+            with pytest.raises(RuntimeError, match=r"No episode is running. Call reset first"):
+                call()
         start = client.reset(task_id=task.task_id)
         assert isinstance(start.observation, SqlObservation) and start.observation.question == task.question
         with pytest.raises(RuntimeError, match="Unknown strategy: guess"):
@@ -524,7 +552,7 @@ def test_nano_plays_an_episode(pocket):
 def test_the_manifest_names_an_application_that_starts(repo, pocket, monkeypatch):
     from uvicorn.importer import import_from_string
 
-    manifest = yaml.safe_load((repo / "openenv.yaml").read_text())
+    manifest = yaml.safe_load((repo / "sql_env/openenv.yaml").read_text())
     monkeypatch.setenv("SQLBENCH_DATA", str(pocket.root))
     assert manifest["name"] == "sqlbench"
     assert {"/reset", "/step", "/state", "/env/tasks"} <= {r.path for r in import_from_string(manifest["app"]).routes}

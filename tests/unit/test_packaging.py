@@ -73,6 +73,13 @@ def test_constraints_are_what_is_installed(repo):
     assert not wrong, f"installed and pinned versions differ: {wrong}; run make install"
 
 
+def test_the_lock_of_the_environment_has_the_measured_versions(repo):
+    locked = {p["name"]: p.get("version") for p in tomllib.loads((repo / "sql_env/uv.lock").read_text())["package"]}
+    pins = constraints(repo)
+    assert {"openenv-core", "sqlbench", "torch"} <= locked.keys()
+    assert not {name: (v, pins[name]) for name, v in locked.items() if name in pins and v != pins[name]}
+
+
 def test_every_upper_bound_of_training_says_why(repo):
     text = (repo / "pyproject.toml").read_text()
     block = text[text.index("train = [") : text.index("\n]", text.index("train = ["))]
