@@ -81,9 +81,11 @@ class LocalAdapter(BaseRollout):
         weights: Generator[tuple[str, torch.Tensor], None, None],
         global_steps: int | None = None,
         wire_format: str = "named_tensors",
+        peft_config: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         if wire_format != "named_tensors":
             raise ValueError(f"Unsupported wire_format of the local rollout engine: {wire_format}. Use named_tensors.")
         named = [(name, tensor.detach().cpu()) for name, tensor in weights]
-        await self._server().update_weights.remote(named, global_steps)
+        scale = None if peft_config is None else peft_config["lora_alpha"] / peft_config["r"]
+        await self._server().update_weights.remote(named, global_steps, scale)

@@ -29,6 +29,7 @@ class LocalServer:
 
         self.engine = LocalEngine(path, device, dtype, threads, max_model_len)
         self.steps = 0
+        self._base: dict[str, Any] = {}  # weights of the checkpoint, where adapters to them come
 
     def node(self) -> str:
         """Id of the node that this server runs on."""
@@ -40,8 +41,16 @@ class LocalServer:
         """Return the answers, and the number of updates that the sampling weights had seen."""
         return self.engine.generate(requests), self.steps
 
-    def update_weights(self, named: list[tuple[str, Any]], steps: int | None) -> None:
-        """Take over the trainer's weights; `steps` is the number of updates they have seen."""
+    def update_weights(self, named: list[tuple[str, Any]], steps: int | None, scale: float | None = None) -> None:
+        """Take over the trainer's weights; `steps` is the number of updates they have seen.
+
+        With a `scale` they are LoRA adapters to the weights of the checkpoint.
+        """
+        if scale is not None:
+            from verl_cpu.lora import merged
+
+            self._base = self._base or {name: t.clone() for name, t in self.engine.model.state_dict().items()}
+            named = list(merged({name: t.to(self.engine.device) for name, t in named}, self._base, scale))
         self.engine.load(named)
         self.steps = self.steps if steps is None else steps
 

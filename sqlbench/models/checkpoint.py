@@ -18,7 +18,7 @@ def check_checkpoint(path: str | Path) -> Path:
     """Return the path of a usable checkpoint folder.
 
     Raises:
-        ModelError: not a folder, or weights, config or tokenizer are missing.
+        ModelError: not a folder, only a LoRA adapter, or weights, config or tokenizer are missing.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -26,8 +26,14 @@ def check_checkpoint(path: str | Path) -> Path:
             f"No checkpoint folder: {path}. Give 'nano', a folder in Hugging Face format or a name on the hub "
             "(owner/name); an endpoint, where it can be used, is openai:NAME."
         )
+    weights = [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]
+    if (folder / "adapter_config.json").is_file() and not weights:
+        raise ModelError(
+            f"Only a LoRA adapter: {folder}. Merge it into its model with peft (merge_and_unload), save that with its "
+            "tokenizer, and give the folder."
+        )
     missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
-    if not list(folder.glob("*.safetensors")):
+    if not weights:
         missing.append("*.safetensors")
     if missing:
         raise ModelError(f"Not a complete Hugging Face checkpoint: {folder}. Add {', '.join(missing)}.")

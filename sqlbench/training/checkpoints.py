@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sqlbench.errors import TrainingError
 from sqlbench.runs import RunFolder, write_whole
+from verl_cpu.lora import merged
 
 
 def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
     """Copy the newest checkpoint of a run to ``<run>/policy`` as a complete Hugging Face folder, and return it.
 
-    Tokenizer and family files come from the policy that training started from, byte by byte.
+    Tokenizer and family files come from the policy that training started from, byte by byte. LoRA adapters are merged.
 
     Args:
         run: run folder.
@@ -29,6 +32,8 @@ def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
     target, building = run / "policy", run / ".policy.new"
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(saved, building)
+    if (note := saved.with_name("lora_train_meta.json")).is_file():
+        _merge_adapters(building, json.loads(note.read_text()))
     record = RunFolder(run).config()
     start = Path(start or record["config"]["sqlbench"]["model"])
     if record["model_files"] and not start.is_dir():
@@ -38,6 +43,22 @@ def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     building.rename(target)
     return target
+
+
+def _merge_adapters(folder: Path, trained: dict[str, Any]) -> None:
+    """Replace weights as verl saves them, with adapters beside and under peft's names, by those of a plain model."""
+    from safetensors.torch import load_file, save_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    plain = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): t for n, t in saved.items()}
+    weights = {name: tensor for name, tensor in plain.items() if ".lora_" not in name}
+    if json.loads((folder / "config.json").read_text()).get("tie_word_embeddings"):
+        weights.pop("lm_head.weight", None)
+    weights |= merged(saved, weights, trained["lora_alpha"] / trained["r"])
+    for file in [*files, *folder.glob("*.safetensors.index.json")]:
+        file.unlink()
+    save_file({n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 def copy_tokenizer(start: Path, policy: Path) -> None:

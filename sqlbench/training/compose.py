@@ -176,6 +176,8 @@ def _check_values(config: DictConfig, given: dict[str, Any]) -> None:
         first = error.errors()[0]
         why = f"Invalid sqlbench.{first['loc'][0]}: {first['input']} ({first['msg']})"
         raise TrainingError(f"{why}. Correct the override.") from error
+    if type(rank := config.actor_rollout_ref.model.lora_rank) is not int or rank < 0:
+        raise TrainingError(f"Invalid actor_rollout_ref.model.lora_rank: {rank}. Give a whole number; 0 is no LoRA.")
     copies = config.sqlbench.stop_repetition
     if copies is not None and (type(copies) is not int or copies < 2):
         raise TrainingError(f"Invalid sqlbench.stop_repetition: {copies}. Give a whole number of at least 2, or null.")

@@ -26,10 +26,6 @@ SAMPLINGS = ("uniform", "dynamic", "success-rate")
 """See `sqlbench.training.sampling`."""
 _MODE = "sqlbench has its own synchronous trainer", "Leave the key out."
 _REWARD = "verl's own rewards are never used", "Give a reward of your own as sqlbench.reward=module:attribute."
-_LORA = (
-    "verl saves adapters apart from the policy, which an evaluation needs whole",
-    "Train all weights, as by default.",
-)
 FIXED = {
     "trainer.v1.trainer_mode": ("sqlbench", _MODE),
     "trainer.use_v1": (True, _MODE),
@@ -38,9 +34,11 @@ FIXED = {
     "reward.custom_reward_function.path": (None, _REWARD),
     "reward_model.enable": (False, _REWARD),
     "reward.reward_model.enable": (False, _REWARD),
-    "actor_rollout_ref.model.lora_rank": (0, _LORA),
-    "actor_rollout_ref.model.lora_adapter_path": (None, _LORA),
-    "actor_rollout_ref.model.lora.rank": (0, _LORA),
+    "actor_rollout_ref.model.lora_adapter_path": (
+        None,
+        ("a training starts from whole weights", "Merge the adapter into its model, and give that as --model."),
+    ),
+    "actor_rollout_ref.model.lora.rank": (0, ("only Megatron reads it", "Give actor_rollout_ref.model.lora_rank.")),
 }
 """Keys of verl with only one value that works here, though verl would accept others, with why and what to do."""
 
@@ -221,6 +219,9 @@ def ask_verl(config: DictConfig) -> None:
     Raises:
         TrainingError: verl refuses it.
     """
+    if importlib.util.find_spec("vllm") is None:  # verl would import it to look at the rank of an adapter
+        config = config.copy()
+        config.actor_rollout_ref.model.lora.merge = True
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         from verl.trainer.ppo.utils import need_critic, need_reference_policy

@@ -278,7 +278,17 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
             TrainingError,
             "sqlbench.reward=module:attribute",
         ),
-        "lora": ({"data": data, "overrides": ["actor_rollout_ref.model.lora_rank=8"]}, TrainingError, "adapters"),
+        "lora": (
+            {"data": data, "overrides": ["actor_rollout_ref.model.lora.rank=8"]},
+            TrainingError,
+            "only Megatron reads it.. Give actor_rollout_ref.model.lora_rank",
+        ),
+        "adapter": (
+            {"data": data, "overrides": ["actor_rollout_ref.model.lora_adapter_path=mine"]},
+            TrainingError,
+            "starts from whole weights.. Merge the adapter",
+        ),
+        "rank": ({"data": data, "overrides": ["actor_rollout_ref.model.lora_rank=-1"]}, TrainingError, "lora_rank: -1"),
         "no policy": ({"data": data, "overrides": ["trainer.save_freq=-1"]}, TrainingError, "No policy would be saved"),
         "finished": ({"data": data, "run": "finished"}, RunError, "is already finished"),
         "own agent": (
@@ -398,7 +408,7 @@ ALWAYS += [
     "resampling",
 ]
 ALWAYS += ["recipe", "rows", "no turn", "no time", "repetition", "tokens", "log-prob tokens", "switch", "length"]
-ALWAYS += ["model length", "no policy", "no saving", "async", "reward", "new reward", "lora"]
+ALWAYS += ["model length", "no policy", "no saving", "async", "reward", "new reward", "lora", "adapter", "rank"]
 
 
 @pytest.mark.parametrize(

@@ -201,3 +201,21 @@ def test_the_validation_before_training_counts_where_it_is_the_only_one() -> Non
 def test_weights_that_do_not_fit_leave_no_cache() -> None:
     found = estimate(composed(), 436, gpu_bytes=6e9)
     assert found is not None and found.kv_tokens == 0 and found.rollout["KV cache"] == 0
+
+
+def test_lora_counts_the_adapters_that_peft_makes_and_trains_nothing_else() -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(NANO_PATH))
+        model = get_peft_model(plain, LoraConfig(r=4, target_modules="all-linear"))
+    made = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shape(str(NANO_PATH)).adapters(4) == made
+    whole, lora = (estimate(composed(*FAST, *extra), 1) for extra in ((), ("actor_rollout_ref.model.lora_rank=16",)))
+    assert whole is not None and lora is not None
+    p, a = whole.parameters, lora.parameters
+    assert a == shape(QWEN_3B).adapters(16) == 29_933_568
+    assert (lora.update["weights"], lora.update["gradients"], lora.update["Adam"]) == (4 * (p + a), 4 * a, 8 * a)
+    assert lora.update_peak < whole.update_peak and lora.disk["1 checkpoints"] == 8 * (p + a) + 8 * a

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pocket import NANO_PATH
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.cli import main
 from sqlbench.data.tasks import DataSet
@@ -508,3 +509,13 @@ def test_an_incomplete_checkpoint_is_refused_with_what_is_missing(
         ModelError, match=r"No checkpoint folder" if not missing else r"Not a complete .*(config|safetensors)"
     ):
         LocalChatModel(folder)
+
+
+def test_a_folder_with_nothing_but_an_adapter_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(NANO_PATH), LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"^Only a LoRA adapter: .*\. Merge it into its model with peft"):
+        LocalChatModel(tmp_path)
