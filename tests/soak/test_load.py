@@ -23,6 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import fmean, quantiles
 
+import httpx
 import psutil
 import pytest
 
@@ -163,6 +164,50 @@ def test_50_episodes_at_once_do_not_mix_and_memory_is_bounded(pocket: DataSet, m
     assert len(steps) >= 50 * 5 and most < 1.2 * warm + 20
     note("environment, 50 episodes for 60 s", f"{len(steps):,} steps, none mixed up, p99 {1000 * p99(steps):.0f} ms")
     note("memory of its server after 15 s, and at most", f"{warm:.0f} MB, {most:.0f} MB")
+
+
+def test_20_clients_of_the_api_get_their_own_answers_and_memory_is_bounded(model, tmp_path, note):
+    """One in four leaves before its answer is there."""
+    log, numbers, answers, memory, until = tmp_path / "err", itertools.count(1), [], [], size(4, 60)
+    with closing(sqlite3.connect(tmp_path / "shop.sqlite")) as connection, connection:
+        connection.execute("CREATE TABLE item (name TEXT)")
+
+    async def client(http: httpx.AsyncClient, end: float) -> None:
+        kept = False
+        while time.monotonic() < end or not kept:
+            number = next(numbers)
+            async with http.stream("POST", "/api/ask", json={"question": f"#{number}"}) as answer:
+                assert answer.status_code == 200
+                if number % 4 == 0:
+                    continue
+                told = await answer.aread()
+            done = json.loads(re.search(r"^event: done\ndata: (.*)$", told.decode(), re.M)[1])
+            assert done["result"]["rows"] == [[number]]
+            kept = not answers.append(number)
+
+    async def all_of_them(url: str, process: subprocess.Popen) -> None:
+        end = time.monotonic() + until
+
+        async def watch() -> None:
+            while time.monotonic() < end or len(memory) < 4:
+                memory.append(megabytes(process))
+                await asyncio.sleep(until / 40)
+
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=200) as http:
+            await asyncio.gather(watch(), *(client(http, end) for _ in range(20)))
+
+    limits = ["--concurrency", "40", "--per-client", "40"]  # a place is free a moment after its client has left
+    with running("api", "--db", "shop.sqlite", "--model", "openai:m", "--port", "0", *limits, log=log) as process:
+        deadline = time.monotonic() + 200
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        asyncio.run(all_of_them(found[0], process))
+    assert "Traceback" not in log.read_text()
+    warm, most = memory[len(memory) // 4], max(memory)
+    assert len(answers) >= 20 and most < 1.2 * warm + 20
+    note("API, 20 clients for 60 s", f"{len(answers):,} answers, none mixed up")
+    note("memory of the API's server after 15 s, and at most", f"{warm:.0f} MB, {most:.0f} MB")
 
 
 # --- the chat ---------------------------------------------------------------------------------------------------------
