@@ -36,7 +36,6 @@ from sqlbench.config import ApiConfig
 from sqlbench.errors import ModelError
 from sqlbench.models.chat import load_env
 from sqlbench.serve import listen
-from sqlbench.text import Text
 
 TOKEN = "SQLBENCH_TOKEN"
 LONGEST, LARGEST = 2000, 16_384
@@ -62,7 +61,7 @@ class Question(BaseModel):
     """A question in plain language."""
 
     model_config = ConfigDict(extra="forbid")
-    question: Annotated[Text, Field(min_length=1, max_length=LONGEST)]
+    question: Annotated[str, Field(min_length=1, max_length=LONGEST)]
 
 
 class _Stream:
