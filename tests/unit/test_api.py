@@ -77,7 +77,7 @@ def events(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -217,11 +217,12 @@ def test_beyond_this_machine_the_command_asks_for_a_token_of_its_own(pocket: Dat
             said = (tmp_path / "err").read_text()
             token, port = re.search(r"Token of this start: (\S+)\.", said)[1], re.search(r"0\.0\.0\.0:(\d+)", said)[1]
             url = f"http://127.0.0.1:{port}/api/info"
-            assert httpx.get(url, trust_env=False).status_code == 401
-            assert httpx.get(url, headers={"Authorization": f"Bearer {token}"}, trust_env=False).status_code == 200
+            assert httpx.get(url, trust_env=False, timeout=200).status_code == 401
+            header = {"Authorization": f"Bearer {token}"}
+            assert httpx.get(url, headers=header, trust_env=False, timeout=200).status_code == 200
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(100) == 130
+            assert process.wait(200) == 130
     assert "Traceback" not in (tmp_path / "err").read_text()
 
 
