@@ -1,7 +1,7 @@
 # One image for the chat, the environment and the questions API; compose.yaml runs them.
 FROM python:3.11-slim
 RUN useradd --create-home sqlbench
-WORKDIR /home/sqlbench/app
+WORKDIR /app
 COPY pyproject.toml constraints-laptop.txt README.md LICENSE ./
 COPY pocket pocket
 COPY sql_env sql_env

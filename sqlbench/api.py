@@ -21,12 +21,11 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi.datastructures import Headers
+from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException as NotServed
 
 import sqlbench
 from sqlbench.agent.prompts import extract_sql, parse_verdict
@@ -198,7 +197,7 @@ def create(answerer: Answerer, settings: ApiConfig, token: str | None) -> FastAP
         return _problem(error.status_code, str(error.detail))
 
     made.add_exception_handler(RequestValidationError, refuse)
-    made.add_exception_handler(NotServed, refuse)
+    made.add_exception_handler(StarletteHTTPException, refuse)
     return made
 
 
