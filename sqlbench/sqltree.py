@@ -131,13 +131,13 @@ def hardness(sql: str) -> str:
 def _counts(select: exp.Expression, set_operation: bool) -> tuple[int, int, int]:
     joins = select.args.get("joins") or []
     where, group, having, order = (select.args.get(k) for k in ("where", "group", "having", "order"))
-    where_units, having_units = _units(where and where.this), _units(having and having.this)
-    join_units = [unit for join in joins for unit in _units(join.args.get("on"))]
-    units = join_units + where_units + having_units
+    where_units, having_units = units(where and where.this), units(having and having.this)
+    join_units = [unit for join in joins for unit in units(join.args.get("on"))]
+    conditions = join_units + where_units + having_units
     ors = sum(_ors(part) for part in [where and where.this, having and having.this, *(j.args.get("on") for j in joins)])
-    likes = sum(isinstance(_positive(unit), (exp.Like, exp.ILike)) for unit in units)
+    likes = sum(isinstance(_positive(unit), (exp.Like, exp.ILike)) for unit in conditions)
     clauses = sum(clause is not None for clause in (where, group, order, select.args.get("limit")))
-    nested = set_operation + sum(len(_subqueries(unit)) for unit in units)
+    nested = set_operation + sum(len(_subqueries(unit)) for unit in conditions)
     aggregates = (
         sum(_has_aggregate(column) for column in select.expressions)
         + sum(isinstance(unit, exp.Not) for unit in where_units)  # the script counts NOT where it means aggregates
@@ -150,14 +150,14 @@ def _counts(select: exp.Expression, set_operation: bool) -> tuple[int, int, int]
     return clauses + len(joins) + ors + likes, nested, others
 
 
-def _units(condition: exp.Expression | None) -> list[exp.Expression]:
+def units(condition: exp.Expression | None) -> list[exp.Expression]:
     """Split a condition at AND and OR."""
     if condition is None:
         return []
     if isinstance(condition, exp.Paren):
-        return _units(condition.this)
+        return units(condition.this)
     if isinstance(condition, exp.Connector):
-        return _units(condition.left) + _units(condition.right)
+        return units(condition.left) + units(condition.right)
     return [condition]
 
 
@@ -268,12 +268,12 @@ def _components_of(tree: exp.Query | None) -> dict[str, Counter]:
                 parts["select"]["distinct"] += 1
             for clause in ("where", "having"):
                 if condition := node.args.get(clause):
-                    parts["where" if clause == "where" else "group"].update(_text(u) for u in _units(condition.this))
+                    parts["where" if clause == "where" else "group"].update(_text(u) for u in units(condition.this))
             if group := node.args.get("group"):
                 parts["group"].update(_text(key) for key in group.expressions)
             joins = node.args.get("joins") or []
             for join in joins:
-                parts["joins"].update(_text(unit) for unit in _units(join.args.get("on")))
+                parts["joins"].update(_text(unit) for unit in units(join.args.get("on")))
             sources = [node.args.get("from_"), *joins]
             if joins:
                 parts["joins"].update(s.this.name.lower() for s in sources if s and isinstance(s.this, exp.Table))
@@ -390,7 +390,7 @@ def subject(sql: str, dialect: str = "sqlite") -> Subject | None:
         tables=frozenset(t.name.lower() for t in tree.find_all(exp.Table) if t.name.lower() not in defined),
         columns=frozenset(columns),
         values=frozenset(values),
-        constant=any(_is_constant(unit) for condition in conditions for unit in _units(condition))
+        constant=any(_is_constant(unit) for condition in conditions for unit in units(condition))
         or any(not re.fullmatch(r"[1-9]\d*", limit.expression.sql()) for limit in tree.find_all(exp.Limit))
         or tree.find(exp.Offset) is not None,
     )
