@@ -29,6 +29,7 @@ from sqlbench.config import (
     EnvConfig,
     EvalConfig,
     ExportConfig,
+    EvolveConfig,
     NotebooksConfig,
     QueryTimeout,
     RunsConfig,
@@ -50,8 +51,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 GROUPS = {
     "": "Train and evaluate a self-correcting text-to-SQL agent.",
     "data": "Make and audit data sets.",
-    "nano": "The embedded policy.",
+    "nano": "Train the embedded policy.",
 }
+SECTIONS = {
+    "Data": ["data"],
+    "Evaluate": ["eval", "score", "runs", "show", "compare"],
+    "Train": ["train", "sft", "evolve", "ablate", "nano"],
+    "Use": ["ask", "chat", "serve", "env"],
+    "Look around": ["notebooks", "graph", "checks"],
+}
+"""The help lists commands under these titles."""
 Request = Annotated[
     str | None,
     Field(description="Request fields for an endpoint, a JSON object; null leaves one out. Also SQLBENCH_REQUEST."),
@@ -189,6 +198,14 @@ def _sft(settings: SftConfig) -> None:
     from sqlbench.training.sft import sft
 
     print(f"wrote {sft(settings)}")
+
+
+@command("evolve")
+def _evolve(settings: EvolveConfig, request: Request = None) -> None:
+    from sqlbench.evolve import PROMPTS, evolve
+
+    _send(request)
+    print(f"{evolve(settings)}\nwrote {settings.results / settings.profile / settings.run / PROMPTS}")
 
 
 @command("score")
@@ -329,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     harden()
     stop_when_told()
     try:
-        run_command(GROUPS, arguments)
+        run_command(GROUPS, SECTIONS, arguments)
         sys.stdout.flush()  # a disk that is full shows here
         sys.exit(0)
     except KeyboardInterrupt:

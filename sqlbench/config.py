@@ -39,6 +39,8 @@ Results = Annotated[Path, Field(description="Folder of all results.", exclude=Tr
 Overwrite = Annotated[bool, Field(description="Discard what the run folder holds.", exclude=True)]
 Overrides = Annotated[list[str], Field(description="For verl, passed on unchanged.", json_schema_extra={"flags": []})]
 Track = Annotated[str | None, Field(description="Send metrics to wandb, mlflow or tensorboard too.")]
+Prices = Annotated[Path | None, Field(description="TOML file, [prices.MODEL] with prompt and response.", exclude=True)]
+Cache = Annotated[Path | None, Field(description="Folder that keeps an endpoint's answers.", exclude=True)]
 Seed = Annotated[int, Field(description="Equal seeds give equal results.")]
 Metrics = Annotated[
     list[Literal["test-suite", "exact-match", "bird-ex", "soft-f1", "ves", "r-ves"]],
@@ -106,6 +108,8 @@ class EvalConfig(RolloutConfig, SamplingConfig):
     concurrency: int | None = Field(
         None, ge=1, description="Rollouts at a time; 16 for endpoints, else 128.", exclude=True
     )
+    prices: Prices = None
+    cache: Cache = None
     profile: Profile = "laptop"
     results: Results = RESULTS
     overwrite: Overwrite = False
@@ -123,6 +127,7 @@ class TrainConfig(Settings):
     control: str | None = Field(
         None, description="Rewards to learn nothing from: coin flips, or permuted in each task."
     )
+    prompts: str | None = Field(None, description="Short for sqlbench.prompts=nano, chat or a .toml file.")
     seed: int | None = Field(None, description="Short for sqlbench.seed=N.")
     query_timeout: float | None = Field(None, description="Short for sqlbench.query_timeout=SECONDS.")
     track: Track = None
@@ -163,6 +168,25 @@ class AblateConfig(Settings):
     track: Track = None
     results: Results = RESULTS
     dry_run: bool = Field(False, description="Only say what there is to do; with --only, the cell's config and needs.")
+
+
+class EvolveConfig(RolloutConfig):
+    """Rewrite a model's prompts with GEPA and keep what held-out tasks prove better; resumes where interrupted."""
+
+    data: Data = POCKET
+    split: str = Field("train", description="The split whose tasks are reflected on or held out.")
+    model: Model = "nano"
+    reflection: str | None = Field(None, description="Rewrites the prompts: openai:NAME; or else --model.")
+    cache: Cache = None
+    budget: int = Field(400, ge=1, description="Rollouts to spend; the last rewrite is finished.")
+    held_out: int = Field(40, ge=1, description="Tasks that decide which prompts are better.")
+    run: Run
+    agent: Agent = "self-correcting"
+    prompts: str | None = Field(None, description="Prompts to start from if not the model's own.")
+    seed: int = Field(0, description="Decides which tasks are held out, and GEPA's choices.")
+    profile: Profile = "laptop"
+    results: Results = RESULTS
+    overwrite: Overwrite = False
 
 
 class ScoreConfig(Settings):
@@ -251,7 +275,7 @@ class RunsConfig(Settings):
     """List runs, the newest first."""
 
     filter: str = Field("", description="Part of a run's name.", json_schema_extra={"flags": ["--filter"]})
-    kind: str | None = Field(None, description="eval, training or sft.")
+    kind: str | None = Field(None, description="eval, training, sft or evolve.")
     best: bool = Field(False, description="The most accurate first.")
     results: Results = RESULTS
 
@@ -261,10 +285,11 @@ class ShowConfig(Settings):
 
     run: Path = Field(description="Folder of a run, as results/laptop/baseline.", json_schema_extra={"flags": []})
     task: str | None = Field(None, description="Only this task, step by step.")
-    wrong: bool = Field(False, description="Only wrong rollouts.")
-    verbose: bool = Field(False, description="Show prompts and whole answers.")
+    wrong: bool = Field(False, description="Only wrong rollouts, by cause, with an example of each.")
+    verbose: bool = Field(False, description="Show prompts and whole answers; with --wrong, all rollouts.")
     html: Path | None = Field(None, description="Write the inspector's page to this file instead.")
-    limit: int = Field(40, ge=1, description="Rollouts to list.")
+    limit: int = Field(40, ge=1, description="Rollouts to list, of each cause with --wrong.")
+    prices: Prices = None
 
 
 class CompareConfig(Settings):
@@ -294,6 +319,7 @@ class ChatConfig(Settings):
     results: Results = RESULTS
     reflection: str | None = Field(None, description="Endpoint for prompt evolution, openai:NAME; or else --model's.")
     agent: Agent = "self-correcting"
+    prompts: str | None = Field(None, description="Prompts if not the model's own: nano, chat or a .toml file.")
 
 
 def takes(model: type[Settings], *positional: str) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:

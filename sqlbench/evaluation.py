@@ -35,6 +35,7 @@ from sqlbench.results import Rollouts, Summary, summarise
 from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, RunFolder, run_path
 from sqlbench.samples import estimate_samples, judge
+from sqlbench.usage import read_prices
 
 STOP_AFTER = 8
 """Abort after this many consecutive failures with the same message (three times as many with any message)."""
@@ -60,10 +61,12 @@ def evaluate(settings: EvalConfig) -> Summary:
     chosen = [task for task in tasks if task.scorable][: settings.limit]
     if not chosen:
         raise DataError(f"No scorable task in the split: {split} of {settings.data}. Choose another split.")
+    if settings.prices:
+        read_prices(settings.prices)  # refused now, not after hours
     model, prompts = settings.model, settings.prompts
     name = model if isinstance(model, str) else model.name
     if isinstance(model, str):
-        how = {name: getattr(settings, name) for name in ("temperature", "max_tokens", "timeout")}
+        how = {name: getattr(settings, name) for name in ("temperature", "max_tokens", "timeout", "cache")}
         model = open_model(model, **how)
     if not isinstance(prompts, Prompts):
         prompts = prompts_for(prompts or model.family)
@@ -71,7 +74,7 @@ def evaluate(settings: EvalConfig) -> Summary:
     config = {
         "kind": "eval",
         **settings.model_dump(exclude={*shape, "model", "prompts"}),
-        "data": _name(settings.data),
+        "data": dataset_name(settings.data),
         "model": name,
         "weights": _weights(model),
         "request": getattr(model, "request", {}),
@@ -93,11 +96,12 @@ def evaluate(settings: EvalConfig) -> Summary:
             found,
             tasks,
             model=name,
-            data=_name(settings.data),
+            data=dataset_name(settings.data),
             split=split,
             samples=estimate_samples(found, samples, judge(dataset, settings)) if samples > 1 else None,
             metrics=measure_rollouts(settings.metrics, scored, dataset, settings) if settings.metrics else {},
             seconds=time.perf_counter() - started,
+            prices=settings.prices,
         )
         folder.finish(summary)
     return summary
@@ -192,7 +196,8 @@ def _samplers(model: Model, samples: int, seed: int | None) -> list[Model]:
             f"Cannot draw {samples} samples at temperature 0: all are alike. Give a --temperature above 0."
         )
     if own is None:
-        return [model] * samples
+        numbered = getattr(model, "numbered", lambda _: model)  # an endpoint's cache tells samples apart
+        return [numbered(sample) for sample in range(samples)]
     base = getattr(model, "seed", 0) if seed is None else seed
     return [own(base), *(own(Random(f"{base} {sample}").getrandbits(63)) for sample in range(1, samples))]
 
@@ -236,7 +241,7 @@ def _weights(model: Model) -> str | None:
     return model.batched.engine.checksum() if isinstance(model, LocalChatModel) else None
 
 
-def _name(data: str | Path) -> str:
+def dataset_name(data: str | Path) -> str:
     """Name a data set as it is written to disk: a path relative where it lies below the working directory."""
     if is_plugin(data):
         return str(data)

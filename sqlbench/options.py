@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import get_annotations, signature
@@ -48,14 +49,17 @@ def command(name: str) -> Callable[[Function], Function]:
     return add
 
 
-def run_command(groups: Mapping[str, str], arguments: Sequence[str] | None) -> None:
+def run_command(
+    groups: Mapping[str, str], sections: Mapping[str, Sequence[str]], arguments: Sequence[str] | None
+) -> None:
     """Run the command that is asked for; end the process for a help text and for what is wrong in itself.
 
     Args:
         groups: what each group of commands is for; the program itself is the group ``""``, and the first.
+        sections: commands and groups by the title under which the help lists them.
         arguments: what is given; None for the process's own.
     """
-    known, rest = _parser(groups).parse_known_args(arguments)
+    known, rest = _parser(groups, sections).parse_known_args(arguments)
     given = vars(known)
     parser, name = given.pop("_parser"), given.pop("_command")
     if name is None:
@@ -82,14 +86,29 @@ def run_command(groups: Mapping[str, str], arguments: Sequence[str] | None) -> N
     function(**call)
 
 
-def _parser(groups: Mapping[str, str]) -> Parser:
-    root = Parser(prog="sqlbench", description=groups[""], allow_abbrev=False)
+def _parser(groups: Mapping[str, str], sections: Mapping[str, Sequence[str]]) -> Parser:
+    texts = {name: re.split("[;:.,]", model.__doc__ or "")[0] for name, (model, _) in COMMANDS.items()}
+    for group, text in groups.items():
+        members = ", ".join(name.split()[1] for name in COMMANDS if name.startswith(f"{group} "))
+        texts[group] = f"{text.rstrip('.')} ({members})"
+    lines = [groups[""], ""]
+    for title, names in sections.items():
+        lines += [f"{title}:", *(f"  {name:10} {texts[name]}" for name in names)]
+    lines += ["", "sqlbench COMMAND --help lists the options of a command."]
+    root = Parser(
+        prog="sqlbench",
+        usage="sqlbench [-h] [-V] COMMAND ...",
+        description="\n".join(lines),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     root.add_argument("-V", "--version", action="version", version=f"sqlbench {__version__}")
     below: dict[str, Any] = {}
     for group, text in groups.items():
         parser = below[""].add_parser(group, help=text, description=text) if group else root
         parser.set_defaults(_parser=parser, _command=None)
-        below[group] = parser.add_subparsers(title="commands", metavar="COMMAND")
+        shown: dict[str, Any] = {} if group else {"help": SUPPRESS, "prog": "sqlbench"}  # the sections list them
+        below[group] = parser.add_subparsers(title="commands", metavar="COMMAND", **shown)
     for name, (model, _) in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         parser = below[group].add_parser(last, help=model.__doc__, description=model.__doc__, allow_abbrev=False)

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -25,12 +26,14 @@ from sqlbench.errors import DataError
 from sqlbench.samples import Samples, result_of
 from sqlbench.sqltree import LEVELS, component_match, error_class
 from sqlbench.statistics import bootstrap, clustered, mcnemar, paired_bootstrap, wilson
+from sqlbench.usage import Usage
 
 TEXTS = ("task_key", "task_id", "db_id", "hardness", "question", "gold", "pred", "reason", "error")
 ROLLOUT = dict.fromkeys(TEXTS, object)
 ROLLOUT |= {"sample": int, "reward": float, "correct": float, "failed": bool, "turns": int, "seconds": float}
 CALL = {"rollout": int, "agent": object, "turn": int, "prompt": float, "response": float, "cut": bool}
 CALL |= {"temperature": float, "flaw": object, "sent": object, "says": object, "repeats": bool}
+CALL |= {"seconds": float, "cached": bool}
 QUERY = {"rollout": int, "turn": int, "sql": object, "ran": bool, "problem": object, "match": float, "result": object}
 QUERY |= {"stands": int}
 
@@ -56,7 +59,8 @@ class Rollouts(NamedTuple):
             for x, again in zip(t.transitions, repeated(t.transitions, t.executions), strict=True):
                 done, says = x.completion, parse_verdict(x.completion.text) if x.agent == "check" else None
                 tokens = done.prompt_tokens, done.response_tokens, done.finish_reason == "length"
-                calls.append((number, x.agent, x.turn, *tokens, done.temperature, done.flaw, _sent(done), says, again))
+                about = done.temperature, done.flaw, _sent(done), says, again, done.seconds, done.cached
+                calls.append((number, x.agent, x.turn, *tokens, *about))
             first, last = len(queries), len(queries) + len(t.executions) - 1
             answer = max((i for i, e in enumerate(t.executions, first) if e.sql == t.pred), default=last)
             for i, e in enumerate(t.executions, first):
@@ -213,6 +217,8 @@ class Summary(Record):
     """Means of further scores that were asked for (`sqlbench.metrics`), by hardness and under ``all``."""
     seconds: float
     """Wall-clock time of the session that finished the run."""
+    usage: Usage | None = None
+    """Tokens, seconds and cost of the model calls; None in a run of an earlier version."""
 
     def text(self) -> str:
         """The headline, for the command line."""
@@ -234,6 +240,7 @@ class Summary(Record):
             f"per transition: {_number(calls.prompt)} prompt and {_number(calls.response)} response tokens"
             + "".join(f"\nsent to the endpoint: {fields} ({_answers(count)})" for fields, count in self.sent.items())
             + (self.samples.text() if self.samples else "")
+            + (f"\n{self.usage.text()}" if self.usage else "")
         )
 
 
@@ -260,6 +267,7 @@ def summarise(
     samples: Samples | None = None,
     metrics: dict[str, dict[str, float]] | None = None,
     seconds: float = 0.0,
+    prices: Path | None = None,
 ) -> Summary:
     """Summarise rollouts; `tasks` adds the phrasing families and the count of unscorable tasks."""
     known = {task.key: (task.phrasing, task.kind) for task in tasks}
@@ -299,6 +307,7 @@ def summarise(
         components={name: mean(parts[name]) for name in sorted(parts)},
         metrics=metrics or {},
         seconds=seconds,
+        usage=Usage.of(found, model, prices),
     )
 
 

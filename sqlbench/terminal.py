@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from textwrap import indent
 from typing import Any
 
@@ -15,10 +16,13 @@ from sqlbench.answer import Answerer
 from sqlbench.config import AskConfig, CompareConfig, RunsConfig, ShowConfig
 from sqlbench.errors import DataError
 from sqlbench.evaluation import run_sync
+from sqlbench.mistakes import cause_table, mistakes
 from sqlbench.results import Rollouts, difference, in_order
 from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder, read_trajectories
 from sqlbench.statistics import clustered
-from sqlbench.widgets.view import outcome
+from sqlbench.text import clean
+from sqlbench.usage import Usage
+from sqlbench.widgets.view import outcome, page, table, token_diff
 
 WIDTH = 72
 """Characters of a question in a list."""
@@ -92,6 +96,7 @@ def _runs(settings: RunsConfig) -> Iterator[dict[str, Any]]:
         folder = RunFolder(file.parent)
         summary = folder.summary() if folder.finished else {}
         ours = config.get("config", {}).get("sqlbench", config)
+        usage = summary.get("usage") or {}
         ex = summary.get("score", {}).get("ex", summary.get("val_ex_last"))
         yield {
             "run": name,
@@ -100,6 +105,8 @@ def _runs(settings: RunsConfig) -> Iterator[dict[str, Any]]:
             "data": f"{ours.get('data', '')} {ours.get('split', '')}".strip(),
             "EX (%)": "" if ex is None else round(100 * ex, 1),
             "n": summary.get("score", {}).get("n", ""),
+            "p50 (s)": round(rollout["p50"], 2) if (rollout := usage.get("rollout")) else "",
+            "cost": "" if (cost := usage.get("calls", {}).get("all", {}).get("cost")) is None else f"{cost:.4g}",
             "state": "finished" if folder.finished else "unfinished",
             "changed": file.stat().st_mtime,
         }
@@ -114,17 +121,10 @@ def show(settings: ShowConfig) -> None:
     if not (settings.run / TRAJECTORIES).is_file():
         raise DataError(f"No rollouts in {settings.run}. Give the folder of an evaluation or training.")
     if settings.html is not None:
-        from sqlbench.widgets.inspector import Inspector
-
-        inspector = Inspector(settings.run)
-        if settings.task:
-            numbers = inspector.rollouts.index[inspector.rollouts["task"] == settings.task]
-            if numbers.empty:
-                raise DataError(f"No such task in {settings.run}: {settings.task}. Leave it out for a list.")
-            inspector.select(int(numbers[0]))
-        page = f"<!doctype html><meta charset='utf-8'><title>{settings.run.name}</title>{inspector.html()}"
-        settings.html.write_text(page, encoding="utf-8")
-        print(f"wrote {settings.html}")
+        _write_page(settings, settings.html)
+        return
+    if settings.wrong and not settings.task:
+        _print_mistakes(settings)
         return
     found = 0
     for record in read_trajectories(settings.run):
@@ -139,11 +139,42 @@ def show(settings: ShowConfig) -> None:
             question = " ".join(record.question.split())[:WIDTH]
             print(f"{outcome(record.correct, record.error):10} {record.task_id:24} {question}")
     if not found:
-        raise DataError(
-            f"No such rollout in {settings.run}: {settings.task or 'a wrong one'}. Leave it out for a list."
-        )
-    if not settings.task and found > settings.limit:
-        print(f"... {found - settings.limit} more (--limit)")
+        raise DataError(f"No such rollout in {settings.run}: {settings.task}. Leave it out for a list.")
+    if not settings.task:
+        if found > settings.limit:
+            print(f"... {found - settings.limit} more (--limit)")
+        model = RunFolder(settings.run).config().get("model", "") if (settings.run / CONFIG).is_file() else ""
+        print(f"\n{Usage.of(Rollouts.of(read_trajectories(settings.run)), model, settings.prices).text()}")
+
+
+def _write_page(settings: ShowConfig, file: Path) -> None:
+    from sqlbench.widgets.inspector import Inspector
+
+    inspector = Inspector(settings.run)
+    if settings.task:
+        numbers = inspector.rollouts.index[inspector.rollouts["task"] == settings.task]
+        if numbers.empty:
+            raise DataError(f"No such task in {settings.run}: {settings.task}. Leave it out for a list.")
+        inspector.select(int(numbers[0]))
+    causes = ""
+    if settings.wrong and not settings.task:
+        inspector.filter(outcome="wrong")
+        rows = cause_table(mistakes(settings.run)).itertuples(index=False)
+        cells = [[r.cause, r.rollouts, r.example, *token_diff(r.gold, r.predicted)] for r in rows]
+        causes = page(table(["cause", "rollouts", "example", "gold", "predicted"], cells))
+    head = f"<!doctype html><meta charset='utf-8'><title>{settings.run.name}</title>"
+    file.write_text(f"{head}{causes}{inspector.html()}", encoding="utf-8")
+    print(f"wrote {file}")
+
+
+def _print_mistakes(settings: ShowConfig) -> None:
+    found = mistakes(settings.run)
+    print(f"{len(found)} wrong rollout{'s' * (len(found) != 1)} by cause")
+    for cause, group in found.groupby("cause", sort=False):
+        print(f"\n{len(group):5} {cause}")
+        for row in group.head(settings.limit if settings.verbose else 1).itertuples():
+            for name, text in ((row.task, row.question), ("gold", row.gold), ("predicted", row.pred or "(none)")):
+                print(f"      {name:12} {' '.join(text.split())}")
 
 
 def _print_rollout(record: Trajectory, verbose: bool) -> None:

@@ -59,6 +59,11 @@ class Completion(Record):
     """Request fields, besides model and messages, that an endpoint accepted; None for other models."""
 
     @property
+    def cached(self) -> bool:
+        """Tell whether it came from a cache (`sqlbench.models.cache`): nothing was paid or waited for."""
+        return bool(self.sent and self.sent.get("cached"))
+
+    @property
     def empty(self) -> bool:
         """Tell whether nothing is left without the model's thinking."""
         _, closed, answer = self.text.rpartition("</think>")

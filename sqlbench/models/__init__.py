@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def open_model(
-    spec: str, *, temperature: float = 0.0, max_tokens: int | None = None, timeout: float | None = None
+    spec: str,
+    *,
+    temperature: float = 0.0,
+    max_tokens: int | None = None,
+    timeout: float | None = None,
+    cache: Path | None = None,
 ) -> Model:
     """Open ``nano``, ``openai:NAME``, ``module:attribute``, a checkpoint or run folder, or a Hugging Face name.
 
@@ -19,19 +24,24 @@ def open_model(
         temperature: 0 is greedy. A model of your own (``module:attribute``) samples as it is set itself.
         max_tokens: tokens of an answer at most; None is the model's own default.
         timeout: seconds one call to an endpoint may take.
+        cache: folder that keeps an endpoint's answers.
 
     Raises:
         ModelError: the model does not exist or cannot be loaded.
     """
+    from sqlbench.errors import ModelError
+
     limits: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
     if spec.startswith("openai:"):
-        from sqlbench.errors import ModelError
         from sqlbench.models.chat import EndpointChatModel
 
         if spec == "openai:":
             raise ModelError("No model named: openai:. Write openai:NAME, as the endpoint calls it.")
         deadline: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-        return EndpointChatModel(spec.removeprefix("openai:"), temperature=temperature, **limits, **deadline)
+        how = limits | deadline
+        return EndpointChatModel(spec.removeprefix("openai:"), temperature=temperature, cache=cache, **how)
+    if cache is not None:
+        raise ModelError(f"No cache for answers of {spec}: only those of an endpoint are kept. Leave out --cache.")
     from sqlbench.interfaces import is_plugin, load_plugin
 
     if is_plugin(spec):

@@ -14,8 +14,11 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
+from copy import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -23,6 +26,7 @@ from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError
 from sqlbench.masking import mask
 from sqlbench.models.base import merge_messages
+from sqlbench.models.cache import AnswerCache
 from sqlbench.text import CleanPieces
 
 RETRIES = 3
@@ -69,6 +73,8 @@ class EndpointChatModel:
         timeout: seconds one call may take, retries included.
         request: further fields of every request, which take precedence; None leaves a field out. By default those of
             the environment variable ``SQLBENCH_REQUEST``.
+        cache: folder that keeps answers (`sqlbench.models.cache`): a request that it knows is not sent. Where answers
+            are sampled, the nth time the same request is made in a sample (`numbered`) is a request of its own.
 
     Raises:
         ModelError: neither an address nor a key is set, one of them cannot be used, or ``.env`` cannot be read.
@@ -82,6 +88,7 @@ class EndpointChatModel:
         max_tokens: int = 2048,
         timeout: float = 120.0,
         request: Mapping[str, Any] | None = None,
+        cache: Path | str | None = None,
     ) -> None:
         load_env()
         self.name = f"openai:{model}"
@@ -101,7 +108,9 @@ class EndpointChatModel:
         self.max_tokens = max_tokens
         self.timeout = timeout
         self.request = read_request(os.environ.get(REQUEST, "")) if request is None else dict(request)
-        self._refused: frozenset[str] = frozenset()
+        self.cache = None if cache is None else AnswerCache(cache)
+        self._sample, self._asked = 0, Counter[str]()
+        self._refused: set[str] = set()
         """Fields that the endpoint does not take; ``system`` stands for system messages."""
         self._clients: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncIterator[None]]] = {}
 
@@ -112,6 +121,37 @@ class EndpointChatModel:
         temperature: float | None = None,
     ) -> Completion:
         """Answer one prompt; see `sqlbench.interfaces.Model.complete`."""
+        if self.cache is None:
+            return await self._complete(messages, on_text, temperature)
+        key = self._key_of(messages, temperature)
+        if (known := self.cache.get(key)) is not None:
+            if on_text is not None:
+                on_text(known.text)
+            return known
+        answer = await self._complete(messages, on_text, temperature)
+        if not answer.empty:
+            self.cache.put(key, answer)
+        return answer
+
+    def numbered(self, sample: int) -> EndpointChatModel:
+        """Return this model for one of several samples: each has answers of its own in the cache."""
+        made = copy(self)
+        made._sample, made._asked = sample, Counter()
+        return made
+
+    def _key_of(self, messages: list[Message], temperature: float | None) -> str:
+        fields = self._fields(frozenset(), temperature)
+        request = {"url": self.base_url, "model": self.model, "fields": fields}
+        request["messages"] = [(m.role, m.content) for m in messages]
+        key = AnswerCache.key(request)
+        if fields.get("temperature") == 0:
+            return key
+        self._asked[key] += 1
+        return AnswerCache.key({"request": key, "sample": self._sample, "time": self._asked[key]})
+
+    async def _complete(
+        self, messages: list[Message], on_text: Callable[[str], None] | None, temperature: float | None
+    ) -> Completion:
         import openai
         from langsmith import tracing_context
 
@@ -159,7 +199,7 @@ class EndpointChatModel:
         """Return the answer and the request fields that brought it, without those that the endpoint refused."""
         import openai
 
-        refused, chat = self._refused, await self._chat()
+        refused, chat = frozenset(self._refused), await self._chat()
         while True:
             fields = self._fields(refused, temperature)
             merged = merge_messages(messages) if "system" in refused else messages
@@ -217,8 +257,9 @@ class EndpointChatModel:
             )
             closing = _closed_at_the_end(client)
             await anext(closing)
-            open_ones = {k: v for k, v in self._clients.items() if not k.is_closed()}
-            self._clients = open_ones | {loop: (client, closing)}
+            for closed in [k for k in self._clients if k.is_closed()]:
+                del self._clients[closed]
+            self._clients[loop] = client, closing
         return self._clients[loop][0]
 
     def _one_line(self, text: str, max_chars: int = 200) -> str:

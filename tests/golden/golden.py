@@ -107,7 +107,7 @@ def rollouts(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     prompts, config = prompts_for("chat"), RolloutConfig(max_turns=2, table_info_truncate=300, strict=False)
     for task in dataset.load("dev")[:CHAT]:
         records.append(asyncio.run(rollout(task, database, model, prompts, config)))
-    facts = summary.model_dump(mode="json", exclude={"data", "seconds", "rollout_seconds"})
+    facts = summary.model_dump(mode="json", exclude={"data", "seconds", "rollout_seconds", "usage"})
     return [shape(t) for t in records], facts
 
 

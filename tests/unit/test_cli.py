@@ -20,6 +20,7 @@ from sqlbench import __version__
 from sqlbench.cli import main
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.home import FOLDERS
+from sqlbench.options import COMMANDS
 from sqlbench.runs import RunFolder
 
 COMMAND = [sys.executable, "-c", "from sqlbench.cli import main; main()"]
@@ -127,6 +128,16 @@ def test_the_command_says_its_version(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out == f"sqlbench {__version__}\n"
+
+
+def test_the_help_is_one_screen_and_lists_every_command_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and line[2] != "-"]
+    assert sorted(listed) == sorted({name.split()[0] for name in COMMANDS})
+    assert "  data       Make and audit data sets (pocket, spider, audit" in "\n".join(lines)
 
 
 def test_a_command_without_its_command_shows_help(capsys):

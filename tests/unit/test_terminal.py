@@ -106,9 +106,10 @@ def test_runs_are_listed_and_the_best_comes_first(tmp_path: Path, capsys: pytest
 def test_rollouts_are_listed_and_one_is_shown_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", made("a", 1.0), made("b", 0.0, "SELECT 2"), made("c", None))
     _, out, _ = call(capsys, "show", run)
-    assert [line.split()[:2] for line in out.splitlines()] == [["right", "a"], ["wrong", "b"], ["failed", "c"]]
+    listed, usage = out.split("\n\n")
+    assert [line.split()[:2] for line in listed.splitlines()] == [["right", "a"], ["wrong", "b"], ["failed", "c"]]
+    assert usage.splitlines()[1].split()[:2] == ["all", "9"] and "9 answers have no token counts" in usage
     assert call(capsys, "show", run, "--limit", 1)[1].splitlines()[1] == "... 2 more (--limit)"
-    assert call(capsys, "show", run, "--wrong")[1].split()[:2] == ["wrong", "b"]
     _, out, _ = call(capsys, "show", run, "--task", "b")
     steps = [out.index(text) for text in ("gold", "write (turn 1)", "SELECT 0", "check (turn 1)", "INCORRECT")]
     steps += [out.index(text) for text in ("rewrite (turn 2)", "SELECT 2", "answer")]
@@ -117,6 +118,36 @@ def test_rollouts_are_listed_and_one_is_shown_step_by_step(tmp_path: Path, capsy
     status, _, err = call(capsys, "show", run, "--task", "z")
     assert status == 1 and "No such rollout" in err and len(err.strip().splitlines()) == 1
     assert "No rollouts in" in call(capsys, "show", tmp_path)[2]
+
+
+def test_wrong_rollouts_are_shown_by_cause_with_gold_beside_the_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = [made("b", 0.0, "SELECT 2"), made("c", 0.0, "SELECT 1, 2"), made("d", 0.0, "SELECT 3")]
+    run = write_run(tmp_path / "run", made("a", 1.0), *wrong, made("e", None))
+    (run / "config.json").unlink()  # not a whole configuration
+    lines = [line.split() for line in call(capsys, "show", run, "--wrong")[1].splitlines() if line]
+    assert lines[0] == ["3", "wrong", "rollouts", "by", "cause"]
+    assert lines[1:5] == [
+        ["2", "other", "difference"],
+        ["b", "question", "b?"],
+        ["gold", "SELECT", "1"],
+        ["predicted", "SELECT", "2"],
+    ]
+    assert lines[5:] == [
+        ["1", "extra", "column"],
+        ["c", "question", "c?"],
+        lines[3],
+        ["predicted", "SELECT", "1,", "2"],
+    ]
+    assert "question d?" in call(capsys, "show", run, "--wrong", "--verbose")[1]
+    page = tmp_path / "page.html"
+    call(capsys, "show", run, "--wrong", "--html", page)
+    assert "extra column" in page.read_text() and "<ins>2</ins>" in page.read_text()
+    assert "question a?" not in page.read_text(), "right rollouts are filtered out"
+    none = write_run(tmp_path / "none", made("a", 1.0))
+    (none / "config.json").unlink()
+    assert call(capsys, "show", none, "--wrong")[1] == "0 wrong rollouts by cause\n"
 
 
 def test_the_page_of_a_rollout_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
