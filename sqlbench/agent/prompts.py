@@ -90,6 +90,16 @@ class Prompts(Record):
         """The next message of a conversation: what the database answered."""
         return Message(role="user", content=self._component("conversation.user", execution=execution_text))
 
+    def toml(self) -> str:
+        """Write all components as a file that `prompts_for` reads."""
+        import tomli_w
+
+        tables: dict[str, Any] = {"family": self.family}
+        for name, text in self.components.items():
+            table, _, key = name.partition(".")
+            tables.setdefault(table, {})[key] = text
+        return tomli_w.dumps(tables, multiline_strings=True)
+
     def _component(self, name: str, **fields: str) -> str:
         return _FIELD.sub(lambda m: fields.get(m[1], m[0]), self.components[name])
 

@@ -85,7 +85,8 @@ class SqlAgentLoop(AgentLoopBase):
             record = failed_rollout(task, "database", error)
         else:
             parts = {kind: _part(kind, settings[kind]) for kind in ("agent", "reward")}
-            record = await rollout(task, database, model, prompts_for(settings.family), limits, **parts)
+            prompts = _prompts(settings.prompts or settings.family)
+            record = await rollout(task, database, model, prompts, limits, **parts)
         record = record.model_copy(
             update={"step": int(row["global_steps"]), "validation": validation, "sample": int(row["session_id"])}
         )
@@ -135,7 +136,7 @@ class SqlAgentLoop(AgentLoopBase):
         ]
 
 
-_dataset, _part = cache(open_dataset), cache(load_plugin)
+_dataset, _part, _prompts = cache(open_dataset), cache(load_plugin), cache(prompts_for)
 """One object per process."""
 
 

@@ -81,8 +81,8 @@ def compose(
         "sqlbench.model": model,
         "sqlbench.family": checkpoint_family(model),
     }
-    base = [f"{key}={_quoted(value)}" for key, value in arguments.items()]
-    base.append(f"sqlbench.control={_quoted(control) if control else 'null'}")
+    base = [f"{key}={quoted(value)}" for key, value in arguments.items()]
+    base.append(f"sqlbench.control={quoted(control) if control else 'null'}")
     if recipe is not None:
         if recipe not in (known := recipes()):
             raise TrainingError(f"Unknown recipe: {recipe}. Give one of: {', '.join(known)}.")
@@ -204,6 +204,6 @@ def tracking(backend: str) -> list[str]:
     return [f"trainer.logger=[console,file,{backend}]"]
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Quote a text for Hydra's override grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from sqlbench.agent.prompts import prompts_for
 from sqlbench.config import TrainConfig, takes
 from sqlbench.data.tasks import Task
 from sqlbench.errors import TrainingError
@@ -29,7 +30,7 @@ from sqlbench.models.hub import is_hub_name
 from sqlbench.profiles import Profile, find_profile
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder, append_line, lock, read_trajectories, run_path
 from sqlbench.training import checkpoints, processes
-from sqlbench.training.compose import compose, tracking
+from sqlbench.training.compose import compose, quoted, tracking
 from sqlbench.training.metrics import read_rows, step_metrics, write_rows
 from sqlbench.training.preflight import ask_verl, check, needs, planned_steps, preflight, too_small
 
@@ -60,6 +61,7 @@ def train(settings: TrainConfig) -> Path:
     short = {"seed": settings.seed, "query_timeout": settings.query_timeout}
     overrides = [*(tracking(settings.track) if settings.track else ()), *settings.overrides]
     overrides += [f"sqlbench.{key}={value}" for key, value in short.items() if value is not None]
+    overrides += [f"sqlbench.prompts={quoted(settings.prompts)}"] if settings.prompts else []
     folder = run_path(settings.results, settings.profile, settings.run).absolute()
     data = settings.data or Path(chosen.data)
     config = compose(
@@ -72,6 +74,8 @@ def train(settings: TrainConfig) -> Path:
         recipe=settings.recipe,
         control=settings.control,
     )
+    if str(config.sqlbench.prompts).endswith(".toml"):  # processes of the training may have another working directory
+        config.sqlbench.prompts = str(Path(config.sqlbench.prompts).absolute())
     chosen = chosen.on(config.trainer.device)
     if settings.dry_run:
         check(chosen, config)
@@ -95,6 +99,8 @@ def train(settings: TrainConfig) -> Path:
         "model_files": _model_digest(config.sqlbench.model),
         "config": _portable(OmegaConf.to_container(config, resolve=True)),
     }
+    if config.sqlbench.prompts:
+        record["prompts"] = prompts_for(config.sqlbench.prompts).components
     run_folder = RunFolder(folder)
     with lock(folder):  # an earlier attempt may still run and write, and nobody waits for it any more
         processes.end_earlier(folder / VERL_CONFIG)

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqlbench.agent.prompts import prompts_for
 from sqlbench.data.tasks import Task, headline_split, open_dataset
 from sqlbench.errors import SqlbenchError, TrainingError
 from sqlbench.estimate import GPU_BYTES, estimate, gpu_bytes
@@ -118,6 +119,7 @@ def check(profile: Profile, config: DictConfig) -> None:
     for key, (value, reason) in FIXED.items():
         if (found := OmegaConf.select(config, key)) not in (value, None):
             raise TrainingError(f"Unsupported {key}: {found} ({reason[0]}). {reason[1]}")
+    prompts_for(settings.prompts or settings.family)
     try:
         matched = [a for a in AGENTS if re.search(str(settings.trained_agents), a)]
         for kind in ("agent", "reward", "trainer"):

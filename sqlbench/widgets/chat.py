@@ -103,6 +103,7 @@ class ChatView(w.VBox):
         folder: where feedback, bandit and prompt generations are kept.
         reflection: endpoint for prompt evolution; by default the model itself, where it is one.
         agent: the built-in one, or ``module:attribute``.
+        prompts: family or TOML file to start from, if not the model's own.
         session: a session that is already open, in place of all the above.
     """
 
@@ -114,6 +115,7 @@ class ChatView(w.VBox):
         *,
         reflection: str | None = None,
         agent: str = "self-correcting",
+        prompts: str | None = None,
         session: ChatSession | None = None,
     ) -> None:
         self.session = session
@@ -122,7 +124,7 @@ class ChatView(w.VBox):
         self._task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._make_widgets()
-        self._in_background(self._open(data, model, folder, reflection, agent))
+        self._in_background(self._open(data, model, folder, reflection, agent, prompts))
 
     def _make_widgets(self) -> None:
         self._title, self._message, self._scores = (w.HTML(layout=_WIDE) for _ in range(3))
@@ -230,12 +232,10 @@ class ChatView(w.VBox):
         for button in self._examples.children:
             button.disabled = self.busy
 
-    async def _open(
-        self, data: Path | str | None, model: str, folder: Path | str, reflection: str | None, agent: str
-    ) -> None:
+    async def _open(self, data: Path | str | None, model: str, *how: Any) -> None:
         self._title.value = _html(HTML.title(f"loading {model} ..."))
         if self.session is None:
-            self.session = await in_thread(_open_session, data, model, folder, reflection, agent)
+            self.session = await in_thread(_open_session, data, model, *how)
         session = self.session
         self._title.value = _html(HTML.title(f"model {session.model.name}, learned state in {session.folder}"))
         self._component.options = list(session.evolution.prompts.components)
@@ -413,9 +413,16 @@ def diff_html(before: Mapping[str, str], after: Mapping[str, str]) -> Markup:
 
 
 def _open_session(
-    data: Path | str | None, model: str, folder: Path | str, reflection: str | None, agent: str
+    data: Path | str | None,
+    model: str,
+    folder: Path | str,
+    reflection: str | None,
+    agent: str,
+    prompts: str | None,
 ) -> ChatSession:
     if reflection is None and model.startswith("openai:"):
         reflection = model
     builtin = BuiltIn(data) if data is not None else None
-    return ChatSession(open_model(model), folder, builtin, reflection, agent=load_plugin("agent", agent))
+    return ChatSession(
+        open_model(model), folder, builtin, reflection, agent=load_plugin("agent", agent), prompts=prompts
+    )

@@ -36,7 +36,7 @@ def serve_chat(settings: ChatConfig, folder: Path) -> None:
         reason = os.strerror(error.errno or 0)
         raise ServerError(f"cannot listen on port {settings.port}: {reason}; choose another with --port") from error
     ensure_folders()
-    options = settings.model_dump(mode="json", include={"data", "model", "reflection", "agent"}) | {
+    options = settings.model_dump(mode="json", include={"data", "model", "reflection", "agent", "prompts"}) | {
         "folder": str(folder)
     }
     code = f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench.widgets.chat import ChatView\nChatView(**{options!r})"

@@ -27,7 +27,7 @@ from sqlbench.connection import LARGE, SMALL, Connection, Example, connect
 from sqlbench.data.tasks import Task, open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, RunError, SqlbenchError
-from sqlbench.evolve import Evolution, Feedback
+from sqlbench.generations import Evolution, Feedback
 from sqlbench.interfaces import Agent, Database, Model
 from sqlbench.rollout import RolloutContext, rollout, run_agent
 from sqlbench.text import clean
@@ -199,6 +199,7 @@ class ChatSession:
         reflection: the endpoint for prompt evolution, as ``openai:NAME``, or None.
         every: questions between two evolutions.
         agent: who answers; the self-correcting one by default.
+        prompts: family or TOML file to start from, if not the model's own.
 
     Raises:
         DataError: what is kept in the folder cannot be read.
@@ -213,6 +214,7 @@ class ChatSession:
         reflection: str | None = None,
         every: int = 4,
         agent: Agent | None = None,
+        prompts: str | None = None,
     ) -> None:
         self.model, self.folder, self.builtin = model, Path(folder), builtin
         self.agent = agent or SelfCorrectingAgent()
@@ -224,7 +226,7 @@ class ChatSession:
         self.bandit, trial = self._bandit(), self._bandit()
         self.evolution = Evolution(
             self.folder,
-            prompts_for(model.family),
+            prompts_for(prompts or model.family),
             reflection,
             every,
             model=model.name,  # one of its own: this one may be answering a question meanwhile

@@ -895,3 +895,34 @@ def test_every_training_of_a_machine_has_a_job_number_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     own, seen = done.stdout.split()[-2:]
     assert own == seen, done.stderr
+
+
+def test_a_training_samples_with_prompts_of_ones_own_and_refuses_what_is_none(pocket: DataSet, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from sqlbench.training.agent_loop import SqlAgentLoop
+    from sqlbench.training.preflight import check
+
+    class Server:
+        async def generate(self, **_: Any) -> Any:
+            extra = {"min_global_steps": 1, "max_global_steps": 1}
+            return SimpleNamespace(token_ids=[2], log_probs=[-1.0], extra_fields=extra, stop_reason="")
+
+    file, folder = tmp_path / "mine's.toml", tmp_path / "r"
+    file.write_text('family = "nano"\n[write]\nsystem = "write briefly"\n')
+    folder.mkdir()
+    config = composed("laptop", tmp_path, f'sqlbench.prompts="{file}"', f"sqlbench.data={pocket.root}")
+    loop = SqlAgentLoop(
+        SimpleNamespace(config=config), Server(), AutoTokenizer.from_pretrained(NANO_PATH), SimpleNamespace(config={})
+    )
+    task = pocket.load("train")[0]
+    row = {"extra_info": {"task": task.model_dump_json(), "validation": False}, "global_steps": 1, "session_id": 0}
+    assert asyncio.run(loop.run({}, **row))
+    (record,) = RunFolder(folder).trajectories()
+    assert record.transitions[0].messages[0].content == "write briefly"
+    check(PROFILES["laptop"], config)
+    file.write_text("[write]\nsistem = 'x'\n")
+    with pytest.raises(ModelError, match=r"Not a prompt component: write\.sistem"):
+        check(PROFILES["laptop"], config)
+    with pytest.raises(ModelError, match="Cannot read prompts from"):
+        train("laptop", "r", pocket.root, results=tmp_path, prompts="none.toml", dry_run=True)

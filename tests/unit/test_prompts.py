@@ -265,3 +265,23 @@ def test_a_file_of_something_else_is_refused_in_one_line(tmp_path, text, says):
     with pytest.raises(ModelError, match=says) as caught:
         prompts_for(str(mine))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["nano", "chat"])
+def test_prompts_written_as_a_file_are_read_back_letter_for_letter(tmp_path, family):
+    prompts = prompts_for(family)
+    texts = [
+        '"""',
+        'ends in a quote"',
+        "\n\n  indented\n",
+        "C:\\new \x7f \x01",
+        "naïve \U0001f600",
+        "a\tb",
+        "''' \"\"",
+        "",
+    ]
+    for some in ({}, dict(zip(prompts.components, texts, strict=False))):
+        edited = prompts.model_copy(update={"components": prompts.components | some})
+        file = tmp_path / "mine.toml"
+        file.write_text(edited.toml(), encoding="utf-8")
+        assert prompts_for(str(file)) == edited
