@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cache
@@ -363,9 +363,22 @@ def cause_table(found: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns={"question": "example", "pred": "predicted"}).reset_index()
 
 
-def cause_counts(runs: Mapping[str, Path | str], data: Path | str | None = None) -> pd.DataFrame:
-    """Count the causes in several runs, one column each, the most frequent causes of all first."""
-    counts = {label: mistakes(folder, data)["cause"].value_counts() for label, folder in runs.items()}
-    table = pd.DataFrame(counts).fillna(0).astype(int)
-    order = sorted(table.index, key=lambda cause: (-table.loc[cause].sum(), cause))
-    return table.loc[order].rename_axis("cause").reset_index()
+def cause_changes(
+    pairs: Mapping[str, Sequence[Path | str]], data: Path | str | None = None, most: int = 6
+) -> pd.DataFrame:
+    """Count the causes before and after each training, the most frequent ones before it.
+
+    Args:
+        pairs: runs before and after, by training.
+        data: as for `mistakes`.
+        most: causes of each.
+    """
+    tables = []
+    for name, runs in pairs.items():
+        before, after = (mistakes(folder, data)["cause"].value_counts() for folder in runs)
+        table = (
+            pd.DataFrame({"before": before, "after": after}).fillna(0).astype(int).rename_axis("cause").reset_index()
+        )
+        table.insert(0, "Training", name)
+        tables.append(table.sort_values(["before", "cause"], ascending=[False, True]).head(most))
+    return pd.concat(tables, ignore_index=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,10 +15,14 @@ from pathlib import Path
 import pytest
 
 from sqlbench.agent.trajectory import Completion, Message
+from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import ModelError
+from sqlbench.evaluation import evaluate
 from sqlbench.models import open_model
 from sqlbench.models.cache import AnswerCache
 from sqlbench.models.chat import EndpointChatModel
+from sqlbench.runs import RunFolder
+from sqlbench.usage import Usage
 
 KEY = "sk-secret-0123456789"
 
@@ -158,3 +163,29 @@ def test_a_folder_that_cannot_be_written_and_a_model_without_a_cache_are_one_lin
         AnswerCache(tmp_path / "file").put("ab", Completion(text="x"))
     with pytest.raises(ModelError, match="No cache for answers of nano"):
         open_model("nano", cache=tmp_path)
+
+
+def test_an_evaluation_that_is_repeated_sends_and_pays_nothing(server: Server, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "database/a").mkdir(parents=True)
+    with sqlite3.connect(data / "database/a/a.sqlite") as connection:
+        connection.execute("CREATE TABLE t (x INTEGER)")
+    connection.close()
+    about = {"db_id": "a", "gold": "SELECT 1", "split": "dev"}
+    write_split(data, "dev", [Task(task_id=str(i), question=f"{i}?", **about) for i in range(3)])
+    (data / "dataset.json").write_text('{"name": "t", "headline": "dev"}')
+    (tmp_path / "prices.toml").write_text("[prices.m]\nprompt = 1\nresponse = 10\n")
+    server.say = "```sql\nSELECT {}\n```"
+
+    def run(name: str) -> tuple[Usage, dict[tuple[str, int], str | None]]:
+        options = {"samples": 2, "temperature": 1.0, "max_turns": 1, "results": tmp_path / "results"}
+        options |= {"cache": tmp_path / "cache", "prices": tmp_path / "prices.toml"}
+        summary = evaluate(data, "dev", "openai:m", name, **options)
+        records = RunFolder(tmp_path / "results/laptop" / name).trajectories()
+        assert summary.usage is not None
+        return summary.usage, {(t.task_id, t.sample): t.pred for t in records}
+
+    first, again = run("first"), run("again")
+    assert len(server.asked) == 6 and again[1] == first[1] and len(set(first[1].values())) == 6
+    assert first[0].calls["all"].cost == pytest.approx(6 * (7 * 1 + 2 * 10) / 1e6) and first[0].cached == 0
+    assert (again[0].calls["all"].cost, again[0].cached, again[0].rollout) == (0.0, 6, None)

@@ -29,6 +29,7 @@ from sqlbench.evolve import evolve, needs
 from sqlbench.generations import HELD_OUT, PROPOSALS, Evolution, Feedback, FeedbackStore
 from sqlbench.models import open_model
 from sqlbench.rollout import rollout
+from sqlbench.widgets.session import ChatSession
 
 CHAT = prompts_for("chat")
 ONE_QUERY = RolloutConfig(max_turns=1)
@@ -599,6 +600,8 @@ def test_the_command_evolves_prompts_on_a_split_and_every_command_takes_them(wor
     evolved = prompts_for(str(folder / "prompts.toml"))
     assert FIRST in evolved.components["write.system"] and evolved.family == "chat"
     assert world.accuracy(evolved) > world.accuracy(CHAT)
+    chat = ChatSession(open_model("openai:m"), tmp_path / "chat", prompts=str(folder / "prompts.toml"))
+    assert chat.evolution.prompts == evolved
     with pytest.raises(RunError, match="already finished"):
         run()
     with pytest.raises(DataError, match=r"Too few scorable tasks to hold out 60: 60 in train"):

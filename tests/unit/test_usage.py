@@ -59,7 +59,7 @@ def test_calls_are_added_up_by_sub_agent_those_of_failed_rollouts_too(prices: Pa
     }
     assert usage.calls["all"].cost == pytest.approx((7000 * 1 + 210 * 10) / 1e6)
     assert usage.calls["check"].cost == pytest.approx((2000 + 100) / 1e6)
-    assert usage.calls["write"].seconds == Latency(p50=2.0, p95=pytest.approx(3.8))
+    assert usage.calls["write"].seconds.model_dump() == pytest.approx({"p50": 2.0, "p95": 3.8})
     assert usage.rollout == Latency(p50=10.0, p95=10.0), "not of failed rollouts, nor of those with a cached answer"
     assert (usage.cached, usage.uncounted, usage.note) == (1, 1, "")
     text = usage.text()
