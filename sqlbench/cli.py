@@ -346,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     harden()
     stop_when_told()
     try:
-        run_command(GROUPS, SECTIONS, arguments)
+        run_command(GROUPS, arguments, SECTIONS)
         sys.stdout.flush()  # a disk that is full shows here
         sys.exit(0)
     except KeyboardInterrupt:

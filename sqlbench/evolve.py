@@ -216,18 +216,19 @@ def evolve(settings: EvolveConfig) -> str:
         best = Prompts(family=start.family, components=found.components)
         write_whole(folder.root / PROMPTS, [best.toml()])
         before, after = (pd.Series(scores) for scores in (found.before, found.after))
+        changed = [name for name, text in best.components.items() if text != start.components[name]]
         summary = {
             "score": Score.of(after, after.index).model_dump(),
             "baseline": Score.of(before, before.index).model_dump(),
-            "changed": [name for name, text in best.components.items() if text != start.components[name]],
+            "changed": changed,
             "rollouts": found.calls,
             "refused": found.refused,
         }
         folder.finish(summary)
-    changed = ", ".join(summary["changed"]) or "nothing: no rewrite answered more"
     return (
-        f"held-out EX {summary['baseline']['ex']:.1%} -> {summary['score']['ex']:.1%} of {len(held_out)} tasks of "
-        f"{settings.split}: {difference(before, after)}\nchanged: {changed}; {found.calls} rollouts\n"
+        f"held-out EX {before.mean():.1%} -> {after.mean():.1%} of {len(held_out)} tasks of {settings.split}: "
+        f"{difference(before, after)}\n"
+        f"changed: {', '.join(changed) or 'nothing, no rewrite answered more'}; {found.calls} rollouts\n"
         "These tasks chose the prompts: measure them on another split with sqlbench eval --prompts."
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import get_annotations, signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar, cast, get_args, get_origin
 
 from pydantic import ValidationError, create_model
@@ -50,14 +51,16 @@ def command(name: str) -> Callable[[Function], Function]:
 
 
 def run_command(
-    groups: Mapping[str, str], sections: Mapping[str, Sequence[str]], arguments: Sequence[str] | None
+    groups: Mapping[str, str],
+    arguments: Sequence[str] | None,
+    sections: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
     """Run the command that is asked for; end the process for a help text and for what is wrong in itself.
 
     Args:
         groups: what each group of commands is for; the program itself is the group ``""``, and the first.
-        sections: commands and groups by the title under which the help lists them.
         arguments: what is given; None for the process's own.
+        sections: commands and groups by the title under which the help lists them.
     """
     known, rest = _parser(groups, sections).parse_known_args(arguments)
     given = vars(known)

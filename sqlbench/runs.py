@@ -24,8 +24,8 @@ from sqlbench.agent.trajectory import Trajectory
 from sqlbench.errors import DataError, RunError
 
 CONFIG, TRAJECTORIES, METRICS, SUMMARY = "config.json", "trajectories.jsonl", "metrics.jsonl", "summary.json"
-PARTS = (SUMMARY, "checkpoints", "policy", "logs", "tensorboard", "wandb", "mlflow.db", "gepa", "prompts.toml")
-PARTS += (TRAJECTORIES, METRICS, CONFIG)
+_MADE = ("checkpoints", "policy", "logs", "tensorboard", "wandb", "mlflow.db", "gepa", "prompts.toml")
+PARTS = (SUMMARY, *_MADE, TRAJECTORIES, METRICS, CONFIG)
 """All that a run leaves in its folder, in the order in which it is discarded: a kill in between leaves a run that is
 not finished, never the checkpoints of another."""
 

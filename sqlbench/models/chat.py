@@ -141,9 +141,8 @@ class EndpointChatModel:
 
     def _key_of(self, messages: list[Message], temperature: float | None) -> str:
         fields = self._fields(frozenset(), temperature)
-        request = {"url": self.base_url, "model": self.model, "fields": fields}
-        request["messages"] = [(m.role, m.content) for m in messages]
-        key = AnswerCache.key(request)
+        said = [(m.role, m.content) for m in messages]
+        key = AnswerCache.key({"url": self.base_url, "model": self.model, "fields": fields, "messages": said})
         if fields.get("temperature") == 0:
             return key
         self._asked[key] += 1
@@ -199,7 +198,8 @@ class EndpointChatModel:
         """Return the answer and the request fields that brought it, without those that the endpoint refused."""
         import openai
 
-        refused, chat = frozenset(self._refused), await self._chat()
+        refused = frozenset(self._refused)
+        chat = await self._chat()
         while True:
             fields = self._fields(refused, temperature)
             merged = merge_messages(messages) if "system" in refused else messages
@@ -210,7 +210,7 @@ class EndpointChatModel:
                 else:
                     answer = await _stream(chat, prompt, fields, on_text)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                more = self._refused | refused | self._named(error.response.text, fields, merged)
+                more = refused | self._refused | self._named(error.response.text, fields, merged)
                 if more == refused:
                     raise
                 refused = more
