@@ -37,8 +37,8 @@ NO_SQL, DID_NOT_RUN, TOO_LONG, UNREADABLE = "no SQL", "did not run", "prompt too
 TABLE, JOIN, AGGREGATE, COLUMN = "wrong table", "wrong join", "wrong aggregate or grouping", "wrong column"
 EXTRA, MISSING, SET, CONDITION = "extra column", "missing column", "wrong set operation", "wrong condition"
 SPELLING, ORDER, DISTINCT, OTHER = "value spelled differently", "wrong order or limit", "DISTINCT", "other difference"
-MOST_PROJECTIONS = 100
-"""Choices of columns that are tried to find one result inside the other."""
+MOST_COLUMNS, MOST_PROJECTIONS = 100, 100
+"""Columns of a result that is searched for another, and choices of them that are tried."""
 MOST_CHARS = 200
 """Characters of a value that are compared for their spelling."""
 
@@ -97,7 +97,7 @@ def _by_results(gold: list[tuple], pred: list[tuple]) -> str | None:
 
 def _within(narrow: list[tuple], wide: list[tuple]) -> bool:
     """Tell whether some columns of one result are the other result, whatever the order of rows and columns."""
-    if len(narrow) != len(wide):
+    if len(narrow) != len(wide) or len(wide[0]) > MOST_COLUMNS:
         return False
     want, have = ([Counter(column) for column in zip(*rows, strict=True)] for rows in (narrow, wide))
     places = [[j for j, column in enumerate(have) if column == wanted] for wanted in want]
