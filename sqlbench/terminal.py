@@ -20,7 +20,6 @@ from sqlbench.mistakes import cause_table, mistakes
 from sqlbench.results import Rollouts, difference, in_order
 from sqlbench.runs import CONFIG, TRAJECTORIES, RunFolder, read_trajectories
 from sqlbench.statistics import clustered
-from sqlbench.text import clean
 from sqlbench.usage import Usage
 from sqlbench.widgets.view import outcome, page, table, token_diff
 
