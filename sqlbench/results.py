@@ -226,7 +226,7 @@ class Summary(Record):
         if self.failed and self.score_with_failed is not None:
             ex += f", with failed rollouts as wrong {self.score_with_failed}"
         for what, interval in (("databases", self.over_databases), ("constructs", self.over_constructs)):
-            ex += "" if interval is None else ", {:.1%} to {:.1%} over {}".format(*interval, what)
+            ex += "" if interval is None else f", {interval[0]:.1%} to {interval[1]:.1%} over {what}"
         if self.reward is not None and self.reward != self.score.ex:
             ex += f", mean reward {self.reward:.3f}"
         levels = ", ".join(f"{k} {v.ex:.1%}" for k, v in self.by_hardness.items() if v.ex is not None)
