@@ -459,7 +459,7 @@ def import_table(
         rows.add(file.name, split, _read(source, file.name), **columns)
         if address:
             (work / "database").mkdir()
-            (work / "database" / f"{one}.url").write_text(f"{address}\n", encoding="utf-8")
+            (work / "database" / f"{one}.url").write_text(address.replace(":@", "@", 1) + "\n", encoding="utf-8")
         else:
             with open_release(path) as release:
                 files = {one: [path.name]} if one else _databases(release, "", "")

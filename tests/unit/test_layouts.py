@@ -303,7 +303,7 @@ def test_an_address_is_stored_and_not_copied(tmp_path, postgres):
     file, out = own(tmp_path, "mine.csv", "question,gold\nHow many?,SELECT 1\n"), tmp_path / "out"
     assert sqlbench("data", "import", file, "--db", postgres, "--out", out) == 0
     (stored,) = (out / "database").iterdir()
-    assert stored.suffix == ".url" and stored.read_text() == f"{postgres}\n"
+    assert stored.suffix == ".url" and stored.read_text() == postgres.replace(":@", "@") + "\n"
     assert [task.db_id for task in DataSet(out).load("dev")] == [stored.stem]
 
 
