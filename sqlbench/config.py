@@ -192,7 +192,7 @@ class EvolveConfig(RolloutConfig):
 class ScoreConfig(Settings):
     """Score pairs of gold and predicted queries, by default with the reference evaluator's verdicts."""
 
-    data: Path = Field(description="Data set folder; a prediction has to match on each database/<db_id>/*.sqlite.")
+    data: Path = Field(description="Data set folder; a prediction has to match on each database of database/<db_id>/.")
     pairs: Path = Field(
         description="JSON lines with db_id, gold, pred (.jsonl or .jsonl.gz); predict.txt; BIRD's predict_dev.json."
     )
@@ -247,7 +247,7 @@ class EnvConfig(Settings):
 class QuestionConfig(RolloutConfig):
     """What questions are asked on, and what answers them."""
 
-    db: str = Field(description="A SQLite file, or postgresql://user@host:port/name; only ever read.")
+    db: str = Field(description="A SQLite, DuckDB, Parquet or CSV file, a folder, or postgresql://...; only ever read.")
     model: Model = "nano"
     agent: Agent = "self-correcting"
     prompts: str | None = Field(None, description="Prompt family or TOML file, if not the model's own.")

@@ -7,6 +7,7 @@ Every fault of the target raises a `DatabaseError` of one line that never shows 
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from pathlib import Path
 from sqlbench.agent.prompts import DIALECTS, extract_sql
 from sqlbench.agent.trajectory import Message
 from sqlbench.config import RolloutConfig
-from sqlbench.database.engine import is_postgres, open_database, sqlite_path
+from sqlbench.database.engine import open_database
 from sqlbench.database.schema import quote, schema_text
+from sqlbench.database.target import TARGETS, without_password
 from sqlbench.database.types import Column, Limits, Schema, Table
 from sqlbench.errors import DatabaseError
-from sqlbench.interfaces import Database, Model
+from sqlbench.interfaces import Database, Model, is_plugin, load_plugin
 from sqlbench.text import clean
 
 EXAMPLES = 5
@@ -29,7 +31,6 @@ SMALL, LARGE = RolloutConfig().table_info_truncate, 12_000
 _LIMITS = Limits(seconds=1.0, rows=1000)
 _SECONDS = 5.0
 """Seconds after which no further example is tried."""
-_KINDS_OF_TARGET = "the path of a SQLite file, :memory:, or postgresql://user@host:port/name"
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,22 @@ class Connection:
 
 
 def connect(target: str | Path | Database) -> Connection:
-    """Open a SQLite file (a path or ``sqlite:///path``), ``:memory:`` or a ``postgresql://`` address for reading.
-
-    A database object is taken as it is.
+    """Open a database for reading: whatever `sqlbench.database.target.TARGETS` names, or an object.
 
     Raises:
         DatabaseError: the target is not an address or a database, does not exist, or cannot be reached.
+        PluginError: ``module:attribute`` cannot be loaded.
     """
     if not isinstance(target, str | Path):
         return _connection(target)
-    text = sqlite_path(str(target).strip())
-    scheme = re.match(r"(\w+)(\+\w+)?:/", text)
-    if not text or (scheme and not is_postgres(text)):
-        what = f"Unsupported kind of database: {scheme[0].rstrip(':/')}" if scheme else "No database given"
-        raise DatabaseError(f"{what}. Give {_KINDS_OF_TARGET}.")
+    text = str(target).strip()
+    if not text:
+        raise DatabaseError(f"No database given. Give {TARGETS}.")
+    if is_plugin(text):
+        return _connection(load_plugin("database", text))
     try:
-        path = text if is_postgres(text) or text == ":memory:" else str(Path(text).expanduser())
-        return _connection(open_database(path))
+        return _connection(open_database(os.path.expanduser(text)))
     except DatabaseError as error:
-        from sqlbench.database.postgres import without_password
-
         raise DatabaseError(without_password(" ".join(str(error).split()))) from None
 
 

@@ -51,17 +51,16 @@ class Model(Protocol):
 
 
 class Database(Protocol):
-    """Executes read-only statements: a SQLite file, a ``postgresql://`` address, or your own.
+    """Executes read-only statements: a file, a ``postgresql://`` address, or your own.
 
-    Nothing but the database itself can enforce its limits: see `sqlbench.database.engine` for what SQLite and
-    PostgreSQL guarantee.
+    Nothing but the database itself can enforce its limits: see `sqlbench.database.engine` for what is guaranteed.
     """
 
     name: str
     target: str
     """Shown in messages."""
     dialect: str
-    """``sqlite``, ``postgresql``, or another one that sqlglot knows."""
+    """``sqlite``, ``postgresql``, ``duckdb``, or another one that sqlglot knows."""
     limits: Limits
 
     def schema(self) -> Schema:
@@ -161,7 +160,11 @@ _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 def is_plugin(name: object) -> bool:
     """Tell ``module:attribute`` from paths, addresses and ``openai:NAME``."""
     text = str(name)
-    return bool(_NAME.fullmatch(text)) and not text.startswith("openai:") and not Path(text).exists()
+    return (
+        bool(_NAME.fullmatch(text))
+        and not text.startswith(("openai:", "sqlite:", "duckdb:"))
+        and not Path(text).exists()
+    )
 
 
 def load_plugin(kind: str, name: str) -> Any:

@@ -28,7 +28,7 @@ from sqlbench.sqltree import LEVELS, component_match, error_class
 from sqlbench.statistics import bootstrap, clustered, mcnemar, paired_bootstrap, wilson
 from sqlbench.usage import Usage
 
-TEXTS = ("task_key", "task_id", "db_id", "hardness", "question", "gold", "pred", "reason", "error")
+TEXTS = ("task_key", "task_id", "db_id", "dialect", "hardness", "question", "gold", "pred", "reason", "error")
 ROLLOUT = dict.fromkeys(TEXTS, object)
 ROLLOUT |= {"sample": int, "reward": float, "correct": float, "failed": bool, "turns": int, "seconds": float}
 CALL = {"rollout": int, "agent": object, "turn": int, "prompt": float, "response": float, "cut": bool}
@@ -277,8 +277,8 @@ def summarise(
     scored = good[good["correct"].notna()]
     calls = found.calls[found.calls["rollout"].isin(good.index)]
     queries = found.queries[found.queries["rollout"].isin(good.index)]
-    pairs = zip(scored["gold"], scored["pred"].fillna(""), strict=True)
-    parts = pd.DataFrame([component_match(gold, pred) for gold, pred in pairs])
+    pairs = zip(scored["gold"], scored["pred"].fillna(""), scored["dialect"], strict=True)
+    parts = pd.DataFrame([component_match(*pair) for pair in pairs])
     return Summary(
         model=model,
         data=data,

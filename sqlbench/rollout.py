@@ -180,6 +180,7 @@ async def rollout(
     failed = context.error is not None
     return Trajectory(
         **_of(task),
+        dialect=database.dialect,
         transitions=context.transitions,
         executions=context.executions,
         pred=context.sql,

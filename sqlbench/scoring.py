@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sqlbench.config import ScoreConfig, takes
-from sqlbench.data.tasks import DataSet, headline_split
+from sqlbench.data.tasks import DataSet, find_databases, headline_split
 from sqlbench.database.engine import cached_database
 from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError, DataError
@@ -45,8 +46,7 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int | float]:
         DataError: an input is missing, or no line of it is a pair.
     """
     data, pairs, out, workers = settings.data, settings.pairs, settings.out, settings.workers
-    folder = data / "database"
-    if not folder.is_dir():
+    if not (data / "database").is_dir():
         raise DataError(f"No databases in {data}. Put them at database/<db_id>/<db_id>.sqlite.")
     if pairs.suffix in (".txt", ".json"):
         dataset = DataSet(data)
@@ -60,9 +60,9 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int | float]:
         raise DataError(f"No pairs in {pairs}{why}. Write one JSON object with db_id, gold and pred per line.")
     if out.exists() and out.samefile(pairs):
         raise DataError(f"Output would overwrite the pairs: {out}. Choose another file with --out.")
-    if not any(_databases(folder, row["db_id"]) for row in usable):
+    if not any(_databases(data, row["db_id"]) for row in usable):
         named = usable[0]["db_id"]
-        raise DataError(f"No database of {pairs} in {folder}, for example: {named}. Check --data.")
+        raise DataError(f"No database of {pairs} in {data / 'database'}, for example: {named}. Check --data.")
     counts: Counter[str] = Counter()
     if workers is None:  # forking is safe, and worth it, only from a process without threads
         workers = len(os.sched_getaffinity(0)) if len(rows) > 1000 and threading.active_count() == 1 else 1
@@ -73,7 +73,7 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int | float]:
         raise DataError(f"Cannot write {out}: {error.strerror}. Choose another file with --out.") from error
     how = settings.keep_distinct, settings.strict, Limits(seconds=settings.query_timeout), settings.metrics
     metrics: dict[str, list[float | None]] = {name: [] for name in settings.metrics}
-    jobs = ((str(folder), fault, [row.get(k) for k in FIELDS], *how) for row, fault in rows)
+    jobs = ((data, fault, [row.get(k) for k in FIELDS], *how) for row, fault in rows)
     with sink, tqdm(total=len(rows), desc="score", unit="pair", mininterval=0.5) as progress:
         for (row, _), (verdict, values) in zip(rows, _verdicts(jobs, workers), strict=True):
             row |= {"match": verdict.match, "reason": verdict.reason} | values
@@ -113,12 +113,12 @@ def _verdict_chunk(jobs: list[tuple]) -> list[tuple[Verdict, dict]]:
 
 def _verdict(job: tuple) -> tuple[Verdict, dict]:
     """Score one pair; the metrics too where the gold query can be scored."""
-    folder, fault, texts, keep_distinct, strict, limits, metrics = job
+    data, fault, texts, keep_distinct, strict, limits, metrics = job
     if fault:
         return Verdict(None, "bad_row", fault), {}
     db_id, gold, pred = [clean(text or "") for text in texts]
     try:
-        databases = [cached_database(path) for path in _databases(Path(folder), db_id)]
+        databases = [cached_database(path) for path in _databases(data, db_id)]
         if not databases:
             return Verdict(None, "no_database", f"no database {db_id!r}"), {}
         how = {"strict": strict, "keep_distinct": keep_distinct, "limits": limits}
@@ -131,17 +131,8 @@ def _verdict(job: tuple) -> tuple[Verdict, dict]:
         return Verdict(None, "no_database", str(error)), {}
 
 
-_files: dict[tuple[Path, str], list[Path]] = {}
-
-
-def _databases(folder: Path, db_id: str) -> list[Path]:
-    """Return every database file of one folder, as the reference evaluator takes them."""
-    if (folder, db_id) not in _files:
-        side_files = ("-journal", "-wal", "-shm")
-        inside = [p for p in folder.iterdir() if p.name == db_id and p.is_dir()]
-        found = sorted(inside[0].iterdir()) if inside else []
-        _files[folder, db_id] = [p for p in found if ".sqlite" in p.name and not p.name.endswith(side_files)]
-    return _files[folder, db_id]
+_databases = cache(find_databases)
+"""Every database of one name, as the reference evaluator takes them."""
 
 
 def _read(path: Path) -> Iterator[tuple[dict, str]]:

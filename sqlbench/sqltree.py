@@ -21,7 +21,12 @@ from sqlglot.tokens import TokenType
 HARDNESS = ("easy", "medium", "hard", "extra")
 LEVELS = (*HARDNESS, "simple", "moderate", "challenging")
 """Spider's levels, then BIRD's, each from the easiest."""
-_DIALECTS = {"sqlite": "sqlite", "postgresql": "postgres"}
+
+
+def dialect_of(name: str) -> str:
+    """Return sqlglot's name of a database's dialect."""
+    return "postgres" if name == "postgresql" else name
+
 
 # ---- the one way to a tree
 
@@ -68,7 +73,7 @@ def statements(sql: str, dialect: str = "sqlite") -> list[exp.Expression | None]
     if len(sql) > MAX_CHARS:
         return []
     try:
-        read = Dialect.get_or_raise(_DIALECTS[dialect])
+        read = Dialect.get_or_raise(dialect_of(dialect))
         tokens = read.tokenize(sql)
         kinds = Counter(token.token_type for token in tokens)
         # These two take quadratic time without parser steps: each copies or types the tree before it.
@@ -76,7 +81,7 @@ def statements(sql: str, dialect: str = "sqlite") -> list[exp.Expression | None]
             return []
         if any(len(t.text) > MAX_HEX for t in tokens if t.token_type == TokenType.HEX_STRING):
             return []
-        trees = _parser(_DIALECTS[dialect])(dialect=read).parse(tokens, sql)
+        trees = _parser(dialect_of(dialect))(dialect=read).parse(tokens, sql)
     except (sqlglot.errors.SqlglotError, RecursionError, _TooManySteps):
         return []
     return [] if any(tree is not None and _is_deep(tree) for tree in trees) else trees
@@ -101,14 +106,14 @@ def parse(sql: str, dialect: str = "sqlite") -> exp.Query | None:
 # ---- hardness: the counting rules of Spider's published evaluation script
 
 
-def hardness(sql: str) -> str:
+def hardness(sql: str, dialect: str = "sqlite") -> str:
     """Classify a query as one of `HARDNESS`, by Spider's published rules.
 
     Of a set operation the first SELECT counts. Its components are WHERE, GROUP BY, ORDER BY, LIMIT, each join, each
     OR and each LIKE; nested are set operations and subqueries that a condition compares with; others are more than one
     aggregate, more than one output column, more than one condition and more than one group column.
     """
-    tree = parse(sql)
+    tree = parse(sql, dialect)
     if tree is None:
         return "extra"
     first: exp.Expression = tree
@@ -196,13 +201,13 @@ def _has_aggregate(node: exp.Expression) -> bool:
 # ---- component match
 
 
-def component_match(gold: str, pred: str) -> dict[str, float]:
+def component_match(gold: str, pred: str, dialect: str = "sqlite") -> dict[str, float]:
     """Compute F1 between the clauses of two queries: ``select, where, group, order, joins, set``, over all SELECTs.
 
     A clause that neither query has is left out. Names are compared without case, table qualifiers and aliases; literals
     count. It is a description for summaries: two queries with equal answers need not have equal clauses.
     """
-    left, right = _components(gold), _components(pred)
+    left, right = _components(gold, dialect), _components(pred, dialect)
     scores = {}
     for name in left:
         g, p = left[name], right[name]
@@ -255,8 +260,8 @@ def _is_quoted_value(node: exp.Expression) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _components(sql: str) -> dict[str, Counter]:
-    return _components_of(parse(sql))
+def _components(sql: str, dialect: str) -> dict[str, Counter]:
+    return _components_of(parse(sql, dialect))
 
 
 def _components_of(tree: exp.Query | None) -> dict[str, Counter]:
@@ -352,7 +357,7 @@ def with_order_keys(sql: str, columns: tuple[str, ...], dialect: str = "sqlite")
             return None
     tree.set("limit", None)
     tree.set("offset", None)
-    return Keyed(tree.sql(_DIALECTS[dialect]), tuple(keys), int(offset.expression.name) if offset else 0)
+    return Keyed(tree.sql(dialect_of(dialect)), tuple(keys), int(offset.expression.name) if offset else 0)
 
 
 @dataclass(frozen=True)
@@ -446,12 +451,13 @@ _PATTERNS = [
     (name, re.compile(pattern, re.IGNORECASE))
     for name, pattern in (
         ("timeout", r"no result within|timeout|timed out|interrupted"),
-        ("ambiguous_column", r"ambiguous column|column reference .* is ambiguous"),
+        ("ambiguous_column", r"ambiguous (column|reference)|column reference .* is ambiguous"),
         (
             "aggregation",
             r"misuse of (aggregate|window)|must appear in the group by|aggregate functions? (are|calls)|"
             r"a group by clause is required|having clause on a non-aggregate|group by terms|"
-            r"window functions? are not allowed|aggregate function calls cannot",
+            r"window functions? are not allowed|aggregate function calls cannot|"
+            r"cannot contain aggregates",
         ),
         (
             "function",
@@ -460,20 +466,20 @@ _PATTERNS = [
         ),
         (
             "no_such_column",
-            r"no such column|column .* does not exist|cannot join using column|unknown column|"
+            r"no such column|column .* does not exist|referenced column|cannot join using column|unknown column|"
             r"has no column|invalid reference to from-clause entry",
         ),
         (
             "no_such_table",
-            r"no such table|relation .* does not exist|no such view|missing from-clause entry|"
-            r"unknown table|no tables specified",
+            r"no such table|(relation|table with name) .* does not exist|referenced table|no such view|"
+            r"missing from-clause entry|unknown table|no tables specified",
         ),
         (
             "type",
             r"datatype mismatch|operator does not exist|invalid input syntax|cannot be matched|cannot cast|"
             r"types? .* and .* cannot|must be type|out of range|division by zero|sub-select returns|"
             r"row value misused|subquery must return|same number of (result )?columns|cannot be cast|"
-            r"in an equality|type .* does not exist|could not (determine|identify)",
+            r"in an equality|type .* does not exist|no function matches|could not (convert|determine|identify)",
         ),
         (
             "syntax",
@@ -485,6 +491,6 @@ _PATTERNS = [
 
 
 def error_class(message: str) -> str:
-    """Classify a database's error message (SQLite or PostgreSQL) as one of `ERROR_CLASSES`."""
+    """Classify a database's error message of SQLite, PostgreSQL or DuckDB as one of `ERROR_CLASSES`."""
     told = re.sub(r'".*"', '""', message, flags=re.DOTALL)[:1000]  # without the query's own words, which may be many
     return next((name for name, pattern in _PATTERNS if pattern.search(told)), "other")

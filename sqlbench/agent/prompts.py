@@ -21,7 +21,15 @@ from sqlbench.database.types import Schema
 from sqlbench.errors import ModelError
 
 CORRECT, INCORRECT = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
-DIALECTS = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+
+
+class _Names(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+DIALECTS = _Names(sqlite="SQLite", postgresql="PostgreSQL", duckdb="DuckDB")
+"""Dialects as prompts call them; one of your own keeps its name."""
 STRATEGIES = (
     "rewrite_full",
     "fix_column",
@@ -73,7 +81,7 @@ class Prompts(Record):
             earlier: queries before the last one, oldest first, each with what the database answered.
             strategy: one of `STRATEGIES`, or None to leave the way to the model.
         """
-        dialect_name = DIALECTS.get(dialect, dialect)
+        dialect_name = DIALECTS[dialect]
         return self._fill(
             "rewrite",
             dialect=dialect,
@@ -104,7 +112,7 @@ class Prompts(Record):
         return _FIELD.sub(lambda m: fields.get(m[1], m[0]), self.components[name])
 
     def _fill(self, agent: str, **fields: str) -> list[Message]:
-        fields["dialect"] = DIALECTS.get(fields["dialect"], fields["dialect"])
+        fields["dialect"] = DIALECTS[fields["dialect"]]
         return [Message(role=r, content=self._component(f"{agent}.{r}", **fields)) for r in ("system", "user")]
 
 
@@ -217,7 +225,7 @@ def _hint(message: str, schema: Schema | None, family: str, schema_text: str | N
 # Hostile answers hold thousands of marks, so no pattern below can go back over what it has matched.
 _FENCE = re.compile(r"`{3,}|^[ \t]*+~{3,}", re.MULTILINE)
 _TAG = re.compile(
-    r"[ \t]*+(?:(sql|sqlite|mysql|postgres|postgresql|pgsql)\b|(?!(?:select|with|values)\b)[\w+-]*+[ \t]*+\n)",
+    r"[ \t]*+(?:(sql|sqlite|mysql|postgres|postgresql|pgsql|duckdb)\b|(?!(?:select|with|values)\b)[\w+-]*+[ \t]*+\n)",
     re.IGNORECASE,
 )
 _ELEMENT = re.compile(

@@ -138,6 +138,8 @@ class Trajectory(Record):
     db_id: str
     question: str
     gold: str
+    dialect: str = "sqlite"
+    """Of the database, as in `sqlbench.interfaces.Database`."""
     hardness: str = ""
     split: str = ""
     transitions: list[Transition] = []

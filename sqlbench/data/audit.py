@@ -20,7 +20,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 
@@ -29,13 +29,15 @@ from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
 from sqlbench.data.mutation import unchanged_by
-from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.database.engine import Database, cached_database
-from sqlbench.database.schema import SQLITE_TABLES, quote
+from sqlbench.data.tasks import DataSet, Task, find_databases, write_split
+from sqlbench.database import engine
+from sqlbench.database.engine import cached_database
+from sqlbench.database.schema import quote
 from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError, DataError
+from sqlbench.interfaces import Database
 from sqlbench.reward import GOLD_ROWS, score
-from sqlbench.sqltree import hardness, outer_order
+from sqlbench.sqltree import hardness, outer_order, subject
 
 MODES = {"reference": False, "strict": True}
 NO_ROWS = "SELECT 1 WHERE 0"
@@ -143,7 +145,7 @@ class Auditor:
                 task_id=task.task_id,
                 key=task.key,
                 db_id=task.db_id,
-                hardness=task.hardness or hardness(task.gold),
+                hardness=task.hardness or hardness(task.gold, self._dialect(task.db_id)),
                 **self._gold[pair],
             )
             self.findings.append(found)
@@ -227,7 +229,7 @@ class Auditor:
             and (value := _literal(result.rows[0][0]))
         ):
             self._values[db_id, gold] = value
-        order = outer_order(gold)
+        order = outer_order(gold, database.dialect)
         found = {
             "needs_order": "order by" in " ".join(gold.lower().split()) if order is None else order,
             "gold_runs": result.status == "ok",
@@ -245,40 +247,37 @@ class Auditor:
         return found | {"unchanged_by": ",".join(sorted(set(unchanged_by(gold, database))))}
 
     def _database(self, db_id: str) -> Database:
-        database = cached_database(self._path(db_id), self.limits)
-        assert isinstance(database, Database)  # a path opens a file
-        return database
+        return cached_database(find_databases(self.root, db_id)[0], self.limits)
 
-    def _path(self, db_id: str) -> Path:
-        return self.root / "database" / db_id / f"{db_id}.sqlite"
-
-    def _connect(self, db_id: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._database(db_id).uri(), uri=True)
-        connection.text_factory = bytes
-        return connection
+    def _dialect(self, db_id: str) -> str:
+        return "sqlite" if self._tables(db_id) is None else self._database(db_id).dialect
 
     def _read_tables(self, db_id: str) -> tuple[set[str], set[str]] | None:
         """Return the lower-case names of the tables with and without rows; None where the database is missing."""
-        if not self._path(db_id).is_file():
+        if not find_databases(self.root, db_id):
             return None
         filled: set[str] = set()
         empty: set[str] = set()
         try:
-            unreadable = self._database(db_id).schema().unreadable
-            with closing(self._connect(db_id)) as connection:
-                for name, kind in connection.execute(SQLITE_TABLES).fetchall():
-                    table = name.decode(errors="replace")
-                    if kind == b"table" and table not in unreadable:
-                        some = connection.execute(f"SELECT 1 FROM {quote(table)} LIMIT 1").fetchone()
-                        (filled if some else empty).add(table.lower())
-        except (sqlite3.DatabaseError, DatabaseError) as error:
+            database = self._database(db_id)
+            for table in database.schema().tables:
+                if not table.view:
+                    result = database.execute(f"SELECT 1 FROM {quote(table.name, table.schema)} LIMIT 1")
+                    if not result.ok:
+                        raise DatabaseError(f"{table.label}: {result.error}")
+                    (filled if result.rows else empty).add(table.name.lower())
+        except DatabaseError as error:
             raise DataError(
-                f"Cannot read the SQLite database {self._path(db_id)}: {str(error).rstrip('.')}. Import it again."
+                f"Cannot read database '{db_id}': {str(error).rstrip('.')}. Check it, or import it again."
             ) from error
         return filled, empty
 
     def _reads(self, db_id: str, gold: str) -> set[str]:
-        """Return the lower-case names of the tables that a query reads according to SQLite, through views too."""
+        """Return the lower-case names of the tables that a query reads; SQLite itself tells them, through views too."""
+        database = self._database(db_id)
+        if not isinstance(database, engine.Database) or database.dialect != "sqlite":
+            found = subject(gold, database.dialect)
+            return set(found.tables) if found else set()
         tables: set[str] = set()
 
         def note(action: int, first: str | None, *rest: str | None) -> int:
@@ -286,14 +285,9 @@ class Auditor:
                 tables.add(first.lower())
             return sqlite3.SQLITE_OK
 
-        connection = self._connect(db_id)
-        connection.set_authorizer(note)
-        try:
-            connection.execute(f"EXPLAIN {gold}")
-        except sqlite3.Error:
-            pass  # a query that does not compile is reported by its execution
-        finally:
-            connection.close()
+        with closing(sqlite3.connect(database.uri(), uri=True)) as connection, suppress(sqlite3.Error):
+            connection.set_authorizer(note)
+            connection.execute(f"EXPLAIN {gold}")  # a query that does not compile is reported by its execution
         return tables
 
 

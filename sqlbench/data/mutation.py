@@ -15,7 +15,7 @@ from sqlglot import exp
 from sqlbench.database.types import Limits, Schema
 from sqlbench.interfaces import Database
 from sqlbench.reward import score
-from sqlbench.sqltree import parse
+from sqlbench.sqltree import dialect_of, parse
 
 MUTATIONS = {
     "comparison": "a comparison is negated or turned round",
@@ -48,10 +48,10 @@ def mutants(sql: str, schema: Schema) -> Iterator[tuple[str, str]]:
         return
     root = exp.Paren(this=tree.copy())  # so that the query itself can be replaced like any part of it
     # The generator would copy the tree each time: half of the work.
-    seen = {root.this.sql(dialect=_dialect(schema), copy=False)}
+    seen = {root.this.sql(dialect=dialect_of(schema.dialect), copy=False)}
     for name, node, new in islice(_changes(root, schema), 10 * MAX_MUTANTS):
         node.replace(new)
-        text = root.this.sql(dialect=_dialect(schema), copy=False)
+        text = root.this.sql(dialect=dialect_of(schema.dialect), copy=False)
         new.replace(node)
         if text not in seen and len(seen) <= MAX_MUTANTS:
             seen.add(text)
@@ -64,10 +64,6 @@ def unchanged_by(gold: str, database: Database) -> Iterator[str]:
     for name, mutant in mutants(gold, database.schema()):
         if score(gold, mutant, database, keep_distinct=True, limits=limits).match == 1:
             yield name
-
-
-def _dialect(schema: Schema) -> str:
-    return "postgres" if schema.dialect == "postgresql" else schema.dialect
 
 
 def _changes(root: exp.Expression, schema: Schema) -> Iterator[Change]:

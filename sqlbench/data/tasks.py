@@ -4,7 +4,8 @@ Every data set is a folder::
 
     <root>/dataset.json                          name, source, seed, counts, headline split
     <root>/<split>.parquet                       one `Task` per row
-    <root>/database/<db_id>/<db_id>.sqlite       the databases
+    <root>/database/<db_id>/<db_id>.sqlite       the databases; or <db_id>.duckdb, or Parquet and CSV files,
+    <root>/database/<db_id>.url                  or the address of one, such as postgresql://user@host/name
     <root>/database/<db_id>/*.sqlite             further ones for test-suite accuracy
     <root>/tables.json                           schemas in Spider's form, where the release has them
     <root>/audit.parquet, audit.json             the gold audit (see `sqlbench.data.audit`)
@@ -22,6 +23,7 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from sqlbench.database.target import TABLES, without_password
 from sqlbench.errors import DataError
 from sqlbench.interfaces import Dataset, is_plugin, load_plugin
 from sqlbench.text import Text
@@ -119,12 +121,43 @@ class DataSet:
             raise DataError(f"Cannot read {path}: {why}. Make the data set again.") from error
         return [_task(path, number, {str(k): v for k, v in row.items()}) for number, row in enumerate(rows, 1)]
 
-    def database(self, db_id: str) -> Path:
-        """Return the path of one SQLite file."""
-        path = self.root / "database" / db_id / f"{db_id}.sqlite"
-        if not path.is_file():
-            raise DataError(f"No database '{db_id}' in {self.root}. Put it at {path}.")
-        return path
+    def database(self, db_id: str) -> Path | str:
+        """Return the path or address of a database."""
+        if found := find_databases(self.root, db_id):
+            return found[0]
+        where = self.root / "database" / db_id / db_id
+        raise DataError(
+            f"No database '{db_id}' in {self.root}. Put it at {where}.sqlite, or its address into {db_id}.url."
+        )
+
+
+def find_databases(root: Path, db_id: str) -> list[Path | str]:
+    """Find the address of a database or its files, the one with its name first; none where it is missing.
+
+    Raises:
+        DataError: the address holds a password.
+    """
+    folder = root / "database"
+    present = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}  # a db_id may be any text
+    if url := present.get(f"{db_id}.url"):
+        return [_address(url)]
+    inside = present.get(db_id)
+    files = sorted(path for path in inside.iterdir() if path.is_file()) if inside and inside.is_dir() else []
+    found: list[Path | str] = [
+        p for p in files if ".sqlite" in p.name and not p.name.endswith(("-journal", "-wal", "-shm"))
+    ]
+    found += [p for p in files if p.suffix == ".duckdb"]
+    if inside and not found and any(path.name.lower().endswith(TABLES) for path in files):
+        found = [inside]
+    return sorted(found, key=lambda path: Path(path).stem != db_id)
+
+
+def _address(url: Path) -> str:
+    """Read the address of a database; a path in it is relative to its folder."""
+    text = url.read_text(encoding="utf-8").strip()
+    if (shown := without_password(text)) != text:
+        raise DataError(f"Password in {url}: {shown}. Leave it out, and give it in PGPASSWORD or ~/.pgpass.")
+    return text if "://" in text or is_plugin(text) else str(url.parent / text)
 
 
 def _task(path: Path, number: int, row: dict[str, Any]) -> Task:

@@ -1,4 +1,4 @@
-"""One read-only statement on SQLite or PostgreSQL, inside limits of time, rows, bytes and memory.
+"""One read-only statement on SQLite, PostgreSQL or DuckDB, inside limits of time, rows, bytes and memory.
 
 For any text that is executed on SQLite: nothing is written (files are opened ``mode=ro``, an authorizer allows only
 reading and plain functions), no file appears beside the database (`sqlbench.database.sqlite_file`), nothing outside it
@@ -7,7 +7,8 @@ is read (no ATTACH, PRAGMA, extension), the statement ends within half a second 
 `Limits.result_bytes` plus one chunk of `CHUNK_BYTES`. On PostgreSQL the text runs as a cursor of a read-only
 transaction with ``statement_timeout``, so only a single SELECT, VALUES or TABLE can run at all; a superuser login steps
 down to ``pg_read_all_data``, and functions that could step up again or run SQL held in strings are refused (see
-`sqlbench.database.postgres`), as are the tables of passwords.
+`sqlbench.database.postgres`), as are the tables of passwords. DuckDB runs in processes of its own, which the kernel
+ends where DuckDB's limits do not reach (`sqlbench.database.duckdb`).
 
 Not covered: a database file that is itself hostile (corrupt pages); FTS5's snippet(), whose time grows with the
 square of the hits in one document; a single full count or index search over a file of many gigabytes; server memory of
@@ -30,12 +31,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlbench.database.sqlite import HEAP_BYTES, PROGRAM_STEPS, SqliteConnection
-from sqlbench.database.sqlite_file import Snapshot, identity, read_in_place, stamp
+from sqlbench.database.sqlite_file import Snapshot, identity, stamp
+from sqlbench.database.target import resolve, without_password
 from sqlbench.database.types import Limits, QueryResult, Schema
 from sqlbench.errors import DatabaseError
 
 if TYPE_CHECKING:
     from sqlbench import interfaces
+    from sqlbench.database.duckdb import DuckdbFile
 
 IDLE_CONNECTIONS = 2
 """Kept open for each database: one takes about 150 kB of the heap that all databases of the process share."""
@@ -104,41 +107,49 @@ class Database:
     """A database opened for reading: thread-safe, with a pool of connections. Make one with `open_database`."""
 
     def __init__(self, target: str, limits: Limits) -> None:
-        self.target = target
+        self.dialect, self.address = resolve(target)
+        self.target = without_password(self.address)
+        """As `address`, without its password."""
         self.limits = limits
-        self.dialect = "postgresql" if is_postgres(target) else "sqlite"
-        self.name = Path(target).stem
+        self.name = Path(self.address).stem
         if self.dialect == "postgresql":
             from sqlbench.database.postgres import database_name
 
-            self.name = database_name(target)
-        self._is_file = self.dialect == "sqlite" and target != ":memory:"
+            self.name = database_name(self.address)
+        self._is_file = self.dialect != "postgresql" and self.address != ":memory:"
         self.described: tuple[tuple, Schema] | None = None
         """The content seen, and its schema as `sqlbench.database.schema.introspect` read it."""
         self._idle: list[Connection] = []
         self._born = object()
         self._lock = threading.Lock()
-        self._snapshot = self._read_file() if self._is_file else None
-        self._seen, self._looked = self._identity_seen(), time.monotonic()
+        self._file = self._read_file() if self._is_file else None
+        self._seen, self._looked = self._file.identity if self._file else self.identity(), time.monotonic()
         self._idle.append(self._connect())
 
     def identity(self) -> tuple:
-        """Return a value that changes when the content may have: inode, size and mtime of a file and of its logs.
+        """Return a value that changes when the content may have: inode, size and mtime of all its files.
 
         PostgreSQL has no such value, so its results count as valid for as long as this object lives.
         """
-        return identity(self.target) if self._is_file else (self.target, self._born)
+        if not self._is_file:
+            return (self.target, self._born)
+        if self.dialect == "duckdb":
+            from sqlbench.database import duckdb
+
+            return duckdb.identity(self.address)
+        return identity(self.address)
 
     def uri(self) -> str:
         """Return the URI with which sqlite3 opens the file as it was last seen."""
-        return self._snapshot.uri if self._snapshot else "file::memory:"
+        return self._file.uri if self._file else "file::memory:"
 
-    def _identity_seen(self) -> tuple:
-        return self._snapshot.identity if self._snapshot else self.identity()
+    def _read_file(self) -> Snapshot | DuckdbFile:
+        if self.dialect == "duckdb":
+            from sqlbench.database.duckdb import DuckdbFile
 
-    def _read_file(self) -> Snapshot:
+            return DuckdbFile(self.address)
         try:
-            return Snapshot(self.target)
+            return Snapshot(self.address)
         except sqlite3.Error as error:
             raise self._unusable(error) from error
 
@@ -156,7 +167,11 @@ class Database:
             if self.dialect == "postgresql":
                 from sqlbench.database.postgres import PostgresConnection
 
-                return PostgresConnection(self.target)
+                return PostgresConnection(self.address)
+            if self.dialect == "duckdb":
+                from sqlbench.database.duckdb import DuckdbConnection
+
+                return DuckdbConnection(self._file)  # type: ignore[arg-type]
             return SqliteConnection(self.uri())
         except sqlite3.Error as error:
             raise self._unusable(error) from error
@@ -183,14 +198,14 @@ class Database:
         if self.identity() != self._seen:
             with self._lock:
                 if self.identity() != self._seen:
-                    self._snapshot = self._read_file()
-                    self._seen = self._snapshot.identity
+                    self._file = self._read_file()
+                    self._seen = self._file.identity
                     self.close()
         return self._seen
 
     def execute_as_seen(self, sql: str, limits: Limits) -> QueryResult:
         """Run a statement as `execute` does, on the file as `refresh` last saw it."""
-        seen = self._seen
+        file = self._file
         start = time.perf_counter()
         deadline = start + limits.seconds
         while True:
@@ -208,10 +223,11 @@ class Database:
                     break
                 time.sleep(0.03)
         result.seconds = time.perf_counter() - start
-        if self._is_file and read_in_place(seen):
-            current = stamp(self.target)
-            same_file = current[0] == seen[1][0]  # otherwise the replaced file was read completely
-            if current != seen[1] and (same_file or result.status == "error"):
+        if file and file.in_place:
+            current = stamp(self.address)
+            seen = file.identity[1]
+            same_file = current[0] == seen[0]  # otherwise the replaced file was read completely
+            if current != seen and (same_file or result.status == "error"):
                 reason = f" ({result.error})" if result.error else ""
                 raise DatabaseError(f"Database changed while it was read: {self.target}{reason}. Run the query again.")
         return result
@@ -250,54 +266,36 @@ class Database:
             idle.pop().close()
 
 
-def is_postgres(target: str) -> bool:
-    """Tell whether a database target is a PostgreSQL address."""
-    return target.startswith(("postgresql://", "postgres://"))
-
-
-def sqlite_path(target: str) -> str:
-    """Return the path in an address such as ``sqlite:///shop.db`` or ``sqlite:////data/shop.db``; others unchanged.
-
-    Raises:
-        DatabaseError: it looks like one and is not.
-    """
-    scheme, colon, rest = target.partition(":")
-    if not colon or scheme.split("+")[0].lower() != "sqlite":
-        return target
-    if rest in ("//", "///:memory:"):
-        return ":memory:"
-    if scheme != "sqlite" or not rest.startswith("///") or not rest.strip("/"):
-        raise DatabaseError(
-            f"Not the address of a SQLite file: {target}. Write sqlite:///shop.db, or sqlite:////data/shop.db for the "
-            "file /data/shop.db."
-        )
-    return rest[3:]
-
-
 def open_database(target: str | Path, limits: Limits | None = None) -> Database:
-    """Open a SQLite file (a path or ``sqlite:///path``), ``:memory:`` or a ``postgresql://`` address for reading.
+    """Open a database for reading: a file, a folder of Parquet or CSV files, ``:memory:``, or a PostgreSQL address.
 
     Raises:
         DatabaseError: it does not exist, is not a database, or cannot be reached.
     """
-    return Database(sqlite_path(str(target)), limits or Limits())
+    return Database(str(target), limits or Limits())
 
 
-_open: dict[tuple[str, Limits], Database] = {}
+_open: dict[tuple[str, Limits], interfaces.Database] = {}
 _open_lock = threading.Lock()
 _LIMITS = Limits()
 
 
 def cached_database(path: str | Path | interfaces.Database, limits: Limits = _LIMITS) -> interfaces.Database:
-    """Return the database of this path from the pool of this process, opened on first use; pass objects through."""
+    """Return the database of a name from the pool of this process, opened on first use; pass objects through."""
     if not isinstance(path, str | Path):
         return path
     key = (str(path), limits)
     database = _open.get(key)
     if database is None:
         with _open_lock:
-            database = _open.get(key) or _open.setdefault(key, open_database(*key))
+            database = _open.get(key) or _open.setdefault(key, _opened(*key))
     return database
+
+
+def _opened(target: str, limits: Limits) -> interfaces.Database:
+    from sqlbench.interfaces import is_plugin, load_plugin
+
+    return load_plugin("database", target) if is_plugin(target) else open_database(target, limits)
 
 
 _threads: ThreadPoolExecutor | None = None
@@ -315,8 +313,9 @@ def _after_fork() -> None:
     """Reset a forked child, which has no threads and must not reuse SQLite connections."""
     global _watchdog, _threads, _open_lock
     _watchdog, _threads, _open_lock = _Watchdog(), None, threading.Lock()
-    _inherited.extend(c for d in _open.values() for c in d._idle)  # kept alive: closing them would touch shared locks
-    for database in _open.values():
+    own = [database for database in _open.values() if isinstance(database, Database)]
+    _inherited.extend(c for d in own for c in d._idle)  # kept alive: closing them would touch shared locks
+    for database in own:
         database._idle, database._lock = [], threading.Lock()
 
 

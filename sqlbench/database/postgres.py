@@ -17,15 +17,12 @@ the settings that would change how a value is read or shown.
 from __future__ import annotations
 
 import contextlib
-import json
-import marshal
 import math
 import os
 import re
 import socket
 import threading
 import time
-from decimal import Decimal
 from typing import Any
 
 import psycopg
@@ -33,7 +30,18 @@ import psycopg.conninfo
 from psycopg import errors, pq
 from psycopg.types.string import TextLoader
 
-from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Column, ForeignKey, Limits, QueryResult, Table
+from sqlbench.database.target import PASSWORD, without_password
+from sqlbench.database.types import (
+    NO_STATEMENT,
+    SQL_BYTES,
+    Column,
+    ForeignKey,
+    Limits,
+    QueryResult,
+    Table,
+    fetch,
+    plain_rows,
+)
 from sqlbench.errors import DatabaseError
 
 _SUSPECT = re.compile(
@@ -88,7 +96,6 @@ _SESSION = (
 )
 _TIMES = ("date", "time", "timetz", "timestamp", "timestamptz", "interval")
 """Types read as the server writes them: Python lacks infinite dates, years before Christ and 24 o'clock."""
-_PLAIN = (int, str, float, bytes, type(None))
 _COMMENTS = 1000
 """The server reads nested comments in time that grows with their square, and nothing interrupts it there."""
 _DECLARE = 'DECLARE "sqlbench" CURSOR FOR '
@@ -135,7 +142,7 @@ class PostgresConnection:
                 "CREATE ROLE reader LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader."
             ) from error
         except (psycopg.Error, UnicodeError) as error:
-            why = str(error).strip().rstrip(".?")
+            why = " ".join(str(error).split()).rstrip(".?")
             raise DatabaseError(f"Cannot open {without_password(target)}: {why}. Check address and login.") from error
         self.deadline = math.inf
         self.cancelled = False
@@ -255,41 +262,13 @@ class PostgresConnection:
                 return self._not_a_query(sql, wrong)
             encoding = self.raw.info.encoding
             columns = tuple([d.name.encode(encoding).decode(errors="replace") for d in cursor.description or ()])
-            step = max(1, min(1000, limits.rows + 1, CHUNK_BYTES // (32768 * max(1, len(columns)))))
-            rows: list[tuple] = []
-            size = 0
-            while True:
-                chunk = [
-                    tuple([c if isinstance(c, _PLAIN) and c == c else _plain(c) for c in row])
-                    for row in cursor.fetchmany(step)
-                ]
-                rows += chunk
-                if len(rows) > limits.rows:
-                    return QueryResult("too_large", columns, rows[: limits.rows], f"more than {limits.rows:,} rows")
-                if len(chunk) < step:
-                    return QueryResult("ok", columns, rows)
-                size += len(marshal.dumps(chunk))
-                if size > limits.result_bytes:
-                    error = f"more than {limits.result_bytes:,} bytes in the first {len(rows):,} rows"
-                    return QueryResult("too_large", columns, rows, error)
-                self._time_left()
+            return fetch(lambda n: plain_rows(cursor.fetchmany(n)), columns, 32768, limits, self._time_left)
 
     def _time_left(self) -> None:
         left = int((self.deadline - time.perf_counter()) * 1000)
         if left <= 0:
             raise errors.QueryCanceled
         self.raw.execute(_SETTINGS.format(ms=left).encode())
-
-
-def _plain(cell: Any) -> Any:
-    """Convert a value to one that can be hashed, compared and written as JSON."""
-    if isinstance(cell, Decimal):
-        if not cell.is_finite():
-            return str(cell)
-        return int(cell) if cell == cell.to_integral_value() and abs(cell) < 2**63 else float(cell)
-    if isinstance(cell, (list, tuple, dict)):
-        return json.dumps(cell, default=str, sort_keys=True, ensure_ascii=False)
-    return str(cell)
 
 
 def _message(error: BaseException) -> str:
@@ -302,7 +281,7 @@ def database_name(target: str) -> str:
     Raises:
         DatabaseError: it is not one; the message holds nothing of a password.
     """
-    shown, password = without_password(target), _PASSWORD.search(target)
+    shown, password = without_password(target), PASSWORD.search(target)
     if password and re.search(r"[/@?#\s]|%(?![0-9a-fA-F]{2})", password[2]):
         raise DatabaseError(
             f"Cannot read the address: {shown}. In the password write @ as %40, / as %2F, % as %25 and so on."
@@ -314,14 +293,6 @@ def database_name(target: str) -> str:
         raise DatabaseError(
             f"Not a PostgreSQL address: {shown}{reason}. Write postgresql://user@host:port/name."
         ) from error
-
-
-def without_password(text: str) -> str:
-    """Remove the password from an address, or from a message that holds one."""
-    return re.sub(r"(password\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", _PASSWORD.sub(r"\1@", text))
-
-
-_PASSWORD = re.compile(r"(://[^:/@\s]*):(.*)@", re.DOTALL)
 
 
 _SHOWN = """WITH shown AS (
@@ -338,7 +309,7 @@ _SHOWN = """WITH shown AS (
             AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND attislocal)))
 """
 """Tables and views that this login may read at least a column of, but for extensions' own."""
-_COLUMNS = f"""{_SHOWN} SELECT c.schema, c.name, a.attname,
+_COLUMNS = f"""{_SHOWN} SELECT c.schema, c.name, c.view, a.attname,
         CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN upper(type.name) ELSE type.name END,
         NOT a.attnotnull, coalesce(a.attnum = ANY (p.conkey), false)
     FROM shown c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -367,9 +338,9 @@ def read_tables(target: str) -> tuple[Table, ...]:
     """
     connection = PostgresConnection(target)
     try:
-        columns: dict[tuple[str, str], list[Column]] = {}
-        for schema, table, *fields in connection.raw.execute(_COLUMNS):
-            columns.setdefault((schema, table), []).append(Column(*fields))
+        columns: dict[tuple[str, str, bool], list[Column]] = {}
+        for schema, table, view, *fields in connection.raw.execute(_COLUMNS):
+            columns.setdefault((schema, table, view), []).append(Column(*fields))
         keys: dict[tuple[str, str], list[ForeignKey]] = {}
         for schema, table, *names in connection.raw.execute(_KEYS):
             keys.setdefault((schema, table), []).append(ForeignKey(*names))
@@ -380,6 +351,6 @@ def read_tables(target: str) -> tuple[Table, ...]:
     finally:
         connection.close()
     return tuple(
-        Table(name, tuple(parts), tuple(keys.get((schema, name), ())), schema)
-        for (schema, name), parts in columns.items()
+        Table(name, tuple(parts), tuple(keys.get((schema, name), ())), schema, view)
+        for (schema, name, view), parts in columns.items()
     )

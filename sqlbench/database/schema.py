@@ -36,7 +36,11 @@ def _read(database: Database) -> Schema:
     if database.dialect == "postgresql":
         from sqlbench.database.postgres import read_tables
 
-        return Schema(read_tables(database.target), database.dialect, database.name)
+        return Schema(read_tables(database.address), database.dialect, database.name)
+    if database.dialect == "duckdb":
+        from sqlbench.database import duckdb
+
+        return Schema(duckdb.read_tables(database), database.dialect, database.name)
     try:
         with closing(sqlite3.connect(database.uri(), uri=True)) as connection:
             tables, unreadable = _sqlite_tables(connection)
@@ -56,8 +60,8 @@ AND name NOT IN (SELECT name FROM pragma_table_list WHERE schema = 'main' AND ty
 def _sqlite_tables(connection: sqlite3.Connection) -> tuple[tuple[Table, ...], tuple[str, ...]]:
     """Read the tables, and the names of those that cannot be read."""
     connection.text_factory = lambda raw: raw.decode(errors="replace")
-    info, unreadable = {}, []
-    for name, _ in connection.execute(SQLITE_TABLES).fetchall():
+    info, views, unreadable = {}, set(), []
+    for name, kind in connection.execute(SQLITE_TABLES).fetchall():
         try:  # the last field says whether a column is hidden (1) or generated (2, 3)
             found = connection.execute(f"PRAGMA table_xinfo({quote(name)})").fetchall()
         except sqlite3.OperationalError as error:
@@ -66,6 +70,8 @@ def _sqlite_tables(connection: sqlite3.Connection) -> tuple[tuple[Table, ...], t
             unreadable.append(name)  # a view of something that is gone, or a table whose module SQLite lacks here
             continue
         info[name] = [column for column in found if column[6] != 1]
+        if kind == "view":
+            views.add(name)
     keys = {
         name.lower(): [column[1] for column in sorted(rows, key=lambda c: c[5]) if column[5]]
         for name, rows in info.items()
@@ -78,7 +84,8 @@ def _sqlite_tables(connection: sqlite3.Connection) -> tuple[tuple[Table, ...], t
             implied = keys.get(ref_table.lower(), [])  # REFERENCES without a column means the primary key
             target = ref_column or (implied[part] if part < len(implied) else "")
             references.append(ForeignKey(column, ref_table, target))
-        tables.append(Table(name, columns, tuple(sorted(references, key=lambda r: (r.column, r.ref_table)))))
+        keyed = tuple(sorted(references, key=lambda r: (r.column, r.ref_table)))
+        tables.append(Table(name, columns, keyed, view=name in views))
     return tuple(tables), tuple(unreadable)
 
 

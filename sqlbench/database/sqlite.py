@@ -9,7 +9,6 @@ every call, and the lengths that these calls allow become the limits.
 
 from __future__ import annotations
 
-import marshal
 import re
 import sqlite3
 import threading
@@ -19,7 +18,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits, QueryResult
+from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits, QueryResult, fetch
 
 HEAP_BYTES = 64 << 20
 """Hard limit of SQLite's heap in this process."""
@@ -219,22 +218,7 @@ class SqliteConnection:
             description = cursor.description
             if description is None:
                 return QueryResult("rejected", error=NO_STATEMENT)
-            columns = tuple([d[0] for d in description])
-            step = max(1, min(1000, limits.rows + 1, CHUNK_BYTES // (len(columns) * longest)))
-            rows: list[tuple] = []
-            size = 0
-            while True:
-                chunk = cursor.fetchmany(step)
-                rows += chunk
-                if len(rows) > limits.rows:
-                    error = f"more than {limits.rows:,} rows"
-                    return QueryResult("too_large", columns, rows[: limits.rows], error)
-                if len(chunk) < step:
-                    return QueryResult("ok", columns, rows)
-                size += len(marshal.dumps(chunk))
-                if size > limits.result_bytes:
-                    error = f"more than {limits.result_bytes:,} bytes in the first {len(rows):,} rows"
-                    return QueryResult("too_large", columns, rows, error)
+            return fetch(cursor.fetchmany, tuple([d[0] for d in description]), longest, limits)
         finally:
             cursor.close()
 

@@ -28,12 +28,7 @@ def identity(path: str) -> tuple:
     Raises:
         DatabaseError: the file does not exist.
     """
-    return (path, stamp(path), *[_side_stamp(file) for file in _side_files(path)])
-
-
-def read_in_place(identity: tuple) -> bool:
-    """Tell whether a file with this identity can be read without a private copy."""
-    return identity[2:] == (None, None)
+    return (path, stamp(path), *[side_stamp(file) for file in _side_files(path)])
 
 
 def _side_files(path: str) -> list[str]:
@@ -54,7 +49,7 @@ def stamp(path: str) -> tuple[int, int, int]:
     return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
-def _side_stamp(path: str) -> tuple[int, int, int] | None:
+def side_stamp(path: str) -> tuple[int, int, int] | None:
     """Return the `stamp` of a file; None if it is missing or empty."""
     try:
         found = stamp(path)
@@ -66,6 +61,8 @@ def _side_stamp(path: str) -> tuple[int, int, int] | None:
 class Snapshot:
     """The committed state of a database file; `uri` opens it with sqlite3 as long as this object lives.
 
+    It is read `in_place`, or as a private copy.
+
     Raises:
         DatabaseError: the file does not exist, cannot be copied, or is being written all the time.
     """
@@ -73,7 +70,8 @@ class Snapshot:
     def __init__(self, path: str) -> None:
         for _ in range(_TRIES):
             self.identity = identity(path)
-            if read_in_place(self.identity):
+            self.in_place = self.identity[2:] == (None, None)
+            if self.in_place:
                 self.uri = _immutable(path)
                 return
             copy = self._copy(path)
@@ -91,7 +89,7 @@ class Snapshot:
     def _copy(self, path: str) -> str:
         try:
             folder = tempfile.mkdtemp(prefix="sqlbench-")
-            self._remove = weakref.finalize(self, _remove_folder, folder, os.getpid())
+            self._remove = weakref.finalize(self, remove_folder, folder, os.getpid())
             copy = os.path.join(folder, "copy.sqlite")
             shutil.copyfile(path, copy)
             for source, suffix in zip(_side_files(path), SIDE_FILES, strict=True):
@@ -122,6 +120,7 @@ def _immutable(path: str) -> str:
     return Path(path).absolute().as_uri() + "?mode=ro&immutable=1"
 
 
-def _remove_folder(folder: str, owner: int) -> None:
+def remove_folder(folder: str, owner: int) -> None:
+    """Remove the folder of a private copy."""
     if os.getpid() == owner:  # not in a forked child
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,14 @@
-"""Data types of the database package: limits and result of a statement, and the schema."""
+"""Limits and result of a statement, how its rows are fetched within them, and the schema."""
 
 from __future__ import annotations
 
+import json
+import marshal
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cached_property
+from typing import Any
 
 CHUNK_BYTES = 32 << 20
 """Largest amount of row data fetched between two checks of the size of the result."""
@@ -42,6 +47,60 @@ class QueryResult:
         return self.status == "ok"
 
 
+def fetch(
+    some: Callable[[int], list[tuple]],
+    columns: tuple[str, ...],
+    longest: int,
+    limits: Limits,
+    between: Callable[[], None] = lambda: None,
+) -> QueryResult:
+    """Fetch the rows of a statement until a limit.
+
+    Args:
+        some: fetches the next rows, at most as many as asked for.
+        columns: their names.
+        longest: bytes of a value that are expected at most; decides how many rows are fetched at a time.
+        limits: of rows and bytes.
+        between: called after each chunk.
+    """
+    step = max(1, min(1000, limits.rows + 1, CHUNK_BYTES // (max(1, len(columns)) * longest)))
+    rows: list[tuple] = []
+    size = 0
+    while True:
+        chunk = some(step)
+        rows += chunk
+        if len(rows) > limits.rows:
+            return QueryResult("too_large", columns, rows[: limits.rows], f"more than {limits.rows:,} rows")
+        if len(chunk) < step:
+            return QueryResult("ok", columns, rows)
+        size += len(marshal.dumps(chunk))
+        if size > limits.result_bytes:
+            error = f"more than {limits.result_bytes:,} bytes in the first {len(rows):,} rows"
+            return QueryResult("too_large", columns, rows, error)
+        between()
+
+
+_PLAIN = (int, str, float, bytes, type(None))
+
+
+def plain_rows(rows: list[tuple]) -> list[tuple]:
+    """Convert values to those that SQLite has, which can be hashed, compared and written as JSON."""
+    return [tuple([c if isinstance(c, _PLAIN) and c == c else _plain(c) for c in row]) for row in rows]
+
+
+def _plain(cell: Any) -> Any:
+    if isinstance(cell, Decimal):
+        if not cell.is_finite():
+            return str(cell)
+        return int(cell) if cell == cell.to_integral_value() and abs(cell) < 2**63 else float(cell)
+    if isinstance(cell, (list, tuple, dict)):
+        try:
+            return json.dumps(cell, default=str, sort_keys=True, ensure_ascii=False)
+        except TypeError:  # a map whose keys are no texts
+            return str(cell)
+    return str(cell)
+
+
 @dataclass(frozen=True)
 class Column:
     """One column; `type` is the declared type, a built-in one in upper case ('' if none is declared)."""
@@ -76,7 +135,8 @@ class Table:
     columns: tuple[Column, ...]
     foreign_keys: tuple[ForeignKey, ...] = ()
     schema: str = ""
-    """The PostgreSQL schema that its name needs; empty if the search path finds it."""
+    """The schema that its name needs; empty if the search path finds it."""
+    view: bool = field(default=False, compare=False)
     rows: tuple[tuple[str, ...], ...] = ()
     """Sample rows that its text shows, their cells as short texts of one line."""
 
@@ -93,7 +153,7 @@ def label(name: str, schema: str) -> str:
 
 @dataclass(frozen=True)
 class Schema:
-    """All tables of one database, in a stable order; `dialect` is ``sqlite`` or ``postgresql``."""
+    """All tables of one database, in a stable order; `dialect` as in `sqlbench.interfaces.Database`."""
 
     tables: tuple[Table, ...]
     dialect: str = "sqlite"

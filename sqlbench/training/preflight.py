@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from sqlbench.agent.prompts import prompts_for
 from sqlbench.data.tasks import Task, headline_split, open_dataset
+from sqlbench.database.engine import cached_database
 from sqlbench.errors import SqlbenchError, TrainingError
 from sqlbench.estimate import GPU_BYTES, estimate, gpu_bytes
 from sqlbench.interfaces import BUILT_IN, load_plugin
@@ -205,13 +206,16 @@ def load_tasks(config: DictConfig) -> tuple[list[Task], list[Task]]:
 
     Raises:
         DataError: a split or a database is missing or unusable.
+        DatabaseError: the server of a database cannot be reached.
     """
     from sqlbench.training.tasks import validation_tasks
 
     dataset = open_dataset(config.sqlbench.data)
     tasks = [t for t in dataset.load("train") if t.scorable]
     for task in {t.db_id: t for t in tasks}.values():
-        dataset.database(task.db_id)
+        database = dataset.database(task.db_id)
+        if isinstance(database, str):  # an address; files are opened by the processes that read them
+            cached_database(database).schema()
     return tasks, validation_tasks(dataset, headline_split(dataset), config.sqlbench.validation_tasks)
 
 

@@ -253,7 +253,7 @@ class ChatView(w.VBox):
 
     def connect(self, target: str) -> None:
         """Connect a database of the user's own."""
-        from sqlbench.database.postgres import without_password
+        from sqlbench.database.target import without_password
 
         self._target.value = without_password(target)  # a saved notebook keeps what stands in fields
         self._say("connecting ...")

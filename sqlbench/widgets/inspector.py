@@ -290,11 +290,11 @@ class Inspector(w.VBox):
         results = view.results_html(gold, pred, rollout.correct is True, rollout.reason == "order_differs")
         rules = STRICT if run.strict else REFERENCE
         prepared = gold and any(sql and prepare(sql, rules) != sql for sql in (rollout.gold, rollout.pred))
-        group = self._group_html(number, advantage)
+        group = self._group_html(number, advantage, rollout.dialect)
         timeline = view.timeline_html(rollout, run.tokenizer)
         return view.HTML.rollout(rollout, notes, results, prepared, group, timeline)
 
-    def _group_html(self, number: int, advantage: dict[int, float]) -> Markup:
+    def _group_html(self, number: int, advantage: dict[int, float], dialect: str) -> Markup:
         """The rollouts of the same task beside each other, each compared with the selected one."""
         group = self.rollouts.loc[self._siblings_of(number)]
         if len(group) < 2:
@@ -304,7 +304,7 @@ class Inspector(w.VBox):
             facts = [row["outcome"], row["reason"], f"{row['turns']} turn{'s' * (row['turns'] != 1)}"]
             facts.append("" if row["reward"] in (0, 1) or pd.isna(row["reward"]) else f"reward {row['reward']:g}")
             facts.append(f"advantage {advantage[n]:+.2f}" if n in advantage else "")
-            _, sql = view.token_diff(view.pretty(group.at[number, "pred"]), view.pretty(row["pred"]))
+            _, sql = view.token_diff(*(view.pretty(sql, dialect) for sql in (group.at[number, "pred"], row["pred"])))
             cards.append((self._name(n), facts, sql, n == number))
         title = "The same task in all runs" if self._several else "Its group: all rollouts of this task in this step"
         if advantage and not any(advantage.values()):

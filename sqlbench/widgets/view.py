@@ -26,7 +26,7 @@ from sqlbench.agent.prompts import parse_verdict
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.comparison import Answer, near
 from sqlbench.database.types import QueryResult
-from sqlbench.sqltree import statements
+from sqlbench.sqltree import dialect_of, statements
 
 SHOWN_ROWS = 100
 OUTCOMES = {"right": "✓", "wrong": "✗", "failed": "!", "not scored": "?"}
@@ -34,10 +34,10 @@ OUTCOMES = {"right": "✓", "wrong": "✗", "failed": "!", "not scored": "?"}
 # ---- SQL
 
 
-def pretty(sql: str) -> str:
+def pretty(sql: str, dialect: str = "sqlite") -> str:
     """One query laid out over lines; text that is not exactly one parsable statement stays as it is."""
-    trees = statements(sql)
-    return trees[0].sql(dialect="sqlite", pretty=True) if len(trees) == 1 and trees[0] else sql
+    trees = statements(sql, dialect)
+    return trees[0].sql(dialect=dialect_of(dialect), pretty=True) if len(trees) == 1 and trees[0] else sql
 
 
 _WORD = re.compile(r"""'(?:''|[^'])*'|"(?:""|[^"])*"|\d+\.\d+|\w+|\s+|[<>!=|]+|.""", re.DOTALL)
@@ -185,7 +185,10 @@ def timeline_html(trajectory: Trajectory, tokenizer: Path | None = None) -> Mark
     steps.sort(key=lambda s: (s.turn, 1 if isinstance(s, Execution) else 2 * (s.agent == "check")))
     asked = {s.turn: s.completion.text.strip() for s in trajectory.transitions if s.agent != "check"}
     items = [
-        HTML.execution(s, asked.get(s.turn)) if isinstance(s, Execution) else _transition(s, tokenizer) for s in steps
+        HTML.execution(s, asked.get(s.turn), trajectory.dialect)
+        if isinstance(s, Execution)
+        else _transition(s, tokenizer)
+        for s in steps
     ]
     return HTML.timeline(items, any(t.completion.logprobs for t in trajectory.transitions))
 

@@ -17,11 +17,11 @@ import pytest
 
 from sqlbench.config import ScoreConfig
 from sqlbench.connection import connect
-from sqlbench.database import engine, postgres, sqlite
+from sqlbench.database import duckdb, engine, postgres, sqlite
 from sqlbench.database.engine import cached_database, open_database
 from sqlbench.database.schema import introspect, sample_rows
 from sqlbench.database.sqlite import SqliteConnection
-from sqlbench.database.types import SQL_BYTES, Limits
+from sqlbench.database.types import CHUNK_BYTES, SQL_BYTES, Limits
 from sqlbench.errors import DatabaseError
 from sqlbench.evaluation import STOP_AFTER
 from sqlbench.models.chat import MAX_CHARS, RETRIES, EndpointChatModel
@@ -38,9 +38,13 @@ def test_the_limits_on_the_page_are_those_of_the_code(repo):
     for promised in (
         f"| time | `--query-timeout` ({limits.seconds:g} s; `score` {score_seconds:g} s)",
         f"| rows | {limits.rows:,}; a gold query {GOLD_ROWS:,};",
-        f"| bytes of a result | {limits.result_bytes >> 20} MB | {limits.result_bytes >> 20} MB |",
-        f"| memory | {sqlite.HEAP_BYTES >> 20} MB for SQLite in the whole process | `work_mem` 16 MB |",
-        f"| text of a statement | {SQL_BYTES:,} bytes | {SQL_BYTES:,} bytes |",
+        f"| bytes of a result | {limits.result_bytes >> 20} MB | {limits.result_bytes >> 20} MB | 32 MB |",
+        f"| memory | {sqlite.HEAP_BYTES >> 20} MB for SQLite in the whole process | `work_mem` 16 MB | "
+        f"{duckdb.ENGINE_MEMORY >> 20} MB in DuckDB, {duckdb.MEMORY >> 20} MB in a process, of which "
+        f"{duckdb.PROCESSES} run",
+        f"| the same; {duckdb.GRACE} s later the process ends",
+        f"| 1 GB | {(limits.result_bytes + CHUNK_BYTES) >> 20} MB |",
+        f"| text of a statement | {SQL_BYTES:,} bytes | {SQL_BYTES:,} bytes | {SQL_BYTES:,} bytes |",
         f"| {sqlite.PROGRAM_STEPS:,} instructions, expressions {depth} deep, {columns:,} columns, {compound} parts of",
         f"| one value | {sqlite.VALUE_BYTES >> 20} MB; ",
         f"has to end within {sqlite.STEP_BUDGET / 1e9:g} s | 1 GB |",

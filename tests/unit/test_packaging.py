@@ -102,11 +102,11 @@ def imported(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "groups"),
     [
-        ("sqlbench", {"core", "local", "train", "gpu", "agent", "environment", "notebooks"}),
+        ("sqlbench", {"core", "local", "train", "gpu", "agent", "environment", "notebooks", "duckdb"}),
         ("pocket", {"core", "local"}),
         ("verl_cpu", {"core", "local", "train", "gpu"}),
         ("sql_env", {"core", "environment"}),
-        ("tests", {"core", "local", "train", "gpu", "agent", "environment", "notebooks", "test"}),
+        ("tests", {"core", "local", "train", "gpu", "agent", "environment", "notebooks", "duckdb", "test"}),
     ],
 )
 def test_what_is_imported_is_declared(repo, folder, groups):

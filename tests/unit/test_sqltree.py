@@ -270,3 +270,10 @@ def test_every_message_has_a_class():
     assert error_class("no result within 5 s") == "timeout"
     assert error_class("disk I/O error") == "other"
     assert {error_class(m) for m in ("", "near", "x")} <= set(ERROR_CLASSES)
+
+
+@pytest.mark.parametrize("dialect", ["postgresql", "duckdb"])
+def test_hardness_and_components_are_of_the_dialect(dialect):
+    sql = "SELECT a FROM t WHERE b ~ 'x'"
+    assert (hardness(sql), hardness(sql, dialect)) == ("extra", "easy")  # SQLite has no such operator
+    assert component_match(sql, sql) == {} and component_match(sql, sql, dialect) == {"select": 1, "where": 1}
