@@ -26,7 +26,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sqlbench.config import AblateConfig, RolloutConfig, takes
+from sqlbench.config import CUT, AblateConfig, RolloutConfig, takes
 from sqlbench.curves import read_metrics, time_shares
 from sqlbench.errors import DataError, RunError, SqlbenchError
 from sqlbench.evaluation import evaluate
@@ -223,6 +223,7 @@ def train_cell(cell: Cell, bench: Bench, grid: Grid, *, dry_run: bool = False) -
     settings = {
         "sqlbench.max_turns": cell.turns,
         "sqlbench.table_info_truncate": cell.context,
+        "sqlbench.schema_linking": False,  # the context is where a schema is cut
         "sqlbench.execution_truncate": cell.context,
         "sqlbench.trained_agents": f"'{cell.agents}'",
         "sqlbench.seed": cell.seed,
@@ -270,8 +271,8 @@ def _evaluate_once(cell: Cell, model: str, name: str, bench: Bench, grid: Grid) 
     wanted = {"split": grid.split, "limit": grid.limit, "rollout": cell.rollout.model_dump()}
     if folder.finished:
         seen = folder.config()
-        # A setting added after the run was made had its default value then.
-        seen["rollout"] = RolloutConfig.model_validate(seen.get("rollout", {})).model_dump()
+        # A setting added after the run was made had its default value then, or was off.
+        seen["rollout"] = RolloutConfig.model_validate(CUT | seen.get("rollout", {})).model_dump()
         if changed := differences({key: seen.get(key) for key in wanted}, wanted):
             raise RunError(f"Another evaluation is in {folder.root}: {'; '.join(changed)}. Choose another run name.")
         return folder

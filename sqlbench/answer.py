@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from sqlbench.agent.prompts import prompts_for
 from sqlbench.config import QuestionConfig, RolloutConfig
-from sqlbench.connection import LARGE, connect
+from sqlbench.connection import BUDGETS, LARGE, connect
 from sqlbench.data.tasks import Task
 from sqlbench.errors import ModelError
 from sqlbench.interfaces import load_plugin
-from sqlbench.models import open_model
+from sqlbench.models import open_model, trained_with
 from sqlbench.rollout import Observer, RolloutContext, run_agent
 from sqlbench.text import clean
 
@@ -26,9 +26,10 @@ class Answerer:
         self.model = open_model(settings.model)
         self.agent = load_plugin("agent", settings.agent)
         self.prompts = prompts_for(settings.prompts or self.model.family)
-        self.config: RolloutConfig = settings
-        if "table_info_truncate" not in settings.model_fields_set and self.prompts.family != "nano":
-            self.config = settings.model_copy(update={"table_info_truncate": LARGE})
+        self.config: RolloutConfig = settings.decided(self.prompts.family, settings.agent, trained_with(settings.model))
+        if not {"table_info_truncate", "schema_tokens"} & settings.model_fields_set:
+            budget = BUDGETS.get(self.prompts.family, {"table_info_truncate": LARGE})
+            self.config = self.config.model_copy(update=budget)
 
     async def answer(self, question: str, observer: Observer) -> RolloutContext:
         """Answer one question; the `sql` of what is returned is the answer, a query that ran.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature, getdoc
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,7 +32,6 @@ Agent = Annotated[str, Field(description="self-correcting, conversation, resampl
 Reward = Annotated[str, Field(description="execution-match, runs (a control), or module:attribute of your own.")]
 QueryTimeout = Annotated[float, Field(ge=0.01, le=LONGEST_QUERY, description="Seconds a query may take, gold or not.")]
 SchemaCharacters = Annotated[int, Field(ge=1, description="Characters of schema in a prompt.")]
-SampleRows = Annotated[int, Field(ge=0, le=MOST_ROWS, description="Rows of each table in the schema's characters.")]
 Profile = Annotated[str, Field(description="laptop or gpu.", exclude=True)]
 Run = Annotated[str, Field(description="Name of the run: results/<profile>/<run>/.", exclude=True)]
 Results = Annotated[Path, Field(description="Folder of all results.", exclude=True)]
@@ -60,13 +59,51 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
-class RolloutConfig(Settings):
+class SchemaConfig(Settings):
+    """What prompts show of a database, which never exceeds its budget.
+
+    A command decides what is None by the model (`decided`), and stores that. Where nobody decides, None is off.
+    """
+
+    heading: ClassVar = "Schema in prompts"
+    table_info_truncate: SchemaCharacters = 2048
+    schema_tokens: int | None = Field(None, ge=1, description="Tokens of schema in a prompt, instead of characters.")
+    schema_linking: bool | None = Field(
+        None, description="Choose what is shown of a larger schema by the question; or else it is cut."
+    )
+    sample_rows: int | None = Field(
+        None, ge=0, le=MOST_ROWS, description="Rows of each table, where there is room; 0 for nano, else 3 by default."
+    )
+    value_hints: bool | None = Field(
+        None, description="Show values that the question names beside their columns; not by default for nano."
+    )
+
+    def decided(self, family: str, agent: str = "", trained: Mapping[str, Any] | None = None) -> Self:
+        """Return these settings without None: as the policy was trained, else by the family of its prompts.
+
+        The published agent has what it was published with: a cut schema.
+
+        Args:
+            family: of the prompts.
+            agent: who answers.
+            trained: the settings of the training that made the policy, if any.
+        """
+        rich = family != "nano"
+        usual = {"schema_linking": True, "sample_rows": 3 * rich, "value_hints": rich}
+        if trained is not None or agent == "published":
+            usual = CUT | {name: value for name, value in (trained or {}).items() if name in CUT}
+        return self.model_copy(update={name: usual[name] for name in usual if getattr(self, name) is None})
+
+
+CUT: dict[str, Any] = {"schema_linking": False, "sample_rows": 0, "value_hints": False}
+"""What runs had that were stored before these settings: the first tables and nothing beside them."""
+
+
+class RolloutConfig(SchemaConfig):
     """What shapes one rollout besides the task, the model and the prompts."""
 
     heading: ClassVar = "Rollout"
     max_turns: int = Field(3, ge=1, description="Queries the agent may write.")
-    table_info_truncate: SchemaCharacters = 2048
-    sample_rows: SampleRows = 0
     execution_truncate: int = Field(2048, ge=1, description="Characters of a result in a prompt.")
     strict: bool = Field(True, description="Close the reference evaluator's holes.")
     query_timeout: QueryTimeout = 5.0
@@ -136,7 +173,7 @@ class TrainConfig(Settings):
     overwrite: Overwrite = False
 
 
-class SftConfig(Settings):
+class SftConfig(SchemaConfig):
     """Fine-tune a policy on right answers; resumes where it was interrupted."""
 
     data: Data = POCKET
@@ -148,8 +185,6 @@ class SftConfig(Settings):
     batch_size: int = Field(32, ge=1, description="Answers per step.")
     lr: float = Field(2e-4, ge=0, description="Learning rate of AdamW, constant.")
     seed: int = Field(1, description="Of the order of the answers.")
-    table_info_truncate: SchemaCharacters = 2048
-    sample_rows: SampleRows = 0
     profile: Profile = "laptop"
     results: Results = RESULTS
     overwrite: Overwrite = False

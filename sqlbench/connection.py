@@ -27,7 +27,9 @@ from sqlbench.text import clean
 
 EXAMPLES = 5
 SMALL, LARGE = RolloutConfig().table_info_truncate, 12_000
-"""Characters of schema that a prompt shows to the nano policy, and to any other model."""
+"""Characters of a schema above which it is large for the nano policy, and for any other model."""
+BUDGETS = {"nano": {"schema_tokens": 512}}
+"""Of the schema in prompts: nano takes 1,024 tokens, and names that it does not know are one for two characters."""
 _LIMITS = Limits(seconds=1.0, rows=1000)
 _SECONDS = 5.0
 """Seconds after which no further example is tried."""
@@ -91,7 +93,7 @@ def _notice(name: str, schema: Schema) -> str:
     widest = max(schema.tables, key=lambda table: len(table.columns))
     return (
         f"{name} is large (its widest table, {widest.label}, has {len(widest.columns)} columns): prompts show only the "
-        f"beginning of its schema, {SMALL:,} characters to nano and {LARGE:,} to other models"
+        "part of its schema that a question seems to need"
     )
 
 

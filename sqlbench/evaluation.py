@@ -30,7 +30,7 @@ from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, ModelError, RunError
 from sqlbench.interfaces import Agent, Dataset, Model, Reward, is_plugin, load_plugin
 from sqlbench.metrics import measure_rollouts
-from sqlbench.models import open_model
+from sqlbench.models import open_model, trained_with
 from sqlbench.results import Rollouts, Summary, summarise
 from sqlbench.rollout import failed_rollout, rollout
 from sqlbench.runs import TRAJECTORIES, RunFolder, run_path
@@ -70,6 +70,7 @@ def evaluate(settings: EvalConfig) -> Summary:
         model = open_model(model, **how)
     if not isinstance(prompts, Prompts):
         prompts = prompts_for(prompts or model.family)
+    settings = settings.decided(prompts.family, settings.agent, trained_with(name))
     shape = set(RolloutConfig.model_fields)
     config = {
         "kind": "eval",

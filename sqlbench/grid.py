@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from sqlbench.config import RolloutConfig, Settings
+from sqlbench.config import CUT, RolloutConfig, Settings
 
 AGENTS, AGENTS_CHECK = "write|rewrite", "write|rewrite|check"
 
@@ -85,7 +85,8 @@ class Cell(Settings):
     @property
     def rollout(self) -> RolloutConfig:
         """Return the settings of every rollout of this cell, in training and in evaluation."""
-        return RolloutConfig(max_turns=self.turns, table_info_truncate=self.context, execution_truncate=self.context)
+        context = {"table_info_truncate": self.context, "execution_truncate": self.context}
+        return RolloutConfig(max_turns=self.turns, **context, **CUT)
 
 
 @dataclass(frozen=True)

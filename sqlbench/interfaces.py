@@ -41,7 +41,8 @@ class Model(Protocol):
 
         A method with a third parameter, ``temperature: float | None = None``, can be asked for another answer to the
         same prompt: at that temperature instead of its own. Without it the built-in agents do not sample again. A model
-        with a method ``seeded(seed: int)`` that returns itself sampling from that seed gives samples that repeat.
+        with a method ``seeded(seed: int)`` that returns itself sampling from that seed gives samples that repeat. One
+        with a method ``count_tokens(text: str) -> int`` counts the schema's tokens, which are estimated otherwise.
 
         Args:
             messages: the prompt.

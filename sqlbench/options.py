@@ -127,8 +127,8 @@ def _add_options(parser: Parser, model: type[Settings]) -> None:
         how: dict[str, Any] = {"metavar": "N" if kinds & {int, float} else "PATH" if Path in kinds else "TEXT"}
         if not flags:
             how = {"metavar": "KEY=VALUE", "nargs": "*"} if get_origin(field.annotation) is list else {}
-        elif field.annotation is bool:
-            how = {"action": BooleanOptionalAction if field.default else "store_true"}
+        elif bool in kinds:
+            how = {"action": "store_true" if field.default is False else BooleanOptionalAction}
         elif get_origin(field.annotation) is list:
             how["action"] = "append"
         notes = ["required"] * field.is_required()

@@ -25,7 +25,7 @@ from sqlbench.agent.trajectory import OVERLONG, Execution, Message, Trajectory, 
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import in_thread
-from sqlbench.database.schema import schema_text, with_rows
+from sqlbench.database.linking import estimate_tokens, prompt_schema
 from sqlbench.database.types import QueryResult, Schema
 from sqlbench.errors import DatabaseError, ModelError, PromptTooLongError
 from sqlbench.interfaces import Agent, Database, Model, Reward
@@ -64,6 +64,7 @@ class RolloutContext:
     model: Model
     database: Database
     schema: Schema
+    """What prompts show of the schema; with `schema_text` where that is cut."""
     schema_text: str
     """The schema as prompts show it."""
     prompts: Prompts
@@ -246,11 +247,9 @@ async def run_agent(
     context = RolloutContext(asked, model, database, Schema(()), "", prompts, config, repair, observer, list(start))
     try:
         with context.boundary("schema"):
-            context.schema = database.schema()
-            if config.sample_rows:
-                context.schema = await in_thread(with_rows, context.schema, database, config.sample_rows)
-            style = schema_style(prompts.family)
-            context.schema_text = schema_text(context.schema, style, config.table_info_truncate)
+            how = schema_style(prompts.family), config, getattr(model, "count_tokens", estimate_tokens)
+            shown = await in_thread(prompt_schema, database.schema(), database, task.question, *how)
+            context.schema, context.schema_text = shown
         with context.boundary("agent"):
             sql = await agent.run(context)
             if context.error is None:

@@ -21,6 +21,7 @@ from typing import IO, Any
 from pydantic import BaseModel, ValidationError
 
 from sqlbench.agent.trajectory import Trajectory
+from sqlbench.config import CUT
 from sqlbench.errors import DataError, RunError
 
 CONFIG, TRAJECTORIES, METRICS, SUMMARY = "config.json", "trajectories.jsonl", "metrics.jsonl", "summary.json"
@@ -89,7 +90,7 @@ class RunFolder:
             self._discard()
         elif self.finished and not self.summary().get("failed"):
             raise RunError(f"Run is already finished: {self.root}. Choose another --run, or pass --overwrite.")
-        elif (self.root / CONFIG).is_file() and (difference := differences(self.config(), wanted)):
+        elif (self.root / CONFIG).is_file() and (difference := differences(_completed(self.config()), wanted)):
             raise RunError(
                 f"Run was started with other settings: {self.root} ({'; '.join(difference[:5])}). "
                 "Choose another --run, or pass --overwrite."
@@ -258,6 +259,11 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Add settings of an evaluation that did not exist when it was stored, with the values that it had."""
+    return config | {"rollout": CUT | config["rollout"]} if "rollout" in config else config
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ from sqlbench.agent.trajectory import Completion, Message, is_correct
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task, open_dataset
 from sqlbench.database.engine import cached_database, in_thread
-from sqlbench.database.schema import schema_text
+from sqlbench.database.linking import estimate_tokens, prompt_schema
 from sqlbench.errors import DataError, ServerError, SqlbenchError
 from sqlbench.interfaces import Database, load_plugin
 from sqlbench.models import open_model
@@ -138,7 +138,7 @@ class Episodes:
             raise DataError(f"No scorable task in the split: {split} of {data}. Choose another split.")
         self.model, self.reward = open_model(model), load_plugin("reward", reward)
         self.prompts = prompts_for(self.model.family)
-        self.config = RolloutConfig(max_turns=1, query_timeout=query_timeout)
+        self.config = RolloutConfig(max_turns=1, query_timeout=query_timeout).decided(self.prompts.family)
         self.limit, self.idle_seconds = limit, idle_seconds
         self.order = self.shuffled(0)
         self._kept: dict[str, Episode] = {}  # the one used last is last
@@ -157,12 +157,13 @@ class Episodes:
         try:
             database = cached_database(self.dataset.database(task.db_id), self.config.limits)
             schema = await in_thread(database.schema)
+            how = schema_style(self.prompts.family), self.config, getattr(self.model, "count_tokens", estimate_tokens)
+            _, text = await in_thread(prompt_schema, schema, database, task.question, *how)
         except SqlbenchError as error:
             raise RequestError(
                 503,
                 f"Cannot open the database of task {task.task_id}: {str(error).rstrip('.')}. Choose another task_id.",
             ) from error
-        text = schema_text(schema, schema_style(self.prompts.family), self.config.table_info_truncate)
         self._expire()
         running = self._kept.get(episode_id)
         if running is not None and not running.done and running is not instead_of:

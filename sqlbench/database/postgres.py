@@ -311,7 +311,7 @@ _SHOWN = """WITH shown AS (
 """Tables and views that this login may read at least a column of, but for extensions' own."""
 _COLUMNS = f"""{_SHOWN} SELECT c.schema, c.name, c.view, a.attname,
         CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN upper(type.name) ELSE type.name END,
-        NOT a.attnotnull, coalesce(a.attnum = ANY (p.conkey), false)
+        NOT a.attnotnull, coalesce(a.attnum = ANY (p.conkey), false), coalesce(col_description(c.oid, a.attnum), '')
     FROM shown c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
     JOIN pg_type declared ON declared.oid = a.atttypid
     JOIN pg_type t ON t.oid = CASE declared.typtype WHEN 'd' THEN declared.typbasetype ELSE declared.oid END

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CELL = 100
 """Characters of a value in a sample row."""
+ROW_SECONDS = 1.0
+"""Seconds that the sample rows of one table may take: a view may never end."""
 
 
 def introspect(database: Database) -> Schema:
@@ -111,7 +113,7 @@ def _text(schema: Schema, style: str, max_chars: int) -> str:
         return _fit([_compact_line(table) for table in schema.tables], max_chars)
     if style != "ddl":
         raise ValueError(f"Unknown schema style: {style}. Use 'compact' or 'ddl'.")
-    blocks = [_create_table(table, schema.dialect) for table in schema.tables]
+    blocks = [_create_table(table, schema) for table in schema.tables]
     text = "\n".join(blocks)
     if len(text) <= max_chars:
         return text
@@ -128,7 +130,7 @@ def shown(schema: Schema, text: str, style: str) -> Schema:
     """Return the part of a schema that its text, cut or not, shows."""
     tables, at = [], 0
     for table in schema.tables:
-        block = _compact_line(table) if style == "compact" else _create_table(table, schema.dialect)
+        block = _compact_line(table) if style == "compact" else _create_table(table, schema)
         same = takewhile(lambda pair: pair[0] == pair[1], zip(block, text[at:], strict=False))
         seen = "".join(letter for letter, _ in same)
         words = set(re.findall(r"\w+", seen))
@@ -157,21 +159,32 @@ def _fit(lines: list[str], max_chars: int, whole: bool = False) -> str:
     return text[:end] if end > 0 else "" if whole else text[: max(max_chars, 0)]
 
 
-def _create_table(table: Table, dialect: str) -> str:
-    def name(text: str, schema: str = "") -> str:
-        return identifier(text, dialect, schema)
+def _create_table(table: Table, schema: Schema) -> str:
+    """Write a table as a statement; of a part of a schema without NOT NULL and with short references."""
+
+    def name(text: str, schema_name: str = "") -> str:
+        return identifier(text, schema.dialect, schema_name)
 
     primary = [c.name for c in table.columns if c.primary_key]
+    targets = [
+        (
+            key.column,
+            f"REFERENCES {name(key.ref_table, key.ref_schema)}" + f" ({name(key.ref_column)})" * bool(key.ref_column),
+        )
+        for key in table.foreign_keys
+    ]
     parts = []
     for c in table.columns:
-        inline = " PRIMARY KEY" if primary == [c.name] else ""
-        parts.append(f"  {name(c.name)} {c.type}".rstrip() + inline + ("" if c.nullable or inline else " NOT NULL"))
+        inline = " PRIMARY KEY" if primary == [c.name] else "" if c.nullable or schema.part else " NOT NULL"
+        if schema.part:
+            inline += "".join(f" {target}" for column, target in targets if column.lower() == c.name.lower())
+        parts.append((f"  {name(c.name)} {c.type}".rstrip() + inline, f" -- {', '.join(c.values)}" * bool(c.values)))
     if len(primary) > 1:
-        parts.append(f"  PRIMARY KEY ({', '.join(map(name, primary))})")
-    for key in table.foreign_keys:
-        target = f" ({name(key.ref_column)})" if key.ref_column else ""
-        parts.append(f"  FOREIGN KEY ({name(key.column)}) REFERENCES {name(key.ref_table, key.ref_schema)}{target}")
-    text = f"CREATE TABLE {name(table.name, table.schema)} (\n" + ",\n".join(parts) + "\n);"
+        parts.append((f"  PRIMARY KEY ({', '.join(map(name, primary))})", ""))
+    if not schema.part:
+        parts += [(f"  FOREIGN KEY ({name(column)}) {target}", "") for column, target in targets]
+    lines = [f"{text}{',' * (i < len(parts))}{note}" for i, (text, note) in enumerate(parts, 1)]
+    text = "\n".join([f"CREATE TABLE {name(table.name, table.schema)} (", *lines, ");"])
     if not table.rows:
         return text
     names = [" ".join(c.name.split()) for c in table.columns]
@@ -226,8 +239,9 @@ def with_rows(schema: Schema, database: AnyDatabase, n: int) -> Schema:
     """Add the first `n` rows of each table to the schema, but for tables that cannot be read in time."""
     if n not in schema.with_rows:
         tables = []
+        limits = replace(database.limits, seconds=min(ROW_SECONDS, database.limits.seconds))
         for table in schema.tables:
-            found = database.execute(f"SELECT * FROM {quote(table.name, table.schema)} LIMIT {int(n)}")
+            found = database.execute(f"SELECT * FROM {quote(table.name, table.schema)} LIMIT {int(n)}", limits)
             cells = [tuple(_short(value) for value in row) for row in found.rows[:n]] if found.ok else []
             tables.append(replace(table, rows=tuple(cells)))
         schema.with_rows[n] = replace(schema, tables=tuple(tables))

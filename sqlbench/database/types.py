@@ -109,6 +109,10 @@ class Column:
     type: str = ""
     nullable: bool = True
     primary_key: bool = False
+    comment: str = ""
+    """What the database says of it, for schema linking."""
+    values: tuple[str, ...] = ()
+    """Values of it that a question names, which its text shows."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,8 @@ class Schema:
     name: str = ""
     unreadable: tuple[str, ...] = ()
     """Tables and views that were left out because a part of them is missing here."""
+    part: bool = False
+    """Whether it is what `sqlbench.database.linking` chose of a larger one, which is written as briefly as possible."""
 
     @cached_property
     def texts(self) -> dict[tuple[str, int], str]:
@@ -169,4 +175,9 @@ class Schema:
     @cached_property
     def with_rows(self) -> dict[int, Schema]:
         """Cache the results of `sqlbench.database.schema.with_rows`, by number of rows."""
+        return {}
+
+    @cached_property
+    def linkers(self) -> dict[bool, Any]:
+        """Cache `sqlbench.database.linking.Linker`, by whether it knows the values."""
         return {}

@@ -55,6 +55,19 @@ def open_model(
     return LocalChatModel(path, name=spec, temperature=temperature, **limits)
 
 
+def trained_with(spec: str) -> dict[str, Any] | None:
+    """Return the settings of the rollouts from which a policy was trained, by its run folder; None of other models."""
+    from sqlbench.runs import CONFIG, RunFolder
+
+    for folder in (Path(spec), Path(spec).parent):
+        config = RunFolder(folder).config() if (folder / CONFIG).is_file() else {}
+        if config.get("kind") == "training":
+            return config["config"]["sqlbench"]
+        if config.get("kind") == "sft":
+            return config["rollout"]
+    return None
+
+
 def policy_folder(spec: str) -> Path:
     """Find the checkpoint folder of ``nano``, a path or a Hugging Face name; of a training run, its newest policy.
 

@@ -132,6 +132,10 @@ class LocalChatModel:
         other.seed, other._asked = seed, Counter()
         return other
 
+    def count_tokens(self, text: str) -> int:
+        """Count the tokens of a text."""
+        return len(self.batched.engine.tokenizer.encode(text, add_special_tokens=False))
+
     async def complete(
         self,
         messages: list[Message],

@@ -166,6 +166,9 @@ class _ServerModel:
         self.extra: dict[str, Any] = {}
         self._loop, self._sampling, self._seed, self._calls = loop, sampling, seed, 0
 
+    def count_tokens(self, text: str) -> int:
+        return len(self._loop.tokenizer.encode(text, add_special_tokens=False))
+
     async def complete(
         self, messages: list[Message], on_text: object = None, temperature: float | None = None
     ) -> Completion:  # nobody watches

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from sqlbench.agent.prompts import Prompts, extract_sql, prompts_for
 from sqlbench.agent.trajectory import Completion, Message, Trajectory
-from sqlbench.config import RolloutConfig, SftConfig, takes
+from sqlbench.config import RolloutConfig, SchemaConfig, SftConfig, takes
 from sqlbench.data.tasks import Task, open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError
 from sqlbench.evaluation import run_sync
 from sqlbench.interfaces import Dataset
-from sqlbench.models import policy_folder
+from sqlbench.models import policy_folder, trained_with
 from sqlbench.models.checkpoint import check_checkpoint, checkpoint_family
 from sqlbench.models.local import encode_chat
 from sqlbench.rollout import rollout
@@ -55,8 +55,10 @@ def sft(settings: SftConfig) -> Path:
     dataset = open_dataset(settings.data)
     tasks = [task for task in dataset.load(split) if task.scorable]
     folder = RunFolder(run_path(settings.results, settings.profile, settings.run))
-    prompted = {"table_info_truncate", "sample_rows"}
-    shape = RolloutConfig(max_turns=1, **settings.model_dump(include=prompted))
+    prompted = set(SchemaConfig.model_fields)
+    family = checkpoint_family(start)
+    decided = settings.decided(family, trained=trained_with(settings.model))
+    shape = RolloutConfig(max_turns=1, **decided.model_dump(include=prompted))
     config = {
         "kind": "sft",
         **settings.model_dump(mode="json", exclude=prompted),
@@ -64,7 +66,7 @@ def sft(settings: SftConfig) -> Path:
     }
     with folder.open(config, overwrite=settings.overwrite):
         if source is None:
-            prompts = prompts_for(checkpoint_family(start))
+            prompts = prompts_for(family)
             rollouts: Iterable[Trajectory] = run_sync(lambda: _gold_rollouts(dataset, tasks, prompts, shape))
         else:
             wanted = {task.key for task in tasks}

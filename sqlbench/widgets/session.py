@@ -23,7 +23,7 @@ from sqlbench.agent.prompts import extract_sql, parse_verdict, prompts_for
 from sqlbench.agent.repair import GENERATE, LinUCBRepair, RepairPolicy, Situation, failure_class, shaped
 from sqlbench.agent.trajectory import Execution, Trajectory, Transition
 from sqlbench.config import RolloutConfig
-from sqlbench.connection import LARGE, SMALL, Connection, Example, connect
+from sqlbench.connection import BUDGETS, LARGE, Connection, Example, connect
 from sqlbench.data.tasks import Task, open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, RunError, SqlbenchError
@@ -219,8 +219,8 @@ class ChatSession:
         self.model, self.folder, self.builtin = model, Path(folder), builtin
         self.agent = agent or SelfCorrectingAgent()
         self.config = RolloutConfig(
-            max_turns=MAX_ATTEMPTS, table_info_truncate=SMALL if model.family == "nano" else LARGE
-        )
+            max_turns=MAX_ATTEMPTS, **BUDGETS.get(model.family, {"table_info_truncate": LARGE})
+        ).decided(model.family)
         self._databases: dict[str, Database] = {}
         self._saved = self.folder / "bandit.json"
         self.bandit, trial = self._bandit(), self._bandit()

@@ -112,4 +112,4 @@ def test_every_field_is_described(model: type[EvalConfig]) -> None:
 
 def test_a_training_rolls_out_as_an_evaluation_does(repo: Path) -> None:
     common = yaml.safe_load((repo / "sqlbench/training/config/common.yaml").read_text())["sqlbench"]
-    assert RolloutConfig.of(common) == RolloutConfig()
+    assert RolloutConfig.of(common) == RolloutConfig().decided("nano")

@@ -96,7 +96,10 @@ def test_all_that_the_numbers_depend_on_is_stored(data):
         "rollout": {
             "max_turns": 1,
             "table_info_truncate": 2048,
+            "schema_tokens": None,
+            "schema_linking": True,
             "sample_rows": 0,
+            "value_hints": False,
             "execution_truncate": 2048,
             "strict": True,
             "query_timeout": 5.0,
