@@ -7,7 +7,8 @@ task's own, and a wide one into which all databases of the data set are merged (
 in DIR once). Three ways to fill a budget: the first tables (the cut), linking by names, and linking by names and the
 values that the question names. What a gold query needs is read from its tree.
 
-It writes ``linking.json`` and prints its table, with the time that a question takes after the database was first read.
+It writes ``linking.json``, after each kind, and prints its tables, with the time that the first question to a database
+takes, which reads its values, and the others.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "names and values": {"schema_linking": True, "value_hints": True},
 }
 SHARES = {"own": (0.1, 0.25, 0.5, 0.75), "wide": (0.005, 0.01, 0.02, 0.05, 0.1, 0.5)}
-WIDE = 200
+WIDE = 100
 """Questions that are asked of the wide database."""
 Needed = tuple[set[str], set[tuple[str, str]]]
 """Tables, and columns with their tables, in lower case."""
@@ -61,10 +62,8 @@ def needed(sql: str, schema: Schema) -> Needed | None:
     found = set()
     for column in tree.find_all(exp.Column):
         name, of = column.name.lower(), meant.get(column.table.lower())
-        # Without a qualifier it belongs to the first table that has it; a quoted text is no column of any.
-        found |= {
-            (table, name) for table in ([of] if of else [*dict.fromkeys(meant.values())]) if name in columns[table]
-        }
+        tables = [of] if of else meant.values()  # without a qualifier it may be of any; a quoted text is of none
+        found |= {(table, name) for table in tables if name in columns[table]}
     return set(meant.values()), found
 
 
@@ -159,9 +158,9 @@ class Bench:
             "databases": len(opened),
             "tables": max(len(database.schema().tables) for database in opened),
             "tokens": max(self.tokens(database) for database in opened),
-            "recall": recall.round(2).reset_index().to_dict("records"),
-            "seconds": {way: values.round(4).to_dict() for way, values in speed.iterrows()},
-            "first_seconds": {way: round(max(some), 2) for way, some in first.items()},
+            "recall": recall.round(1).reset_index().to_dict("records"),
+            "seconds": {way: values.round(3).to_dict() for way, values in speed.iterrows()},
+            "first_seconds": {way: round(max(some), 3) for way, some in first.items()},
         }
 
 
@@ -182,18 +181,20 @@ def main() -> None:
     parser.add_argument("--split", default="dev")
     parser.add_argument("--tokenizer", type=Path, help="checkpoint whose tokens count; estimated without")
     parser.add_argument("--limit", type=int, help="questions, drawn by chance")
+    parser.add_argument("--only", action="append", choices=list(SHARES), help="one kind of database")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    bench, found = Bench(options), {}
-    for kind in SHARES:
+    place, bench = options.out / "linking.json", Bench(options)
+    found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    for kind in options.only or SHARES:
         found[kind] = bench.measure(kind)
+        place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(f"\n{kind}: {found[kind]['questions']} questions, up to {found[kind]['tables']} tables\n")
         print(table(found[kind]))
         for way in WAYS:
             seconds = {**found[kind]["seconds"][way], "first": found[kind]["first_seconds"][way]}
             print(f"{way}: " + ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items()))
-    (options.out / "linking.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

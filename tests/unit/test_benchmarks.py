@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
+from sqlbench.database.engine import open_database
 from verl_cpu.engine import GenerationRequest, LocalEngine
 
 
@@ -41,3 +43,20 @@ def test_both_agents_answer_every_task_with_a_model_that_knows_the_answers(pocke
     }
     rates = rollout.compare(works, tasks, 1)  # asserts that all rollouts of both are right
     assert rates["ours, in the process"]["per_cpu_second"] > 2 * rates["plain, in the process"]["per_cpu_second"]
+
+
+def test_what_a_gold_query_needs_is_read_from_it(tmp_path: Path) -> None:
+    import linking
+
+    with sqlite3.connect(tmp_path / "x.sqlite") as connection:
+        connection.execute("CREATE TABLE Singer (id INT, Name TEXT, country TEXT)")
+        connection.execute("CREATE TABLE concert (singer_id INT, year INT, name TEXT)")
+    schema = open_database(tmp_path / "x.sqlite").schema()
+    joined = 'SELECT s.name FROM singer AS s JOIN concert ON s.id = singer_id WHERE year > 2000 AND country = "Peru"'
+    assert linking.needed(joined, schema) == (
+        {"singer", "concert"},
+        {("singer", "name"), ("singer", "id"), ("singer", "country"), ("concert", "singer_id"), ("concert", "year")},
+    )
+    nested = "SELECT count(*) FROM concert WHERE singer_id IN (SELECT id FROM Singer)"
+    assert linking.needed(nested, schema) == ({"singer", "concert"}, {("concert", "singer_id"), ("singer", "id")})
+    assert linking.needed("not a query", schema) is None
