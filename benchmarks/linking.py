@@ -44,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "names": {"schema_linking": True},
     "names and values": {"schema_linking": True, "value_hints": True},
 }
-SHARES = {"own": (0.1, 0.25, 0.5, 0.75), "wide": (0.005, 0.01, 0.02, 0.05, 0.1, 0.5)}
+SHARES = {"own": (0.1, 0.25, 0.5, 0.75), "wide": (0.01, 0.05, 0.1)}
 WIDE = 100
 """Questions that are asked of the wide database."""
 Needed = tuple[set[str], set[tuple[str, str]]]
