@@ -345,11 +345,13 @@ class ServeConfig(Settings):
 
 
 class ChatConfig(Settings):
-    """Serve the chat as a web page, on this machine alone."""
+    """Serve the chat as a web page."""
 
     data: Data = POCKET
     model: Model = "nano"
     port: Port = 8866
+    host: Host = "127.0.0.1"
+    token: str | None = Field(None, description="What a browser has to know; made up where others reach --host.")
     run: Run = "chat"
     results: Results = RESULTS
     reflection: str | None = Field(None, description="Endpoint for prompt evolution, openai:NAME; or else --model's.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from sqlbench.agent.prompts import DIALECTS, extract_sql
 from sqlbench.agent.trajectory import Message
 from sqlbench.config import RolloutConfig
-from sqlbench.database.engine import open_database
+from sqlbench.database.engine import in_thread, open_database
 from sqlbench.database.schema import quote, schema_text
 from sqlbench.database.target import TARGETS, without_password
 from sqlbench.database.types import Column, Limits, Schema, Table
@@ -97,6 +97,13 @@ def _notice(name: str, schema: Schema) -> str:
     )
 
 
+def views(database: Database) -> frozenset[str]:
+    """Return the names of the views, as far as the database tells them."""
+    catalogue = "information_schema.views" if database.dialect == "postgresql" else "sqlite_master"
+    column, only = ("table_name", "") if database.dialect == "postgresql" else ("name", " WHERE type = 'view'")
+    return frozenset(str(row[0]) for row in database.execute(f"SELECT {column} FROM {catalogue}{only}", _LIMITS).rows)
+
+
 # --- example questions ----------------------------------------------------------------------------------------------
 
 
@@ -117,7 +124,7 @@ def schema_examples(database: Database, schema: Schema) -> list[Example]:
 
 
 async def model_examples(connection: Connection, model: Model) -> list[Example]:
-    """Ask the model for five questions; fill up from the schema where fewer of its queries run.
+    """Ask the model for five questions, and keep those whose queries give rows.
 
     Raises:
         ModelError: the model cannot be reached.
@@ -130,8 +137,7 @@ async def model_examples(connection: Connection, model: Model) -> list[Example]:
         'lines of JSON and nothing else:\n{"question": "...", "sql": "SELECT ..."}'
     )
     answer = await model.complete([Message(role="user", content=prompt)])
-    found = [e for e in _parse(answer.text) if _answers(connection.database, e)]
-    return [*found, *connection.examples][:EXAMPLES]
+    return await in_thread(lambda: [e for e in _parse(answer.text) if _answers(connection.database, e)][:EXAMPLES])
 
 
 def _parse(text: str) -> Iterator[Example]:

@@ -19,7 +19,7 @@ import pytest
 
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.data.tasks import DataSet
-from sqlbench.widgets.session import BuiltIn
+from sqlbench.widgets.chat.builtin import BuiltIn
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -77,6 +77,8 @@ class Endpoint(ThreadingHTTPServer):
         system, user = messages[0], messages[-1]
         if len(messages) == 1 and "lines of JSON" in user:
             return '{"question": "Who has the most money?", "sql": "SELECT full_name FROM customer LIMIT 1"}'
+        if "plain sentences" in user:
+            return "It is Ada."
         if len(messages) == 1:  # to improve the prompt
             part = re.search(r"of its prompts:\n```\n(.*?)\n```\n\nThis is how", user, re.S)
             assert part is not None
@@ -117,10 +119,11 @@ def serve(pocket: DataSet, repo: Path, tmp_path: Path) -> Iterator:
         servers.append(server)
         assert server.stdout is not None
         line = server.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        found = re.search(r"http://127\.0\.0\.1:\d+\S*", line)
         assert found, f"{line}{(tmp_path / 'voila.log').read_text()}"
         return found[0]
 
+    start.servers = servers
     yield start
     for server in servers:
         server.terminate()
@@ -149,13 +152,7 @@ def lister() -> Iterator[Lister]:
 
 
 def open_page(page: Page, address: str) -> None:
-    for _ in range(50):  # the address is printed just before the server listens
-        try:
-            page.goto(address, timeout=WAIT)
-            break
-        except Exception as error:
-            assert "ERR_CONNECTION_REFUSED" in str(error)
-            time.sleep(0.5)
+    page.goto(address, timeout=WAIT)
     page.get_by_text("connected to").wait_for(timeout=WAIT)
 
 
@@ -177,7 +174,7 @@ def test_ask_watch_judge_retry_connect_measure_and_evolve(
     page.on("response", lambda response: requested.add(response.url.split("/")[2]))
     address = f"http://127.0.0.1:{endpoint.server_address[1]}/v1"
     open_page(page, serve("--model", "openai:m", OPENAI_BASE_URL=address, OPENAI_API_KEY="none"))
-    page.get_by_label("database").select_option("concert")
+    page.get_by_label("database", exact=True).select_option("concert")
     page.get_by_text("connected to concert").wait_for(timeout=WAIT)
     questions = [q for q in endpoint.gold if "'" not in q][:5]
 
@@ -200,10 +197,8 @@ def test_ask_watch_judge_retry_connect_measure_and_evolve(
     picture(page, "chat_answer")
 
     # Wrong, with a remark: kept as it was typed, and counted.
-    page.get_by_role("button", name="Wrong").click()
     field(page, "What is wrong").fill("<b>only</b> the newest")
-    picture(page, "chat_remark")
-    page.get_by_role("button", name="Send").click()
+    field(page, "What is wrong").press("Enter")
     page.get_by_text("Marked wrong: <b>only</b> the newest").wait_for(timeout=WAIT)
     kept = [json.loads(x) for x in (tmp_path / "results/laptop/chat/feedback.jsonl").read_text().splitlines()]
     assert (kept[-1]["verdict"], kept[-1]["remark"]) == ("wrong", "<b>only</b> the newest")
@@ -211,24 +206,25 @@ def test_ask_watch_judge_retry_connect_measure_and_evolve(
 
     # Retry: the model sees what was not the answer.
     page.get_by_role("button", name="Retry differently").click()
+    page.get_by_text("Marked wrong").wait_for(timeout=WAIT)
     page.get_by_role("button", name="Retry differently").nth(1).wait_for(timeout=WAIT)
     assert BROKEN in endpoint.users[-1] and BESIDE in endpoint.users[-1]
 
     # Further questions make an evolution due; the prompt changes before one's eyes.
     for number, question in enumerate(questions[1:4], 3):
         ask(page, question, number)
-    page.get_by_role("button", name="Correct").first.click()
+    page.get_by_role("button", name="Correct").last.click()
     page.get_by_text("System prompt, generation 1").wait_for(timeout=WAIT)
     page.locator(".sqlbench ins").get_by_text(RULE).wait_for(timeout=WAIT)
     picture(page, "chat_evolved")
     ask(page, questions[4], 6)
-    assert page.locator(".sqlbench-card").first.locator(".attempt").count() == 1  # the rule helps
+    assert page.locator(".sqlbench-card").last.locator(".attempt").count() == 1  # the rule helps
 
     # The benchmark of a built-in database.
     page.get_by_role("tab", name="Benchmark").click()
     page.get_by_role("button", name="Run the benchmark").click()
-    page.get_by_text("15 of 15 questions").wait_for(timeout=WAIT)
-    assert "15 of 15" in page.get_by_role("row", name=re.compile("^overall")).inner_text()
+    page.get_by_text("60 of 60 questions").wait_for(timeout=WAIT)
+    assert "60 of 60" in page.get_by_role("row", name=re.compile("^overall")).first.inner_text()
     picture(page, "chat_benchmark")
 
     # Databases of one's own: refused in one line without the password, or connected, drawn, and asked.
@@ -278,11 +274,30 @@ def test_an_answer_of_more_rows_than_are_kept_is_shown_by_its_first_and_may_be_r
     assert attempts.count() == 2 and attempts.nth(1).locator("pre").first.inner_text() == EVERY_ROW
     assert "more than 10,000 rows" in attempts.nth(1).inner_text()
     heading = card.get_by_role("heading", name=re.compile("^Result: "))
-    assert heading.inner_text() == "Result: more than 10,000 rows, the first 20 are shown"
-    cells = card.locator(".scroll td").all_inner_texts()
-    assert cells == [str(value) for i in range(1, 21) for value in (i, 7 * i)]
+    assert heading.inner_text() == "Result: more than 10,000 rows, 1 to 20 of 10000 are shown"
+
+    def cells() -> list[str]:
+        return card.locator(".sqlbench-result .scroll td").all_inner_texts()
+
+    assert cells() == [str(value) for i in range(1, 21) for value in (i, 7 * i)]
     assert "gave up" not in card.inner_text()
     picture(page, "chat_large")
+
+    # All rows are there: the next page, the other order, a file, and another query by hand.
+    card.get_by_role("button", name="More").click()
+    card.get_by_text("21 to 40 of 10000").wait_for(timeout=WAIT)
+    for _ in range(2):
+        card.get_by_role("button", name="amount").click()
+        time.sleep(1)
+    card.get_by_role("cell", name="70000", exact=True).wait_for(timeout=WAIT)
+    with page.expect_download(timeout=WAIT) as saved:
+        card.get_by_role("button", name="CSV").click()
+    assert saved.value.path().read_text().splitlines()[:2] == ["entry_id,amount", "10000,70000"]
+    card.get_by_role("button", name="Edit SQL").click()
+    card.get_by_role("textbox", name="SQL to run").fill("SELECT amount * 0.1 AS tenth FROM entry LIMIT 2")
+    card.get_by_role("button", name="Run SQL").click()
+    card.get_by_text("as edited by hand").wait_for(timeout=WAIT)
+    assert cells() == ["0.7", "1.4"]
 
     # Nothing was learned against the repair, and the verdict rewards it.
     bandit = tmp_path / "results/laptop/chat/bandit.json"
@@ -293,15 +308,75 @@ def test_an_answer_of_more_rows_than_are_kept_is_shown_by_its_first_and_may_be_r
     assert lesson["strategy"] == attempts.nth(1).locator("code").inner_text() and lesson["reward"] > 0.5
 
 
-def test_the_embedded_policy_answers_out_of_the_box(page: Page, serve, picture) -> None:
-    open_page(page, serve())
-    page.get_by_label("database").select_option("concert")
+def kernels(server: subprocess.Popen) -> int:
+    """Kernels below the server."""
+    below = subprocess.run(["pgrep", "-P", str(server.pid), "-f", "ipykernel"], capture_output=True, text=True).stdout
+    return len(below.split())
+
+
+def test_the_embedded_policy_answers_out_of_the_box_and_the_page_keeps_the_conversation(
+    page: Page, serve, picture, tmp_path: Path
+) -> None:
+    address = serve()
+    open_page(page, address)
+    assert page.title() == "sqlbench chat"
+    page.get_by_label("database", exact=True).select_option("concert")
     page.get_by_text("connected to concert").wait_for(timeout=WAIT)
     page.locator(".sqlbench-examples button").first.click()
     page.get_by_role("button", name="Retry differently").wait_for(timeout=WAIT)
     assert page.locator(".sqlbench .attempt pre").first.inner_text().startswith("SELECT")
     page.get_by_text("prompt evolution is off").wait_for(timeout=WAIT)
     picture(page, "chat_nano")
+
+    # The arrows bring the question back.
+    question = page.locator("[data-question]").get_attribute("data-question")
+    field(page, "Ask a question").press("ArrowUp")
+    assert field(page, "Ask a question").input_value() == question
+
+    # Every field has a name for those who cannot see it, and the page fits a telephone, in the dark too.
+    unnamed = "input:not([aria-label], [aria-labelledby]), select:not([aria-label], [aria-labelledby])"
+    fields = page.locator(".sqlbench-chat").locator(unnamed).all()
+    assert [f.get_attribute("id") for f in fields if f.is_visible() and not f.evaluate("e => e.labels.length")] == []
+    page.set_viewport_size({"width": 400, "height": 850})
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 400
+    picture(page, "chat_400")
+    page.set_viewport_size({"width": 1500, "height": 1000})
+    page.emulate_media(color_scheme="dark")
+    picture(page, "chat_dark")
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert dark == "rgb(17, 17, 17)"
+    page.emulate_media(color_scheme="light")
+
+    # A database that nano does not know.
+    with sqlite3.connect(tmp_path / "foreign.sqlite") as raw:
+        raw.execute("CREATE TABLE album (album_id INTEGER PRIMARY KEY, title TEXT)")
+        raw.execute("INSERT INTO album VALUES (1, 'Blue')")
+    field(page, "path.sqlite").fill("foreign.sqlite")
+    page.get_by_role("button", name="Connect").click()
+    page.get_by_text("was trained on the databases that come with sqlbench").wait_for(timeout=WAIT)
+    page.get_by_text(re.compile("Ollama")).wait_for(timeout=WAIT)
+    picture(page, "chat_foreign")
+
+    # Reloaded, the page has its conversation; the kernel of the page before ends, and nothing is in the terminal.
+    page.reload(timeout=WAIT)
+    page.locator("[data-question]").wait_for(timeout=WAIT)
+    assert page.locator("[data-question]").get_attribute("data-question") == question
+    page.get_by_role("button", name="New").click()
+    page.locator("[data-question]").wait_for(state="detached", timeout=WAIT)
+    deadline = time.monotonic() + WAIT / 1000
+    while kernels(serve.servers[-1]) > 2 and time.monotonic() < deadline:  # this page's, and the one kept warm
+        time.sleep(0.5)
+    assert kernels(serve.servers[-1]) <= 2
+    assert (tmp_path / "voila.log").read_text() == ""
+
+
+def test_where_others_reach_the_address_a_browser_needs_its_token(page: Page, serve) -> None:
+    address = serve("--host", "0.0.0.0")
+    token = address.partition("?token=")[2]
+    assert len(token) >= 16
+    page.goto(address.partition("/?")[0], timeout=WAIT)
+    assert page.get_by_text("connected to").count() == 0 and "login" in page.url
+    open_page(page, address)
 
 
 def test_a_port_that_is_taken_is_one_line(pocket: DataSet) -> None:
@@ -314,4 +389,5 @@ def test_a_port_that_is_taken_is_one_line(pocket: DataSet) -> None:
             [*command, "--data", str(pocket.root)], capture_output=True, text=True, timeout=WAIT / 1000
         )
     assert done.returncode == 1
-    assert done.stderr == f"error: cannot listen on port {port}: Address already in use; choose another with --port\n"
+    said = f"error: Cannot listen on 127.0.0.1:{port}: Address already in use. Choose another --port or --host.\n"
+    assert done.stderr == said

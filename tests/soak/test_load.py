@@ -38,7 +38,8 @@ from sqlbench.evolve import FeedbackStore
 from sqlbench.models import open_model
 from sqlbench.reward import score
 from sqlbench.runs import RunFolder
-from sqlbench.widgets.session import ChatSession, Transcript
+from sqlbench.widgets.chat.session import ChatSession
+from sqlbench.widgets.chat.turn import Turn
 
 LONG = os.environ.get("SQLBENCH_LONG") == "1"
 SPLIT = "dev_seen_pretrain"
@@ -227,12 +228,12 @@ def test_5_chats_on_one_folder_keep_apart_and_lose_nothing(model, tmp_path, note
         async def use() -> None:
             for i in range(questions):
                 mark = number * 1000 + i
-                transcript, began = Transcript(f"what is #{mark}?", shop.name), time.perf_counter()
-                exchange = await session.ask(transcript.question, shop, transcript)
+                turn, began = Turn(question=f"what is #{mark}?", database=shop.name), time.perf_counter()
+                exchange = await session.ask(turn, shop)
                 waited.append(time.perf_counter() - began)
-                assert [sql for sql, _ in exchange.history] == [f"SELECT nonsense{mark}", f"SELECT {mark}"]
-                assert exchange.context.executions[-1].rows == [[mark]] and f"SELECT {mark}" in transcript.html()
-                session.judge(exchange, right=i % 2 == 0)
+                assert [sql for sql, _ in turn.history] == [f"SELECT nonsense{mark}", f"SELECT {mark}"]
+                assert exchange.context.executions[-1].rows == [[mark]] and f"SELECT {mark}" in turn.html()
+                session.judge(turn, i % 2 == 0, exchange=exchange)
 
         asyncio.run(use())
 

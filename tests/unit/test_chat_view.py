@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ import pytest
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.errors import DataError, ModelError
-from sqlbench.widgets.chat import Card, ChatView, diff_html
-from sqlbench.widgets.session import PER_LEVEL, BuiltIn, ChatSession
+from sqlbench.errors import DataError, ModelError, PromptTooLongError
+from sqlbench.widgets.chat import ChatView
+from sqlbench.widgets.chat.builtin import BuiltIn
+from sqlbench.widgets.chat.card import Card
+from sqlbench.widgets.chat.offer import ollama_models
+from sqlbench.widgets.chat.prompts import diff_html
+from sqlbench.widgets.chat.session import ChatSession
 
 RIGHT, WRONG = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
 FIRST, SECOND = "SELECT nme FROM customer", "SELECT full_name FROM customer ORDER BY full_name"
@@ -41,6 +45,17 @@ class Scripted:
             if on_text:
                 on_text(text[i : i + 5])
         return Completion(text=text)
+
+
+def saying(queries: Iterator[str]) -> Callable[[str, str], str]:
+    """Answers with one query after the other, and is never content with one."""
+
+    def answer(system: str, user: str) -> str:
+        if "lines of JSON" in user:  # for examples
+            return ""
+        return WRONG if "You review" in system else f"```sql\n{next(queries)}\n```"
+
+    return answer
 
 
 def repairing(system: str, user: str) -> str:
@@ -86,7 +101,7 @@ def drive(
 async def ask(view: ChatView, question: str) -> Card:
     view.ask(question)
     await view.wait()
-    return view.cards[0]
+    return view.cards[-1]
 
 
 def feedback(tmp_path: Path) -> list[dict]:
@@ -100,7 +115,7 @@ def test_a_question_is_streamed_repaired_and_answered(tmp_path: Path, shop: Path
         view.connect(str(shop))
         await view.wait()
         view.ask("Who are the <b>customers</b>?")
-        view.cards[0]._body.observe(lambda change: seen.append(change["new"]), "value")
+        view.cards[-1]._body.observe(lambda change: seen.append(change["new"]), "value")
         await view.wait()
 
     view = drive(tmp_path, steps)
@@ -109,11 +124,12 @@ def test_a_question_is_streamed_repaired_and_answered(tmp_path: Path, shop: Path
     assert len(partial) > 3 and partial[-1] == FIRST  # the query grows piece by piece
     repair = next(html for html in seen if html.count("<code>") == 2)
     assert "no such column: nme" in repair  # the error is there before the next attempt is
-    chosen = view.cards[0].transcript.attempts[1].strategy
+    chosen = view.cards[-1].turn.attempts[1].strategy
     assert chosen in STRATEGIES and f"<code>{chosen}</code>" in repair and SECOND not in repair
     final = seen[-1]
     assert "2 rows" in final and "2 attempts" in final and "review: looks right" in final and "..." not in final
-    assert "&lt;script&gt;alert(1)" in final and "<script>" not in final
+    table = view.cards[-1].result.table.value
+    assert "&lt;script&gt;alert(1)" in table and "<script>" not in table
     assert "&lt;b&gt;customers" in final and "<b>customers" not in final
 
 
@@ -122,7 +138,7 @@ def test_a_verdict_is_kept_once_and_teaches_the_bandit(tmp_path: Path, shop: Pat
         view.connect(str(shop))
         await view.wait()
         card = await ask(view, "Who?")
-        assert "1/4" in view._generation.value
+        assert "1/4" in view.prompts.head.value
         card.judge(False, " only <b>new</b> ones ")
         card.judge(True)
         assert "Marked wrong: only &lt;b&gt;new" in card._verdict.value and card._right.disabled
@@ -131,11 +147,11 @@ def test_a_verdict_is_kept_once_and_teaches_the_bandit(tmp_path: Path, shop: Pat
     before, after = feedback(tmp_path)
     assert (before["verdict"], before["sql"], before["db"]) == (None, SECOND, "shop")
     assert (after["verdict"], after["remark"], after["generation"]) == ("wrong", "only <b>new</b> ones", 0)
-    assert "1/4" in view._generation.value and "openai:NAME" in view._generation.value
+    assert "1/4" in view.prompts.head.value and "openai:NAME" in view.prompts.head.value
     assert view.session is not None
     (lesson,) = view.session.bandit.lessons
     assert (lesson.situation.error_class, lesson.situation.attempt) == ("no_such_column", 1)
-    assert lesson.strategy in view._learned.value and lesson.reward < 0
+    assert lesson.strategy in view.prompts.learned.value and lesson.reward < 0
     again = ChatSession(view.session.model, tmp_path / "state")
     assert again.bandit.lessons == [lesson] and again.evolution.progress == (1, 4)
 
@@ -181,10 +197,11 @@ def test_a_result_over_a_limit_is_an_answer_with_its_first_rows(
         await view.wait()
         card = await ask(view, "Every reading?")
         assert view.session is not None and not view.session.bandit.lessons
-        assert len(card.transcript.attempts) == 1 and "gave up" not in card.transcript.conclusion
-        html = str(card.html())
-        assert f"Result: {words}" in html and ", the first 20 are shown" in html
-        assert "note 0<" in html and "note 19<" in html and "note 20<" not in html and "too_large" not in html
+        assert len(card.turn.attempts) == 1 and "gave up" not in card.turn.conclusion
+        head, table = card.result.head.value, card.result.table.value
+        assert f"Result: {words}" in head and ", 1 to 20 of " in head and len(card.result.rows) > 20
+        assert "note 0<" in table and "note 19<" in table and "note 20<" not in table
+        assert "too_large" not in f"{head}{table}{card.html()}"
         card.judge(True)
 
     view = drive(tmp_path, steps, lambda system, user: RIGHT if "You review" in system else f"```sql\n{sql}\n```")
@@ -199,15 +216,15 @@ def test_retry_differently_shows_the_model_what_was_not_the_answer(tmp_path: Pat
         view.connect(str(shop))
         await view.wait()
         (await ask(view, "Who?")).judge(False)
-        view.ask("Who?", view.cards[0].exchange)
+        view.cards[-1].retry()
         await view.wait()
-        view.cards[0].judge(True)
+        view.cards[-1].judge(True)
 
     view = drive(tmp_path, steps)
     assert view.session is not None and isinstance(view.session.model, Scripted)
     retry = view.session.model.prompts[-1][-1].content  # its answer is a repetition, so it is not reviewed
     assert FIRST in retry and SECOND in retry
-    assert len(view.cards) == 2 and view.cards[0].transcript.attempts[0].strategy in STRATEGIES
+    assert len(view.cards) == 2 and view.cards[-1].turn.attempts[0].strategy in STRATEGIES
     first, second = view.session.bandit.lessons
     assert (second.situation.error_class, second.situation.attempt) == ("none", 2) and second.reward > first.reward
     # The same query as before: what the user said about it is not forgotten, and the new verdict comes last.
@@ -226,16 +243,14 @@ def test_a_rewrite_that_only_repeats_is_an_attempt_that_changed_nothing(
         await view.wait()
         await ask(view, "Who?")
         if again:
-            view.ask("Who?", view.cards[0].exchange)
+            view.cards[-1].retry()
             await view.wait()
-        view.cards[0].judge(True)
+        view.cards[-1].judge(True)
 
-    view = drive(
-        tmp_path, steps, lambda system, _: WRONG if "You review" in system else f"```sql\n{next(queries)}\n```"
-    )
+    view = drive(tmp_path, steps, saying(queries))
     assert view.session is not None
-    html = view.cards[0].transcript.html()
-    assert html.count("an earlier query again") == 1 and "Result: 2 rows" in html
+    assert view.cards[-1].turn.html().count("an earlier query again") == 1
+    assert "Result: 2 rows" in view.cards[-1].result.head.value
     lessons = [(x.situation.error_class, x.situation.attempt, round(x.reward, 2)) for x in view.session.bandit.lessons]
     better, nothing, solved = 0.5 - 0.2 - 0.05, 0.5 - 0.5 - 0.05, 1 - 0.5 - 0.05
     if again:
@@ -253,11 +268,9 @@ def test_a_query_that_the_model_goes_back_to_is_the_answer(tmp_path: Path, shop:
         await view.wait()
         await ask(view, "Who?")
 
-    view = drive(
-        tmp_path, steps, lambda system, _: WRONG if "You review" in system else f"```sql\n{next(queries)}\n```"
-    )
-    html = view.cards[0].transcript.html()
-    assert view.cards[0].sql == SECOND and "Result: 2 rows" in html and "gave up" not in html
+    view = drive(tmp_path, steps, saying(queries))
+    turn = view.cards[-1].turn
+    assert turn.sql == SECOND and not turn.error and "Result: 2 rows" in view.cards[-1].result.head.value
     assert [f["sql"] for f in feedback(tmp_path)] == [SECOND]
     assert view.session is not None and not view.session.bandit.lessons, "the verdict is the user's"
 
@@ -271,7 +284,7 @@ def test_an_answer_that_never_runs_teaches_without_a_verdict(tmp_path: Path, sho
     tries = iter(range(100))
     view = drive(tmp_path, steps, lambda *_: f"SELECT nme{next(tries)} FROM customer")
     assert view.session is not None
-    assert "gave up" in view.cards[0].transcript.conclusion and "5 attempts" in view.cards[0].transcript.conclusion
+    assert "gave up" in view.cards[-1].turn.conclusion and "5 attempts" in view.cards[-1].turn.conclusion
     assert len(view.session.bandit.lessons) == 4
 
 
@@ -304,13 +317,13 @@ def test_whatever_breaks_is_one_line_and_the_view_goes_on(tmp_path: Path, shop: 
         view.connect(str(shop))
         await view.wait()
         card = await ask(view, "Who?")
-        assert card.transcript.conclusion == "stopped: model: ModelError: the model is out of order"
+        assert card.turn.error == "The model failed: the model is out of order" and "trouble" in card._body.value
         broken = False
         card = await ask(view, "Who?")
-        assert "2 attempts" in card.transcript.conclusion
+        assert "2 attempts" in card.turn.conclusion
         shop.unlink()
         card = await ask(view, "Who?")
-        assert "stopped: " in card.transcript.conclusion and "No such file" in card.transcript.conclusion
+        assert "No such file" in card.turn.error
 
     drive(tmp_path, steps, answer)
 
@@ -325,11 +338,11 @@ def test_a_verdict_that_could_not_be_kept_can_be_given_again(tmp_path: Path, sho
             kept.rename(tmp_path / "away") if kept.exists() else None
             kept.mkdir()
             card.judge(True)
-            assert "annot write" in view._message.value and card.exchange and card.exchange.verdict is None
+            assert "annot write" in view._message.value and card.turn.verdict is None
             kept.rmdir()
             (tmp_path / "away").rename(kept) if (tmp_path / "away").exists() else None
         card.judge(True)
-        assert card.exchange.verdict == "right" and "Marked right" in card._verdict.value
+        assert card.turn.verdict == "right" and "Marked right" in card._verdict.value
 
     drive(tmp_path, steps)
     assert feedback(tmp_path)[-1]["verdict"] == "right"
@@ -370,7 +383,7 @@ def test_a_table_of_500_columns_is_announced_and_asked(tmp_path: Path) -> None:
     async def steps(view: ChatView) -> None:
         view.connect(str(tmp_path / "wide.sqlite"))
         await view.wait()
-        assert "has 500 columns" in view._message.value and "more columns" in view._diagram.value
+        assert "has 500 columns" in view._message.value and "more columns" in view.diagram.picture.value
         assert "measurement_499" in (await ask(view, "Everything?")).html()
 
     drive(tmp_path, steps, lambda system, user: RIGHT if "You review" in system else "SELECT * FROM wide")
@@ -389,14 +402,14 @@ def test_postgresql_is_asked_in_its_dialect_and_may_go_away(tmp_path: Path, post
             await view.wait()
             assert "connected to mortal: PostgreSQL, 1 table" in view._message.value
             card = await ask(view, "Who?")
-            assert "2 attempts" in card.transcript.conclusion and "Ada" in card.html()
+            assert "2 attempts" in card.turn.conclusion and "Ada" in card.html()
             assert "column &#34;nme&#34; does not exist" in card.html()
             assert view.session is not None and isinstance(view.session.model, Scripted)
             assert all("PostgreSQL" in prompt[0].content for prompt in view.session.model.prompts)
             admin.execute("DROP DATABASE mortal WITH (FORCE)")
             for _ in range(2):
-                conclusion = (await ask(view, "Who?")).transcript.conclusion
-                assert conclusion.startswith("stopped: database: DatabaseError: ") and "\n" not in conclusion
+                error = (await ask(view, "Who?")).turn.error
+                assert error.startswith("The database failed: ") and "\n" not in error
 
         drive(tmp_path, steps)
 
@@ -411,8 +424,8 @@ def test_one_question_at_a_time_and_it_can_be_stopped(tmp_path: Path, shop: Path
         assert view.busy and len(view.cards) == 1 and view._ask.description == "Stop" and view._connect.disabled
         view._ask.click()
         await view.wait()
-        assert view.cards[0].transcript.conclusion == "stopped" and view._ask.description == "Ask"
-        assert "2 attempts" in (await ask(view, "Who?")).transcript.conclusion
+        assert view.cards[-1].turn.conclusion == "stopped" and view._ask.description == "Ask"
+        assert "2 attempts" in (await ask(view, "Who?")).turn.conclusion
 
     drive(tmp_path, steps)
 
@@ -423,13 +436,15 @@ def test_databases_of_a_data_set_have_a_benchmark_and_own_ones_do_not(
     builtin = BuiltIn(pocket.root)
     tasks = builtin.benchmark("concert")
     levels = [task.hardness for task in tasks]
-    assert {level: levels.count(level) for level in levels} == dict.fromkeys(("easy", "medium", "hard"), PER_LEVEL)
+    assert {level: levels.count(level) for level in levels} == {"easy": 20, "medium": 20, "hard": 8}
     gold = {task.question: task.gold for task in tasks}
     wrong = tasks[0].question
 
     def answer(system: str, user: str) -> str:
         if "You review" in system:
             return RIGHT
+        if "lines of JSON" in user:
+            return json.dumps({"question": tasks[0].question, "sql": tasks[0].gold})
         question = user.split("Question: ")[1].split("\n")[0]
         return "SELECT 'wrong'" if question == wrong else gold[question]
 
@@ -438,17 +453,19 @@ def test_databases_of_a_data_set_have_a_benchmark_and_own_ones_do_not(
         view._databases.value = "concert"
         await view.wait()
         assert view._tabs.titles == ("Chat", "ER diagram", "Benchmark")
-        assert [len(view._examples.children), view.connection.name] == [5, "concert"]
-        assert all(view.connection.database.execute(e.sql).ok for e in view.connection.examples)
+        assert [e.description for e in view._examples.children] == [tasks[0].question]
         view.benchmark()
         await view.wait()
-        scores = view._scores.value
-        assert "15 of 15 questions" in scores and "<td>14 of 15</td><td>93%</td>" in scores
-        assert "<td>4 of 5</td><td>80%</td>" in scores and scores.count("✗ wrong") == 1
-        view._level.value = "hard"
+        scores = view.bench.scores.value
+        assert "48 of 48 questions" in scores and "<td>47 of 48</td><td>97.9% (95% " in scores
+        assert "<td>19 of 20</td><td>95.0% (95% " in scores and scores.count("✗ wrong") == 1
+        assert gold[wrong].split()[-1] in scores and "<th>gold</th>" in scores
+        view.bench.level.value = "hard"
         view.benchmark()
         await view.wait()
-        assert "5 of 5 questions" in view._scores.value
+        assert "8 of 8 questions" in view.bench.scores.value
+        history = view.bench._history.value
+        assert history.index("100.0% (95% ") < history.index("97.9% (95% ") and history.count("generation 0") == 2
         assert view.session is not None and not view.session.bandit.lessons  # measuring is not learning
         view.connect(str(shop))
         await view.wait()
@@ -469,10 +486,257 @@ def test_without_a_kernel_the_view_is_static_html(tmp_path: Path, shop: Path) ->
         (await ask(view, "Who?")).judge(False, "nobody")
 
     html = drive(tmp_path, steps)._repr_mimebundle_()["text/html"]
-    assert FIRST in html and "Marked wrong: nobody" in html and "System prompt, generation 0" in html
+    assert FIRST in html and "Marked wrong: nobody" in html and ">generation 0</span>" in html
 
 
-def test_a_difference_of_prompts_shows_changed_lines_only_and_escaped() -> None:
+def test_a_difference_of_prompts_marks_words_and_leaves_out_components_that_are_equal() -> None:
     html = diff_html({"a": "same\nold", "b": "b"}, {"a": "same\n<new>", "b": "b"})
-    assert "<del>- old</del>" in html and "<ins>+ &lt;new&gt;</ins>" in html and "same" not in html
+    assert "same\n<del>old</del><ins>&lt;new&gt;</ins>" in html
     assert "<small>b</small>" not in html
+
+
+# --- what the page offers ---------------------------------------------------------------------------------------------
+
+
+class Small(Scripted):
+    """As nano: made for few databases, with a short window."""
+
+    name, family = "nano", "nano"
+
+
+def test_a_model_that_does_not_know_the_database_says_so_and_offers_only_what_it_can_answer(
+    tmp_path: Path, shop: Path, pocket: DataSet
+) -> None:
+    def answer(system: str, user: str) -> str:
+        return "SELECT count(*) FROM customer" if "many" in user else "SELECT nme FROM customer"
+
+    async def run() -> None:
+        view = ChatView(session=ChatSession(Small(answer), tmp_path / "state", BuiltIn(pocket.root)))
+        await view.wait()
+        assert not view.offer.children
+        view.connect(str(shop))
+        await view.wait()
+        banner = view.offer.children[0].value
+        assert (
+            "trained on the databases that come with sqlbench" in banner
+            and "owner/name" in view.offer.model.placeholder
+        )
+        assert [example.description for example in view._examples.children] == ["How many customers are there?"]
+        view.offer.use("openai:")
+        await view.wait()
+        assert (
+            "No model named" in view._message.value and view.session is not None and view.session.model.name == "nano"
+        )
+        view.choose("concert")
+        await view.wait()
+        assert not view.offer.children
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ('{"models": [{"name": "qwen2.5-coder:7b"}, {"name": "llama3"}]}', ["qwen2.5-coder:7b", "llama3"]),
+        ("<html>", []),
+        ('{"models": 3}', []),
+        (None, []),
+    ],
+)
+def test_the_models_of_ollama_are_found_by_themselves(answer: str | None, found: list[str]) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert (await reader.readline()).startswith(b"GET /api/tags")
+        body = (answer or "").encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    async def run() -> list[str]:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            if answer is None:
+                server.close()
+            return await ollama_models(address)
+
+    assert asyncio.run(run()) == found
+
+
+@pytest.mark.parametrize("window", [3000, 10])
+def test_a_prompt_over_the_models_window_is_tried_with_less_of_the_schema(tmp_path: Path, window: int) -> None:
+    with sqlite3.connect(tmp_path / "many.sqlite") as raw:
+        for i in range(60):
+            raw.execute(
+                f"CREATE TABLE table_{i} (first_column INTEGER PRIMARY KEY, second_column TEXT, third_column TEXT)"
+            )
+
+    def answer(system: str, user: str) -> str:
+        if len(user) > window:
+            raise PromptTooLongError(
+                "A prompt of 9 tokens is too long. Lower table_info_truncate or raise --max-tokens."
+            )
+        return RIGHT if "You review" in system else "SELECT count(*) FROM table_0"
+
+    async def steps(view: ChatView) -> None:
+        view.connect(str(tmp_path / "many.sqlite"))
+        await view.wait()
+        turn = (await ask(view, "How many?")).turn
+        if window > 10:
+            assert turn.sql and not turn.error
+        else:
+            assert "more than scripted can read at once" in turn.error and "_truncate" not in turn.error
+
+    drive(tmp_path, steps, answer)
+
+
+def test_an_answer_without_a_query_can_be_retried_but_not_judged(tmp_path: Path, shop: Path) -> None:
+    broken = True
+
+    def answer(system: str, user: str) -> str:
+        if broken:
+            raise ModelError("No answer within 120 s: model 'm'. Raise --timeout, or check the server.")
+        return repairing(system, user)
+
+    async def steps(view: ChatView) -> None:
+        nonlocal broken
+        view.connect(str(shop))
+        await view.wait()
+        view.ask("Who?")
+        assert "waiting for the model" in view.cards[-1]._body.value
+        assert [b.description for b in view.cards[-1].children[1:]] == ["Stop"]
+        await view.wait()
+        card = view.cards[-1]
+        assert card.turn.error == "The model failed: No answer within 120 s: model 'm'."
+        assert [b.description for b in card.children[1:]] == ["Retry"]
+        card.judge(True)
+        assert card.turn.verdict is None
+        broken = False
+        card._retry.click()
+        await view.wait()
+        assert len(view.cards) == 2 and view.cards[-1].turn.sql == SECOND and not view.cards[-1].turn.earlier
+
+    drive(tmp_path, steps, answer)
+
+
+def test_retry_differently_sends_the_remark_and_says_when_nothing_changed(tmp_path: Path, shop: Path) -> None:
+    async def steps(view: ChatView) -> None:
+        view.connect(str(shop))
+        await view.wait()
+        card = await ask(view, "Who?")
+        card.remark.value = "only those in Bern"
+        card.retry()
+        await view.wait()
+        again = view.cards[-1]
+        assert "only those in Bern" in again._body.value and "Same query again" in again._body.value
+        assert card.turn.verdict == "wrong" and "Same query again" not in card._body.value
+
+    view = drive(tmp_path, steps)
+    assert view.session is not None and isinstance(view.session.model, Scripted)
+    rewrites = [p[-1].content for p in view.session.model.prompts if "An earlier" in p[0].content]
+    assert "The user says about this query: only those in Bern" in rewrites[-1]
+    assert [(f["verdict"], f["remark"]) for f in feedback(tmp_path)][1] == ("wrong", "only those in Bern")
+
+
+def test_a_query_is_edited_and_run_by_hand_but_never_writes(tmp_path: Path, shop: Path) -> None:
+    async def steps(view: ChatView) -> None:
+        view.connect(str(shop))
+        await view.wait()
+        card = await ask(view, "Who?")
+        for sql, head in {
+            "SELECT 1 AS one UNION SELECT 2": "Result: 2 rows",
+            "DELETE FROM customer": "rejected",
+            "SELECT nme FROM customer": "no such column: nme",
+        }.items():
+            card.sql.value = sql
+            card.run()
+            await view.wait()
+            assert head in card.result.head.value
+        assert "by hand" not in card.result.head.value  # of a query that failed there are no rows
+
+    drive(tmp_path, steps)
+    with sqlite3.connect(shop) as raw:
+        assert raw.execute("SELECT count(*) FROM customer").fetchone() == (2,)
+
+
+def test_an_answer_in_words_comes_from_its_rows_and_is_kept(tmp_path: Path, shop: Path) -> None:
+    def answer(system: str, user: str) -> str:
+        return "<think>hm</think>Bo and <another>." if "plain sentences" in user else repairing(system, user)
+
+    async def steps(view: ChatView) -> None:
+        view.connect(str(shop))
+        await view.wait()
+        card = await ask(view, "Who?")
+        card.say()
+        await view.wait()
+        assert "Bo and &lt;another&gt;." in card._body.value and "hm" not in card.turn.summary
+        assert view.session is not None and isinstance(view.session.model, Scripted)
+        assert "Bo" in view.session.model.prompts[-1][-1].content
+
+    drive(tmp_path, steps, answer)
+
+
+def test_conversations_are_kept_reopened_renamed_deleted_and_exported(tmp_path: Path, shop: Path) -> None:
+    folder = tmp_path / "state/conversations"
+
+    async def steps(view: ChatView) -> None:
+        row = view.conversations
+        view.connect(str(shop))
+        await view.wait()
+        (await ask(view, "Who are | the <b>first</b>?")).judge(False, "all of them")
+        first = row.conversation.name
+        assert f'data-conversation="{first}"' in row._mark.value
+        row.turn_to("")
+        assert not view.cards
+        await ask(view, "And the second?")
+        assert [title for title, _ in row.chosen.options] == ["And the second?", "Who are | the <b>first</b>?"]
+        row.rename("Mine")
+        row.chosen.value = first
+        await view.wait()
+        (card,) = view.cards
+        assert card.turn.verdict == "wrong" and card.turn.remark == "all of them" and len(card.result.rows) == 2
+        text = row.conversation.markdown()
+        assert "## Who are \\| the &lt;b>first&lt;/b>?" in text and f"````sql\n{SECOND}\n````" in text
+        assert "| Bo |" in text and "Marked wrong. all of them" in text
+        assert json.loads(row.conversation.jsonl())["sql"] == SECOND
+        row.export("md")
+        assert f'download="{first}.md"' in row._link.value
+
+    drive(tmp_path, steps)
+
+    async def later(view: ChatView) -> None:
+        row = view.conversations
+        names = {title: name for title, name in row.chosen.options}
+        assert set(names) == {"New conversation", "Mine", "Who are | the <b>first</b>?"} and not view.cards
+        first = names["Who are | the <b>first</b>?"]
+        view._do("open", first)  # as a page does that was reloaded
+        await view.wait()
+        assert view.cards[-1].turn.remark == "all of them"
+        view.cards[-1].retry()
+        assert "Not connected: shop" in view._message.value
+        view.connect(str(shop))
+        await view.wait()
+        view.cards[-1].retry()
+        await view.wait()
+        assert len(view.cards) == 2 and view.cards[-1].turn.earlier[-1][0] == SECOND
+        row.delete()
+        assert not view.cards and not (folder / f"{first}.jsonl").exists()
+        for name in ("../../etc/passwd", "x" * 99, "<b>"):
+            view._do("open", name)
+            assert row.conversation.name != name and not view.cards
+
+    drive(tmp_path, later)
+    assert sorted(p.suffix for p in folder.iterdir()) == [".jsonl"]
+
+
+def test_a_benchmark_can_be_cancelled_and_what_was_answered_is_kept(tmp_path: Path, pocket: DataSet) -> None:
+    async def steps(view: ChatView) -> None:
+        view.benchmark()
+        await asyncio.sleep(0)
+        assert view.bench.run.description == "Cancel"
+        while "<small>0 of " in (view.bench.scores.value or "<small>0 of "):
+            await asyncio.sleep(0.01)
+        view.bench.run.click()
+        await view.wait()
+        assert "cancelled after" in view._message.value and view.bench.run.description == "Run the benchmark"
+
+    drive(tmp_path, steps, lambda *_: "SELECT 1", BuiltIn(pocket.root))
+    (kept,) = (json.loads(line) for line in (tmp_path / "state/benchmarks.jsonl").read_text().splitlines())
+    assert 0 < kept["scores"]["overall"]["n"] < kept["of"] and kept["model"] == "scripted"

@@ -151,7 +151,7 @@ class Scripted:
         return Completion(text=self.text)
 
 
-def test_examples_of_a_model_are_kept_when_they_run_and_filled_up_when_they_do_not(shop: Path) -> None:
+def test_examples_of_a_model_are_kept_where_they_give_rows(shop: Path) -> None:
     lines = [
         {"question": "Who is richest?", "sql": "SELECT full_name FROM customer ORDER BY balance DESC LIMIT 1;"},
         {"question": "What is our churn?", "sql": "SELECT churn FROM customer"},
@@ -162,7 +162,7 @@ def test_examples_of_a_model_are_kept_when_they_run_and_filled_up_when_they_do_n
     connection = connect(shop)
     model = Scripted("Sure!\n" + "\n".join(map(json.dumps, lines)) + "\n{broken")
     examples = asyncio.run(model_examples(connection, model))
-    assert [e.question for e in examples] == ["Who is richest?", *[e.question for e in connection.examples[:4]]]
+    assert [e.question for e in examples] == ["Who is richest?"]
     assert "SQLite" in model.prompt and "full_name" in model.prompt
 
 

@@ -29,7 +29,7 @@ from sqlbench.evolve import evolve, needs
 from sqlbench.generations import HELD_OUT, PROPOSALS, Evolution, Feedback, FeedbackStore
 from sqlbench.models import open_model
 from sqlbench.rollout import rollout
-from sqlbench.widgets.session import ChatSession
+from sqlbench.widgets.chat.session import ChatSession
 
 CHAT = prompts_for("chat")
 ONE_QUERY = RolloutConfig(max_turns=1)

@@ -31,9 +31,10 @@ from sqlbench.rollout import MOST_CALLS, rollout
 from sqlbench.runs import RunFolder
 from sqlbench.tables import measure
 from sqlbench.training.metrics import step_metrics
+from sqlbench.widgets.chat.session import ChatSession
+from sqlbench.widgets.chat.turn import Turn
 from sqlbench.widgets.inspector import Inspector
 from sqlbench.widgets.rollouts import advantages
-from sqlbench.widgets.session import ChatSession, Transcript
 
 GOLD = "SELECT name FROM singer WHERE age > 20"
 OTHER = "SELECT name FROM singer"
@@ -435,12 +436,12 @@ def test_the_chat_answers_with_ones_own_agent(mine, database):
     async def talk() -> None:
         session = ChatSession(Says(GOLD), mine / "chat", agent=agent_of(look_then_answer))
         connection = connect(database.target)
-        transcript = Transcript("Who?", connection.name)
-        exchange = await session.ask("Who?", connection, transcript)
-        assert [sql for sql, _ in exchange.history] == [OTHER, GOLD]
-        assert "2 attempts" in transcript.conclusion and "Result: 2 rows" in transcript.html()
-        session.judge(exchange, True)  # there was no repair to learn from
-        assert exchange.verdict == "right" and session.bandit.lessons == []
+        turn = Turn(question="Who?", database=connection.name)
+        exchange = await session.ask(turn, connection)
+        assert [sql for sql, _ in turn.history] == [OTHER, GOLD]
+        assert "2 attempts" in turn.conclusion and "2 rows" in turn.html()
+        session.judge(turn, True, exchange=exchange)  # there was no repair to learn from
+        assert turn.verdict == "right" and session.bandit.lessons == []
 
     asyncio.run(talk())
 

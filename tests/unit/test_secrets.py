@@ -425,7 +425,7 @@ def test_the_chat(guarded, endpoint, tmp_path, capfd):
         for question in ("how many customers?", "who?", "why?"):
             view.ask(question)
             await view.wait()
-            view.cards[0].judge(False, "not that")
+            view.cards[-1].judge(False, "not that")
         with pytest.raises(ModelError):
             await asyncio.gather(*(model_examples(view.connection, view.session.model) for _ in range(2)))
         return view

@@ -1,0 +1,74 @@
+"""Voila as the chat needs it: a warm kernel for the next page, none left of a page that is gone, the address told once.
+
+A page that closes asks to end its kernel, which Voila refuses with 403 unless the page was given a cookie for it.
+Kernels of pages that could not ask (a crash, a network that is gone) end after `ABANDONED` seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tornado.ioloop
+from traitlets.config import Config
+from voila.app import Voila
+from voila.tornado.handler import TornadoVoilaHandler
+
+ABANDONED = 180
+PING = 30_000
+"""Milliseconds; Jupyter's own default is over the interval of its pings, of which Tornado warns in the terminal."""
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss:"
+"""What the page may load: nothing from elsewhere (Voila's template would ask a CDN for icons and wait for it)."""
+
+
+class _Page(TornadoVoilaHandler):
+    async def get(self, path: str | None = None) -> None:
+        _ = self.xsrf_token  # sets the cookie
+        await super().get(path)
+
+
+class Server(Voila):
+    """One notebook as a page."""
+
+    announce: Callable[[], None] = staticmethod(lambda: None)
+
+    def start(self) -> None:
+        """Serve until interrupted; say so once the server listens."""
+        tornado.ioloop.IOLoop.current().add_callback(type(self).announce)
+        super().start()
+
+    def init_handlers(self) -> list:
+        """Voila's handlers, with the page that gives its cookie."""
+        return [
+            (path, _Page if handler is TornadoVoilaHandler else handler, *more)
+            for path, handler, *more in super().init_handlers()
+        ]
+
+
+def serve_notebook(page: Path, host: str, port: int, token: str, announce: Callable[[], None]) -> None:
+    """Serve a notebook until interrupted.
+
+    Args:
+        page: the notebook.
+        host: address to listen on.
+        port: a free one.
+        token: what a browser has to know; empty for nothing.
+        announce: called when the server listens.
+    """
+    settings: dict[str, Any] = {
+        "Voila": {
+            "ip": host,
+            "port": port,
+            "port_retries": 0,
+            "token": token,
+            "open_browser": False,
+            "log_level": "ERROR",
+            "tornado_settings": {"headers": {"Content-Security-Policy": POLICY}, "ws_ping_timeout": PING},
+        },
+        "VoilaConfiguration": {"preheat_kernel": True, "default_pool_size": 1},
+        "MappingKernelManager": {"cull_idle_timeout": ABANDONED, "cull_interval": 30, "cull_connected": False},
+        "KernelManager": {"transport": "ipc"},  # between server and kernels: files of this user, no open ports
+    }
+    Server.announce = staticmethod(announce)
+    Server.launch_instance([str(page)], config=Config(settings))
