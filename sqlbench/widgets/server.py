@@ -34,9 +34,14 @@ class Server(Voila):
     announce: Callable[[], None] = staticmethod(lambda: None)
 
     def start(self) -> None:
-        """Serve until interrupted; say so once the server listens."""
-        tornado.ioloop.IOLoop.current().add_callback(type(self).announce)
+        """Serve until interrupted; say so once the first page is ready."""
+        tornado.ioloop.IOLoop.current().add_callback(self._wait_and_announce)
         super().start()
+
+    async def _wait_and_announce(self) -> None:
+        for pool in self.kernel_manager._pools.values():  # a page that comes earlier gets a cold kernel beside it
+            await (await pool[0])["task"]
+        type(self).announce()
 
     def init_handlers(self) -> list:
         """Voila's handlers, with the page that gives its cookie."""
@@ -54,7 +59,7 @@ def serve_notebook(page: Path, host: str, port: int, token: str, announce: Calla
         host: address to listen on.
         port: a free one.
         token: what a browser has to know; empty for nothing.
-        announce: called when the server listens.
+        announce: called when the first page is ready.
     """
     settings: dict[str, Any] = {
         "Voila": {

@@ -72,8 +72,8 @@ class Conversations(w.HBox):
 
     def rename(self, title: str) -> None:
         """Name the open conversation."""
-        if self.conversation and title.strip():
-            self._chat.guarded(lambda: self.conversation and self.conversation.rename(title))
+        if (conversation := self.conversation) and title.strip():
+            self._chat.guarded(lambda: conversation.rename(title))
             self._name.value = ""
             self._list()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import httpx
@@ -37,20 +38,21 @@ class Offer(w.VBox):
         self.model.on_submit(lambda _: self.use(self.model.value))
         self.ollama = w.HBox(layout=w.Layout(flex_flow="row wrap"))
         self._row = w.HBox([self.model, button("Use this model", lambda: self.use(self.model.value))])
+        self._parts = [self._text, self._row, self._found, self.ollama]
         super().__init__()
 
     async def show(self, model: str, database: str) -> None:
         """Say that the model does not know the database, and offer others."""
         self._text.value = html(HTML.foreign(model, database))
         self._found.value = ""
-        self.children = (self._text, self._row, self._found, self.ollama)
+        self.children = self._parts
         found = await ollama_models()
         self._found.value = html(HTML.ollama(len(found)))
-        self.ollama.children = [button(name, lambda name=name: self.use_ollama(name)) for name in found[:12]]
+        self.ollama.children = [button(name, partial(self.use_ollama, name)) for name in found[:12]]
 
     def hide(self) -> None:
         """The model fits."""
-        self.children = ()
+        self.children = []
 
     def use(self, model: str) -> None:
         """Turn to another model."""

@@ -105,7 +105,7 @@ class ChatView(Panel):
         style = w.HTML(str(view.HTML.style() + HTML.style()), layout=w.Layout(display="none"))
         script = {"output_type": "display_data", "data": {"text/html": str(HTML.script())}, "metadata": {}}
         parts = [style, w.Output(outputs=(script,)), self._title, bar, self._message, self.offer, main]
-        self.children = [*parts, *self.children]
+        self.children = [*parts, self._bridge]
         self._enable()
 
     # -- what runs

@@ -47,7 +47,7 @@
     if (asked >= before.length) asked = -1;
     field.dispatchEvent(new Event("input", {bubbles: true}));
     event.preventDefault();
-  });
+  }, true); // widgets keep keys to themselves
 
   // Pan and zoom by the view box of the diagram.
   const box = (svg) => svg.viewBox.baseVal;
@@ -97,6 +97,11 @@
       if (name) field.setAttribute("aria-label", name);
     }
     const list = document.querySelector(".sqlbench-turns");
+    if (list && page && innerWidth > 700) { // the question stays at the bottom of the window, whatever is above
+      const below = [...list.parentElement.children].slice([...list.parentElement.children].indexOf(list) + 1);
+      const room = innerHeight - list.getBoundingClientRect().top - below.reduce((sum, e) => sum + e.offsetHeight, 40);
+      list.style.maxHeight = `${Math.max(160, room)}px`;
+    }
     if (list && newest) list.scrollTop = list.scrollHeight;
     if (!page) return;
     const chat = document.querySelector(".sqlbench-chat");
@@ -110,6 +115,7 @@
     due = true;
     requestAnimationFrame(() => { due = false; look(); });
   }).observe(document.body, {subtree: true, childList: true});
+  addEventListener("resize", look);
   look();
 
   if (page) {
