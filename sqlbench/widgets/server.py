@@ -6,16 +6,19 @@ Kernels of pages that could not ask (a crash, a network that is gone) end after 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tornado.ioloop
 from traitlets.config import Config
 from voila.app import Voila
 from voila.tornado.handler import TornadoVoilaHandler
 
 ABANDONED = 180
+WARM = 60
+"""Seconds after which the address is told though no kernel is warm; a page that comes earlier gets a cold one."""
 PING = 30_000
 """Milliseconds; Jupyter's own default is over the interval of its pings, of which Tornado warns in the terminal."""
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss:"
@@ -33,18 +36,16 @@ class Server(Voila):
 
     announce: Callable[[], None] = staticmethod(lambda: None)
 
-    def start(self) -> None:
-        """Serve until interrupted; say so once the first page is ready."""
-        tornado.ioloop.IOLoop.current().add_callback(self._wait_and_announce)
-        super().start()
-
     async def _wait_and_announce(self) -> None:
-        for pool in self.kernel_manager._pools.values():  # a page that comes earlier gets a cold kernel beside it
-            await (await pool[0])["task"]
+        with contextlib.suppress(Exception):  # what keeps a kernel from starting is for the page to say
+            async with asyncio.timeout(WARM):
+                for pool in self.kernel_manager._pools.values():
+                    await asyncio.shield((await asyncio.shield(pool[0]))["task"])
         type(self).announce()
 
     def init_handlers(self) -> list:
-        """Voila's handlers, with the page that gives its cookie."""
+        """Voila's handlers, with the page that gives its cookie; whoever started it hears when a page is ready."""
+        self._announcing = asyncio.get_event_loop().create_task(self._wait_and_announce())
         return [
             (path, _Page if handler is TornadoVoilaHandler else handler, *more)
             for path, handler, *more in super().init_handlers()

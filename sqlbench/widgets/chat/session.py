@@ -38,7 +38,7 @@ from sqlbench.widgets.chat.turn import HTML, Transcript, Turn
 
 MAX_ATTEMPTS = 5
 LEAST_SCHEMA = 100
-"""Characters of schema below which a prompt is not made shorter."""
+"""Characters, or tokens, of schema below which a prompt is not made shorter."""
 _TOO_LONG = re.compile(r"PromptTooLongError|context[ _](length|window)|maximum context|too many tokens", re.IGNORECASE)
 _OPTION = re.compile(r" [A-Z][^.]*(--[a-z]|_truncate)[^.]*\.")
 """A sentence of advice about options that the page does not have."""
