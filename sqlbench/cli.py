@@ -50,14 +50,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 """A disk on which nothing can be written, for one reason or another."""
 GROUPS = {
     "": "Train and evaluate a self-correcting text-to-SQL agent.",
-    "data": "Make and audit data sets.",
+    "data": "Make data sets.",
     "nano": "Train the embedded policy.",
 }
 SECTIONS = {
     "Data": ["data"],
     "Evaluate": ["eval", "score", "runs", "show", "compare"],
-    "Train": ["train", "sft", "evolve", "ablate", "nano"],
-    "Use": ["ask", "chat", "serve", "env"],
+    "Train": ["train", "sft", "evolve", "ablate", "nano", "export"],
+    "Use": ["ask", "chat", "serve", "api", "env"],
     "Look around": ["notebooks", "graph", "checks"],
 }
 """The help lists commands under these titles."""

@@ -34,7 +34,7 @@ from sqlbench.connection import connect
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.database.engine import cached_database, open_database
 from sqlbench.database.types import Limits
-from sqlbench.evolve import FeedbackStore
+from sqlbench.generations import FeedbackStore
 from sqlbench.models import open_model
 from sqlbench.reward import score
 from sqlbench.runs import RunFolder

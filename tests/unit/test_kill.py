@@ -18,7 +18,7 @@ import pytest
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import RunError
 from sqlbench.evaluation import evaluate
-from sqlbench.evolve import Feedback, FeedbackStore
+from sqlbench.generations import Feedback, FeedbackStore
 from sqlbench.runs import RunFolder
 
 LIMIT = 16

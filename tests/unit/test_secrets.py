@@ -36,7 +36,7 @@ from sqlbench.connection import connect, model_examples
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.database.engine import open_database
 from sqlbench.errors import DatabaseError, ModelError, NotebookError
-from sqlbench.evolve import Evolution, Feedback
+from sqlbench.generations import Evolution, Feedback
 from sqlbench.masking import mask
 from sqlbench.models import open_model
 from sqlbench.notebooks import run_notebook

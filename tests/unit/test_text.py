@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sqlbench.agent.trajectory import Completion
 from sqlbench.connection import _parse
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.evolve import Feedback, FeedbackStore
+from sqlbench.generations import Feedback, FeedbackStore
 from sqlbench.text import CleanPieces, clean
 
 HALVES = "\ud83d", "\ude00"
