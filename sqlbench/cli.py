@@ -55,8 +55,8 @@ GROUPS = {
 }
 SECTIONS = {
     "Data": ["data"],
-    "Evaluate": ["eval", "score", "runs", "show", "compare"],
-    "Train": ["train", "sft", "evolve", "ablate", "nano", "export"],
+    "Evaluate": ["eval", "score", "export", "runs", "show", "compare"],
+    "Train": ["train", "sft", "evolve", "ablate", "nano"],
     "Use": ["ask", "chat", "serve", "api", "env"],
     "Look around": ["notebooks", "graph", "checks"],
 }

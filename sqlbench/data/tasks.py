@@ -153,11 +153,14 @@ def find_databases(root: Path, db_id: str) -> list[Path | str]:
 
 
 def _address(url: Path) -> str:
-    """Read the address of a database; a path in it is relative to its folder."""
+    """Read the address of a database; a path in it is relative to its folder.
+
+    It never names code: a data set that comes from elsewhere must not run any.
+    """
     text = url.read_text(encoding="utf-8").strip()
     if (shown := without_password(text)) != text:
         raise DataError(f"Password in {url}: {shown}. Leave it out, and give it in PGPASSWORD or ~/.pgpass.")
-    return text if "://" in text or is_plugin(text) else str(url.parent / text)
+    return text if "://" in text else str(url.parent / text)
 
 
 def _task(path: Path, number: int, row: dict[str, Any]) -> Task:

@@ -16,7 +16,7 @@ from sqlbench.cli import main
 from sqlbench.data.audit import audit_dataset
 from sqlbench.data.tasks import DataSet, Task, find_databases, write_split
 from sqlbench.database.engine import cached_database
-from sqlbench.errors import DataError
+from sqlbench.errors import DatabaseError, DataError
 from sqlbench.evaluation import evaluate
 from sqlbench.interfaces import load_plugin
 from sqlbench.reward import score
@@ -237,24 +237,32 @@ def test_the_password_comes_from_the_environment_and_is_nowhere(server, tmp_path
     assert database.execute("SELECT 1").ok and "pa55word" not in repr(vars(database))
 
 
-def test_an_address_may_be_a_path_or_a_part_of_your_own(tmp_path, monkeypatch):
+def test_an_address_may_be_a_path_and_never_names_code(tmp_path, monkeypatch):
     folder = tmp_path / "database"
     (folder / "far").mkdir(parents=True)
     (folder / "far" / "t.csv").write_text("a\n1\n")
     for name, text in {"near": "far", "own": "warehouse:Warehouse"}.items():
         (folder / f"{name}.url").write_text(text)
-    (tmp_path / "warehouse.py").write_text(
-        "from sqlbench.database.engine import Database\nfrom sqlbench.database.types import Limits\n\n\n"
-        "def Warehouse():\n    return 1\n\n\nWarehouse = Database(':memory:', Limits())\nWarehouse.dialect = 'mysql'\n"
-    )
+    (tmp_path / "warehouse.py").write_text("raise SystemExit('ran')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     assert find_databases(tmp_path, "near") == [str(folder / "far")]
     assert find_databases(tmp_path, "far") == [folder / "far"]  # the files themselves are the tables
-    own = cached_database(find_databases(tmp_path, "own")[0])
+    with pytest.raises(DatabaseError, match="warehouse:Warehouse"):
+        cached_database(find_databases(tmp_path, "own")[0])
+    assert find_databases(tmp_path, "other") == find_databases(tmp_path, "../x\0" + "y" * 999) == []
+
+
+def test_a_database_of_your_own_is_found_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "warehouse.py").write_text(
+        "from sqlbench.database.engine import Database\nfrom sqlbench.database.types import Limits\n\n\n"
+        "Warehouse = Database(':memory:', Limits())\nWarehouse.dialect = 'mysql'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = cached_database("warehouse:Warehouse")
     assert own is load_plugin("database", "warehouse:Warehouse")
     assert score("SELECT 1 AS `a` ORDER BY 1", "SELECT 1", own).match == 1
-    assert find_databases(tmp_path, "other") == find_databases(tmp_path, "../x\0" + "y" * 999) == []
 
 
 @pytest.mark.parametrize("address", ["mysql://me@host/x", "snowflake://account/x", "bigquery://project/x"])

@@ -740,3 +740,15 @@ def test_a_benchmark_can_be_cancelled_and_what_was_answered_is_kept(tmp_path: Pa
     drive(tmp_path, steps, lambda *_: "SELECT 1", BuiltIn(pocket.root))
     (kept,) = (json.loads(line) for line in (tmp_path / "state/benchmarks.jsonl").read_text().splitlines())
     assert 0 < kept["scores"]["overall"]["n"] < kept["of"] and kept["model"] == "scripted"
+
+
+@pytest.mark.parametrize("what", ["database", "model"])
+def test_the_fields_of_the_page_never_name_code(tmp_path, monkeypatch, what) -> None:
+    (tmp_path / "mine.py").write_text("raise SystemExit('ran')\n")
+    monkeypatch.chdir(tmp_path)
+
+    async def name_it(view: ChatView) -> None:
+        view.connect("mine:Part") if what == "database" else view.use_model("mine:Part")
+
+    view = drive(tmp_path, name_it)
+    assert f"Not a {what} that can be named here: mine:Part" in view._message.value

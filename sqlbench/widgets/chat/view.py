@@ -20,7 +20,7 @@ from sqlbench.agent.prompts import DIALECTS
 from sqlbench.connection import Connection, Example, connect, views
 from sqlbench.database.engine import in_thread
 from sqlbench.errors import DatabaseError, SqlbenchError
-from sqlbench.interfaces import Model, load_plugin
+from sqlbench.interfaces import Model, is_plugin, load_plugin
 from sqlbench.models import open_model
 from sqlbench.text import clean
 from sqlbench.widgets import view
@@ -211,6 +211,7 @@ class ChatView(Panel):
             self._enable()
 
     async def _use_model(self, name: str, old: ChatSession) -> None:
+        _refuse_code(name, "model")
         self.say(f"loading {name} ...")
         model = await in_thread(open_model, name)
         reflection = name if name.startswith("openai:") else old.reflection
@@ -245,6 +246,7 @@ class ChatView(Panel):
         self.in_background(self._connect_to(target))
 
     async def _connect_to(self, target: str) -> None:
+        _refuse_code(target, "database")
         opened = await in_thread(connect, target)
         name, number = opened.name, 2
         while name in self._databases.options:
@@ -399,6 +401,12 @@ class ChatView(Panel):
         assert self.session is not None
         dialect = DIALECTS[self.connection.schema.dialect] if self.connection else "SQL"
         self.prompts.show(self.session, dialect)
+
+
+def _refuse_code(name: str, what: str) -> None:
+    """Refuse ``module:attribute`` in the fields of the page, whose users may be others than those who started it."""
+    if is_plugin(name.strip()):
+        raise DatabaseError(f"Not a {what} that can be named here: {name}. Start the chat with it, or use ChatView.")
 
 
 def _open_session(
