@@ -11,7 +11,7 @@ from decimal import Decimal
 import pytest
 
 from sqlbench.database.types import Column, ForeignKey, QueryResult, Schema, Table
-from sqlbench.evolve import Generation
+from sqlbench.generations import Generation
 from sqlbench.widgets.chat.er import matching, neighbours
 from sqlbench.widgets.chat.prompts import MOST_WORDS, curve_html, text_diff
 from sqlbench.widgets.chat.result import PAGE, ResultView, as_csv, cell, chart, chart_kind
