@@ -243,7 +243,7 @@ class ScoreConfig(Settings):
 
 
 class ExportConfig(Settings):
-    """Write the final queries of an evaluation as Spider's predict.txt or BIRD's predict_dev.json."""
+    """Write the final queries of an evaluation in Spider's form or BIRD's."""
 
     run: Path = Field(description="Folder of an evaluation.", json_schema_extra={"flags": []})
     out: Path = Field(description="File to write: .txt for Spider's form, .json for BIRD's.")
