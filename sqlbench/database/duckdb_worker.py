@@ -17,6 +17,13 @@ from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits
 
 KEPT = 4
 """Databases kept open."""
+SETTINGS: dict[str, Any] = {
+    "threads": 1,
+    "temp_directory": "",  # nothing is spilled: a folder would appear beside the file
+    "python_enable_replacements": False,
+    "enable_external_access": False,
+    "lock_configuration": True,
+}
 _VALUE = 8 << 10
 """Bytes of a value that are expected."""
 
@@ -62,16 +69,11 @@ def _open(opened: OrderedDict, uri: str, version: str, memory: int) -> duckdb.Du
     for key in [key for key in opened if key[0] == uri and key[1] != version]:
         opened.pop(key).close()
     if (uri, version) not in opened:
-        config: dict[str, Any] = {
-            "memory_limit": f"{memory}B",
-            "threads": 1,
-            "max_temp_directory_size": "0B",
-            "python_enable_replacements": False,
-            "enable_external_access": False,
-            "lock_configuration": True,
-        }
         try:
-            opened[uri, version] = duckdb.connect(uri, read_only=True, config=config)
+            made = duckdb.connect(uri, read_only=True, config={"memory_limit": f"{memory}B"})
+            for name, value in SETTINGS.items():  # in this order, which a config given to connect() does not keep
+                made.execute(f"SET GLOBAL {name} = {value!r}")
+            opened[uri, version] = made
         except duckdb.Error as error:
             raise _Lost(_message(error)) from error
         if len(opened) > KEPT:

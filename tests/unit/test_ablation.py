@@ -60,7 +60,14 @@ def rollouts(outcomes: str, agents: str = "write", tokens: int = 30) -> list[Tra
 
 
 def evaluation(place: Path, cell: Cell, records: list[Trajectory], limit: int | None = None) -> None:
-    config = {"kind": "eval", "split": "headline", "limit": limit, "rollout": cell.rollout.model_dump()}
+    config = {
+        "kind": "eval",
+        "data": "elsewhere",
+        "model": "nano",
+        "split": "headline",
+        "limit": limit,
+        "rollout": cell.rollout.model_dump(),
+    }
     with RunFolder(place).open(config) as folder:
         for record in records:
             folder.append(TRAJECTORIES, record)
