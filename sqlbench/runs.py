@@ -90,7 +90,7 @@ class RunFolder:
             self._discard()
         elif self.finished and not self.summary().get("failed"):
             raise RunError(f"Run is already finished: {self.root}. Choose another --run, or pass --overwrite.")
-        elif (self.root / CONFIG).is_file() and (difference := differences(_completed(self.config()), wanted)):
+        elif (self.root / CONFIG).is_file() and (difference := differences(*map(_completed, (self.config(), wanted)))):
             raise RunError(
                 f"Run was started with other settings: {self.root} ({'; '.join(difference[:5])}). "
                 "Choose another --run, or pass --overwrite."

@@ -81,9 +81,11 @@ def prompt_schema(
         longest = room if tokens is None else _most(room, lambda n: fits(whole, n))
         return whole, schema_text(whole, style, longest)
 
-    whole_fits = fits(schema)
-    if not shape.schema_linking or (whole_fits and not most_rows and not shape.value_hints):
+    if not shape.schema_linking:
         return cut()
+    whole_fits = fits(schema)
+    if whole_fits and not most_rows and not shape.value_hints:
+        return schema, schema_text(schema, style, WHOLE)
     linker = _linker(schema, database if shape.value_hints else None)
     named = linker.values.named_in(question) if linker.values else {}
     order = linker.order(question, named)

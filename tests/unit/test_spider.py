@@ -175,7 +175,7 @@ def damaged_database(tmp_path: Path) -> Path:
         (not_json, "Not JSON"),
         (no_query, "row 1 of dev.json"),
         (database_outside, "row 1 of dev.json"),
-        (damaged_database, "Cannot read the SQLite database"),
+        (damaged_database, "Cannot read database"),
     ],
 )
 def test_a_bad_source_is_one_line_and_leaves_nothing_behind(tmp_path, make, says):
