@@ -131,9 +131,8 @@ def test_a_question_is_asked_answered_and_judged_in_the_notebook(lab, page, pock
     card = page.locator(".sqlbench-card").last
     assert "How many customers are there?" in card.inner_text()
     assert card.locator(".attempt pre").first.inner_text().startswith("SELECT")
-    card.get_by_role("button", name="Wrong").click()
     card.get_by_placeholder("What is wrong with it?").fill(remark)
-    card.get_by_role("button", name="Send").click()
+    card.get_by_role("button", name="Wrong").click()
     wait_for_text(card, f"Marked wrong: {remark}")
     kept = [json.loads(x) for x in (tmp_path / "laptop/demo/chat/feedback.jsonl").read_text().splitlines()]
     assert (kept[-1]["question"], kept[-1]["verdict"]) == ("How many customers are there?", "wrong")
