@@ -27,7 +27,7 @@ class Card(w.VBox):
         self.exchange: Exchange | None = None
         self._body, self._verdict = w.HTML(layout=WIDE), w.HTML()
         self.result = ResultView()
-        self.sql = w.Textarea(layout=w.Layout(width="100%", height="90px"), tooltip="SQL to run, read-only")
+        self.sql = w.Textarea(placeholder="SQL to run, read-only", layout=w.Layout(width="100%", height="90px"))
         self._by_hand = w.VBox([self.sql, button("Run SQL", self.run)], layout={"display": "none", "width": "100%"})
         self._right = button("Correct", lambda: self.judge(True))
         self._wrong = button("Wrong", lambda: self.judge(False, self.remark.value))
