@@ -29,10 +29,10 @@ import pandas as pd
 from compact_run import VALIDATION
 from matplotlib.figure import Figure
 
+from sqlbench.clauses import HARDNESS
 from sqlbench.curves import COLOURS, DASHES, MARKERS, STYLE, png
 from sqlbench.results import difference
 from sqlbench.runs import CONFIG, METRICS, RunFolder
-from sqlbench.sqltree import HARDNESS
 from sqlbench.tables import Side, markdown
 from sqlbench.training.metrics import read_rows
 

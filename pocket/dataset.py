@@ -31,11 +31,11 @@ from pocket.domains import Domain, Inventor, fill, read_domains
 from pocket.phrasing import EVERYDAY, Skip
 from pocket.pretraining import connect, held_out
 from pocket.questions import WEIGHTS, Draft, draw
+from sqlbench.clauses import hardness
 from sqlbench.data.mutation import unchanged_by
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.database.engine import open_database
 from sqlbench.errors import DataError
-from sqlbench.sqltree import hardness
 
 VERSION = 2
 """Incremented with every change of the tasks; results of different versions are not comparable."""

@@ -34,12 +34,11 @@ from sqlbench.answer import Answerer
 from sqlbench.config import ApiConfig
 from sqlbench.errors import ModelError
 from sqlbench.models.chat import load_env
-from sqlbench.serve import listen
+from sqlbench.serve import LOCAL, listen
 
 TOKEN = "SQLBENCH_TOKEN"
 LONGEST, LARGEST = 2000, 16_384
 """Characters of a question; bytes of a request."""
-LOCAL = ("127.0.0.1", "localhost", "::1")
 EVENTS = """Answers a question on the server's database. The answer is a stream of events, each with JSON as its data:
 
 | event | when | data |

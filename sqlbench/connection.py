@@ -97,13 +97,6 @@ def _notice(name: str, schema: Schema) -> str:
     )
 
 
-def views(database: Database) -> frozenset[str]:
-    """Return the names of the views, as far as the database tells them."""
-    catalogue = "information_schema.views" if database.dialect == "postgresql" else "sqlite_master"
-    column, only = ("table_name", "") if database.dialect == "postgresql" else ("name", " WHERE type = 'view'")
-    return frozenset(str(row[0]) for row in database.execute(f"SELECT {column} FROM {catalogue}{only}", _LIMITS).rows)
-
-
 # --- example questions ----------------------------------------------------------------------------------------------
 
 

@@ -14,10 +14,10 @@ import pandas as pd
 from IPython.display import Markdown
 
 from sqlbench.agent.trajectory import Execution, Trajectory
+from sqlbench.clauses import HARDNESS
 from sqlbench.data.audit import audit_dataset, read_audit
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.results import Rollouts, Score, Summary, in_order
-from sqlbench.sqltree import HARDNESS
 
 SHOWN_ROWS = 3
 
@@ -47,9 +47,10 @@ def ensure_data(data: Path | str, source: str = "pocket") -> DataSet:
 
             write_pocket(root)
         else:
-            from sqlbench.data.spider import download_spider, import_spider
+            from sqlbench.data.imports import import_release
+            from sqlbench.data.spider import download_spider
 
-            import_spider(download_spider(root.parent) if source == "download" else source, root)
+            import_release("spider", download_spider(root.parent) if source == "download" else source, root)
     if not (root / "audit.json").is_file():
         audit_dataset(root)
     return DataSet(root)

@@ -29,7 +29,7 @@ from sqlbench.database.engine import cached_database
 from sqlbench.errors import DataError, ModelError
 from sqlbench.evaluation import dataset_name, run_sync
 from sqlbench.interfaces import Agent, Database, Model, load_plugin
-from sqlbench.models import open_model
+from sqlbench.models import open_model, trained_with
 from sqlbench.results import Score, difference
 from sqlbench.rollout import rollout
 from sqlbench.runs import RunFolder, run_path, write_whole
@@ -185,6 +185,7 @@ def evolve(settings: EvolveConfig) -> str:
     caches = [settings.cache if one.startswith("openai:") else None for one in (settings.model, name)]
     model, reflection = open_model(settings.model, cache=caches[0]), open_reflection(name, caches[1])
     start = prompts_for(settings.prompts or model.family)
+    settings = settings.decided(start.family, settings.agent, trained_with(settings.model))
     trial = Trial(
         model,
         reflection,

@@ -1,7 +1,7 @@
 """Scores beside execution match, by their published definitions; each is a number per query, reported as a mean.
 
 - ``test-suite``: execution match on every database of the task's folder (Zhong, Yu and Klein, EMNLP 2020).
-- ``exact-match``: the clauses are equal as sets, without values (`sqlbench.sqltree.exact_match`), after Spider's *exact
+- ``exact-match``: the clauses are equal as sets, without values (`sqlbench.clauses.exact_match`), after Spider's *exact
   set match* (Yu et al., EMNLP 2018).
 - ``bird-ex``: the sets of rows are equal, columns in the same order (BIRD's EX: Li et al., NeurIPS 2023).
 - ``soft-f1``: shared cells of the rows at the same place (``evaluation_f1.py`` of BIRD mini-dev).
@@ -24,13 +24,13 @@ from statistics import fmean, pstdev
 import pandas as pd
 from tqdm.auto import tqdm
 
+from sqlbench.clauses import exact_match
 from sqlbench.config import RolloutConfig
 from sqlbench.database.engine import cached_database
 from sqlbench.database.types import Limits
 from sqlbench.interfaces import Database, Dataset
 from sqlbench.results import mean
 from sqlbench.reward import GOLD_ROWS, score
-from sqlbench.sqltree import exact_match
 
 RUNS = 100
 """Measurements of both queries, for the two scores of efficiency."""

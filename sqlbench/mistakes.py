@@ -25,12 +25,13 @@ from sqlbench.agent.trajectory import OVERLONG, Trajectory
 from sqlbench.comparison import Answer, SearchLimit, same_bag
 from sqlbench.data.tasks import open_dataset
 from sqlbench.database.engine import cached_database
+from sqlbench.database.error_classes import error_class
 from sqlbench.database.types import NO_STATEMENT, QueryResult
 from sqlbench.errors import SqlbenchError
 from sqlbench.interfaces import Database
 from sqlbench.reward import REFERENCE, STRICT, Strictness, prepare
 from sqlbench.runs import read_trajectories
-from sqlbench.sqltree import error_class, parse, units
+from sqlbench.sqltree import parse, units
 from sqlbench.widgets.rollouts import RunFacts
 
 NO_SQL, DID_NOT_RUN, TOO_LONG, UNREADABLE = "no SQL", "did not run", "prompt too long", "not parsed"

@@ -21,10 +21,11 @@ from pydantic import Field
 from sqlbench.agent.prompts import parse_verdict
 from sqlbench.agent.repair import repeated
 from sqlbench.agent.trajectory import Completion, Execution, Record, Trajectory
+from sqlbench.clauses import LEVELS, component_match
 from sqlbench.data.tasks import Task
+from sqlbench.database.error_classes import error_class
 from sqlbench.errors import DataError
 from sqlbench.samples import Samples, result_of
-from sqlbench.sqltree import LEVELS, component_match, error_class
 from sqlbench.statistics import bootstrap, clustered, mcnemar, paired_bootstrap, wilson
 from sqlbench.usage import Usage
 

@@ -21,6 +21,8 @@ from sqlbench.errors import ModelError, ServerError
 from sqlbench.models import policy_folder
 from sqlbench.models.checkpoint import check_checkpoint, checkpoint_family
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Addresses that no other machine reaches."""
 ENGINES = {"vllm": "vllm.entrypoints.cli.main", "transformers": "transformers.cli.transformers"}
 """The module of each server's command line."""
 NEEDS = {"vllm": ["vllm"], "transformers": ["transformers", "torch", "fastapi", "uvicorn"]}

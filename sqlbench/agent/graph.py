@@ -21,7 +21,7 @@ from langsmith import tracing_context
 
 from sqlbench.agent.prompts import extract_sql, parse_verdict
 from sqlbench.agent.repair import Situation, normal, situation
-from sqlbench.sqltree import error_class
+from sqlbench.database.error_classes import error_class
 
 if TYPE_CHECKING:
     from sqlbench.rollout import RolloutContext

@@ -26,8 +26,8 @@ from pydantic import ValidationError
 
 from sqlbench.agent.prompts import STRATEGIES, extract_sql
 from sqlbench.agent.trajectory import Execution, Record, Transition
+from sqlbench.database.error_classes import error_class
 from sqlbench.errors import DataError
-from sqlbench.sqltree import error_class
 from sqlbench.text import clean
 
 GENERATE = "generate"
@@ -50,8 +50,8 @@ POTENTIAL = {
 }
 """Progress of a query that is not right yet, by class of failure, in the order in which a database finds mistakes.
 
-The classes are `sqlbench.sqltree.ERROR_CLASSES`, the statuses of a query that was stopped, ``empty`` (it ran and gave
-no rows) and ``none`` (it ran and gave rows).
+The classes are `sqlbench.database.error_classes.ERROR_CLASSES`, the statuses of a query that was stopped, ``empty`` (it
+ran and gave no rows) and ``none`` (it ran and gave rows).
 """
 
 

@@ -28,6 +28,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from tqdm.auto import tqdm
 
+from sqlbench.clauses import hardness
 from sqlbench.data.mutation import unchanged_by
 from sqlbench.data.tasks import DataSet, Task, find_databases, write_split
 from sqlbench.database import engine
@@ -37,7 +38,7 @@ from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError, DataError
 from sqlbench.interfaces import Database
 from sqlbench.reward import GOLD_ROWS, score
-from sqlbench.sqltree import hardness, outer_order, subject
+from sqlbench.sqltree import outer_order, subject
 
 MODES = {"reference": False, "strict": True}
 NO_ROWS = "SELECT 1 WHERE 0"

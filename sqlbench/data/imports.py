@@ -1,7 +1,7 @@
 """Import of questions with gold queries and their databases as an audited data set folder.
 
-A row of `LAYOUTS` describes a release of the field; `import_table` takes a file of your own instead. Rows that cannot
-be tasks are left out. ``problems.csv`` lists them, with those that the gold audit excludes: file, row, reason. A row is
+`import_release` takes a release of the field (`sqlbench.data.layouts`), `import_table` a file of your own. Rows that
+cannot be tasks are left out. ``problems.csv`` lists them, with those that the gold audit excludes. A row is
 counted as its file shows it: lines of CSV (the header is line 1) and JSON lines, records of JSON and Parquet.
 
 The import is written beside its destination and moved there at the end, so an existing folder is complete. Importing
@@ -12,8 +12,6 @@ Not covered: a database that several folders of a release hold is taken from the
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import random
@@ -22,11 +20,11 @@ import shutil
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import pandas as pd
@@ -34,6 +32,8 @@ from tqdm.auto import tqdm
 
 from sqlbench.data.archive import Release, open_release
 from sqlbench.data.audit import Audit, Auditor
+from sqlbench.data.layouts import LAYOUTS, Layout
+from sqlbench.data.rows import Read, Row, cell_text, find_columns, read_rows
 from sqlbench.data.tasks import Task, with_evidence, write_split
 from sqlbench.database.sqlite_file import SIDE_FILES, merge
 from sqlbench.errors import DataError
@@ -42,121 +42,8 @@ SUBSET = 500
 """Tasks of a sampled split, as many as the seed experiment evaluated on."""
 SHOWN = 10
 """Problems that a summary lists."""
-COLUMNS = {
-    "task_id": ("task_id", "question_id", "instance_id", "id"),
-    "db_id": ("db_id", "db", "database", "database_id", "db_name"),
-    "question": ("question", "nl_question", "utterance"),
-    "gold": ("gold", "query", "sql", "gold_sql", "gold_query"),
-    "evidence": ("evidence", "hint", "external_knowledge"),
-    "hardness": ("hardness", "difficulty"),
-    "split": ("split",),
-}
-"""Names under which the data sets of the field have the fields of a task, the likeliest first; case does not matter."""
-
 _NAME = re.compile(r"\w[\w .+-]*")
 _SUFFIXES = (".sqlite", ".sqlite3", ".db")
-
-Row = dict[str, Any]
-Read = Row | tuple[str, str]
-"""A row, or the reason and detail why it cannot be used."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a release keeps its questions and databases, relative to the folder that holds them all."""
-
-    title: str
-    page: str
-    license: str
-    splits: Mapping[str, tuple[str, ...]]
-    """Files of each split; those that are missing are left out."""
-    databases: str
-    """Folders of the databases, as a regular expression."""
-    required: tuple[str, ...] = ()
-    """Files that cannot be missing; one of the splits by default."""
-    tables: tuple[str, ...] = ()
-    """Files with the schemas in Spider's form."""
-    headline: tuple[str, ...] = ()
-    """Splits on which results are reported; the first that there is."""
-    sampled: str = ""
-    """Split of which `SUBSET` scorable tasks are a split of their own, drawn by the seed."""
-    query_timeout: float = 5.0
-    """Seconds a gold query may take."""
-    adapt: Callable[[Release, str, Row], Read] = lambda release, prefix, row: row
-    """Completes a row."""
-
-
-def _spider2(release: Release, prefix: str, row: Row) -> Read:
-    """Add the gold query and the text of the document, which are files of their own."""
-    name, document = str(row.get("instance_id")), row.get("external_knowledge")
-    if not name.startswith("local"):
-        return "not_sqlite", "the database is in a cloud"
-    gold = f"{prefix}evaluation_suite/gold/sql/{name}.sql"
-    if gold not in release.names:
-        results = re.compile(rf"{re.escape(prefix)}evaluation_suite/gold/exec_result/{re.escape(name)}(_\w+)?\.csv")
-        count = sum(bool(results.fullmatch(other)) for other in release.names)
-        return "no_gold_sql", f"gold results only ({count} CSV files)" if count else "no gold results either"
-    text = f"{prefix}resource/documents/{document}"
-    known = {"gold": _text(release, gold), "external_knowledge": _text(release, text) if text in release.names else ""}
-    return row | known
-
-
-def _text(release: Release, name: str) -> str:
-    with release.open(name) as file:
-        return file.read().decode("utf-8-sig", "replace")
-
-
-_SPIDER_PAGE = "https://yale-lily.github.io/spider"
-LAYOUTS = {
-    "spider": Layout(
-        title="Spider",
-        page=_SPIDER_PAGE,
-        license="CC BY-SA 4.0",
-        splits={
-            "train": ("train_spider.json", "train_others.json"),
-            "dev": ("dev.json",),
-            "test": ("test.json",),
-        },
-        databases="(test_)?database",
-        required=("dev.json", "train_spider.json", "tables.json"),
-        tables=("tables.json", "test_tables.json"),
-        headline=("dev_500",),
-        sampled="dev",
-    ),
-    "bird": Layout(
-        title="BIRD",
-        page="https://bird-bench.github.io",
-        license="CC BY-SA 4.0",
-        splits={"train": ("train.json",), "dev": ("dev.json",), "mini_dev": ("mini_dev_sqlite.json",)},
-        databases=r"\w*databases",
-        tables=("dev_tables.json", "train_tables.json"),
-        headline=("dev", "mini_dev", "train"),
-        query_timeout=30.0,
-    ),
-    "spider2-lite": Layout(
-        title="Spider 2.0-lite",
-        page="https://spider2-sql.github.io",
-        license="MIT",
-        splits={"lite": ("spider2-lite.jsonl",)},
-        databases="resource/databases",
-        headline=("lite",),
-        query_timeout=30.0,
-        adapt=_spider2,
-    ),
-    "agent-lightning": Layout(
-        title="Agent Lightning",
-        page="https://github.com/microsoft/agent-lightning",
-        license="CC BY-SA 4.0",
-        splits={
-            "train": ("train_spider.parquet",),
-            "test_dev_500": ("test_dev_500.parquet",),
-            "test_dev": ("test_dev.parquet",),
-        },
-        databases="(test_)?database",
-        headline=("test_dev_500", "test_dev", "train"),
-    ),
-}
-"""Releases by the name of their command."""
 
 
 class Problem(NamedTuple):
@@ -200,9 +87,11 @@ class _Rows:
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, file: str, split: str, rows: Iterable[tuple[int, Read]], **names: str | None) -> None:
-        """Make tasks of rows; `names` are the columns that have other names than `COLUMNS` knows."""
+        """Make tasks of rows; `names` are the columns that have other names than the usual ones."""
         rows = list(rows)
-        columns = _columns(file, dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row), names)
+        columns = find_columns(
+            file, dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row), names
+        )
         known = sum(map(len, self.tasks.values()))
         for number, row in rows:
             found = row if isinstance(row, tuple) else self._task(split, row, columns)
@@ -216,7 +105,7 @@ class _Rows:
             raise DataError(f"No usable task in {file}: {len(rows)} rows{first}. Check its columns and rows.")
 
     def _task(self, split: str, row: Row, columns: Mapping[str, str]) -> Task | tuple[str, str]:
-        cells = {name: _cell(row.get(column)) for name, column in columns.items()}
+        cells = {name: cell_text(row.get(column)) for name, column in columns.items()}
         cells["db_id"] = self.db_id or cells.get("db_id", "")
         for name in ("question", "gold", "db_id"):
             if not cells.get(name):
@@ -233,66 +122,6 @@ class _Rows:
             split=split,
             hardness=cells.get("hardness", ""),
         )
-
-
-def _columns(file: str, present: Iterable[str], names: Mapping[str, str | None]) -> dict[str, str]:
-    """Find the column of each field of a task."""
-    by_name = {str(name).lower(): str(name) for name in reversed(list(present))}
-    columns = {}
-    for part, usual in COLUMNS.items():
-        given = names.get(part)
-        if given and given.lower() not in by_name:
-            listed = ", ".join(reversed(by_name.values())) or "none"
-            raise DataError(f"No column '{given}' in {file}. Its columns are: {listed}.")
-        there = [by_name[name.lower()] for name in ([given] if given else usual) if name.lower() in by_name]
-        if there:
-            columns[part] = there[0]
-    return columns
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None or (isinstance(value, float) and value != value) else str(value).strip()
-
-
-def _read(release: Release, name: str) -> Iterator[tuple[int, Read]]:
-    """Read the numbered rows of a file; of one that cannot be read, the reason and detail instead."""
-    suffix, where = PurePosixPath(name).suffix.lower(), f"{name} of {release.source}"
-    try:
-        with release.open(name) as file:
-            if suffix == ".json":
-                rows = json.load(file)
-                if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                    raise DataError(f"Not a list of objects: {where}. Give a JSON list with one object per question.")
-                yield from enumerate(rows, 1)
-            elif suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield number, _json_line(line)
-            elif suffix in (".csv", ".tsv"):
-                lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
-                reader = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
-                for row in reader:
-                    extra = row.pop(None, None)
-                    yield reader.line_num, row if extra is None else ("too_many_cells", f"{extra!r:.60}")
-            elif suffix == ".parquet":
-                for number, row in enumerate(pd.read_parquet(io.BytesIO(file.read())).to_dict("records"), 1):
-                    yield number, {str(key): value for key, value in row.items()}
-            else:
-                raise DataError(f"Unknown format: {name}. Give a .csv, .tsv, .json, .jsonl or .parquet file.")
-    except (ValueError, RecursionError, csv.Error, OSError) as error:
-        if isinstance(error, DataError):
-            raise
-        kind = {".json": "JSON", ".parquet": "Parquet"}.get(suffix, "UTF-8 text with commas or tabs")
-        why = " ".join(str(error).split())[:200]
-        raise DataError(f"Not {kind}: {where} ({why}). Correct it, or get it again.") from error
-
-
-def _json_line(line: bytes) -> Read:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return "not_json", " ".join(str(error).split())[:100]
-    return row if isinstance(row, dict) else ("not_an_object", f"{row!r:.60}")
 
 
 def _databases(release: Release, prefix: str, folders: str) -> dict[str, list[str]]:
@@ -402,13 +231,13 @@ def import_release(
         rows = _Rows()
         for split, files in layout.splits.items():
             for file in [file for file in files if prefix + file in release.names]:
-                read = _read(release, prefix + file)
+                read = read_rows(release, prefix + file)
                 adapted = ((n, layout.adapt(release, prefix, r) if isinstance(r, dict) else r) for n, r in read)
                 rows.add(file, split, adapted)
         _copy_databases(release, _databases(release, prefix, layout.databases), _used(rows), work)
         tables: dict[str, Row] = {}
         for file in [prefix + file for file in layout.tables if prefix + file in release.names]:
-            for _, row in _read(release, file):
+            for _, row in read_rows(release, file):
                 if isinstance(row, dict) and "db_id" in row:
                     tables.setdefault(row["db_id"], row)
         if tables:
@@ -437,7 +266,7 @@ def import_table(
         out: folder to write.
         split: name of the split where there is no such column.
         query_timeout: seconds after which a gold query excludes its task.
-        columns: columns by field of `COLUMNS`, where their names are not the usual ones.
+        columns: columns by field of `sqlbench.data.rows.COLUMNS`, where their names are not the usual ones.
 
     Raises:
         DataError: a file is missing or damaged, no row is usable, or `out` holds something else.
@@ -456,7 +285,7 @@ def import_table(
         single = address or (path.is_file() and path.suffix.lower() != ".zip")
         one = re.sub(r"[^\w .+-]|^\W", "_", path.stem or "database") if single else ""
         rows = _Rows(one)
-        rows.add(file.name, split, _read(source, file.name), **columns)
+        rows.add(file.name, split, read_rows(source, file.name), **columns)
         if address:
             (work / "database").mkdir()
             (work / "database" / f"{one}.url").write_text(address.replace(":@", "@", 1) + "\n", encoding="utf-8")

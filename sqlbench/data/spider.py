@@ -1,7 +1,4 @@
-"""Download of the public Spider archive, and its import under the name that notebooks use.
-
-What a release looks like, and how it is imported, is in `sqlbench.data.imports`.
-"""
+"""Download of the public Spider archive; `sqlbench.data.imports` imports it."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ from urllib.parse import urlsplit
 from tqdm.auto import tqdm
 
 from sqlbench.data.archive import BLOCK
-from sqlbench.data.audit import Audit
-from sqlbench.data.imports import LAYOUTS, import_release
+from sqlbench.data.layouts import LAYOUTS
 from sqlbench.errors import DataError
 
 SPIDER_PAGE = LAYOUTS["spider"].page
@@ -26,18 +22,6 @@ SPIDER_URL = (
     "https://drive.usercontent.google.com/download?id=1403EGqzIDoHMdQF4c9Bkyl7dZLZ5Wt6J&export=download&confirm=t"
 )
 """The archive (about 200 MB) that `SPIDER_PAGE` links to, without the interstitial page of its host."""
-
-
-def import_spider(source: str | Path, out: str | Path, *, seed: int = 0, query_timeout: float = 5.0) -> Audit:
-    """Write a Spider release, zipped or unpacked, as a data set and return its gold audit.
-
-    Splits: ``train`` (with train_others.json where present), ``dev``, ``test`` where present, and ``dev_500``, a seeded
-    sample of the scorable dev tasks. A gold query that takes longer than `query_timeout` seconds excludes its task.
-
-    Raises:
-        DataError: `source` is missing, damaged or not a Spider release, or `out` holds something else.
-    """
-    return import_release("spider", source, out, seed=seed, query_timeout=query_timeout).audit
 
 
 def download_spider(folder: str | Path, *, url: str = SPIDER_URL, timeout: float = 30.0) -> Path:

@@ -7,7 +7,7 @@ and the first other columns are drawn, and how many more there are; of a very la
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sqlbench.database.types import Column, ForeignKey, Schema, Table
@@ -24,7 +24,6 @@ _TALL = 900
 class _Box:
     table: Table
     columns: list[Column]
-    view: bool = False
     x: float = 0.0
     y: float = 0.0
 
@@ -52,11 +51,11 @@ class _Box:
         return self.y + (_HEAD + _ROW * (i + 0.5) + 3 if i >= 0 else _HEAD / 2)
 
 
-def er_svg(schema: Schema, views: Container[str] = ()) -> str:
-    """The diagram of a schema; tables that are named as views stand apart, at the right."""
-    boxes = {t.label: _Box(t, _drawn(t), t.name in views) for t in schema.tables[:MAX_TABLES]}
+def er_svg(schema: Schema) -> str:
+    """Draw a schema; its views stand apart, at the right."""
+    boxes = {t.label: _Box(t, _drawn(t)) for t in schema.tables[:MAX_TABLES]}
     if not boxes:
-        return "<p>There are no tables to draw.</p>"
+        return "<p>No tables to draw.</p>"
     width, height = _place(boxes)
     left = len(schema.tables) - len(boxes)
     return TEMPLATES.get_template("diagram.svg").render(
@@ -101,7 +100,7 @@ def _place(boxes: dict[str, _Box]) -> tuple[float, float]:
     for name in sorted(boxes, key=lambda n: -depth[n]):  # as near to their users as they can be: short lines
         depth[name] = max(depth[name], min((depth[user] for user in users[name]), default=0) - 1)
     right = max(depth.values()) + 1
-    depth |= {name: right for name, box in boxes.items() if box.view}
+    depth |= {name: right for name, box in boxes.items() if box.table.view}
     x, bottom = 12.0, 0.0
     for level in range(max(depth.values()) + 1):
         members = [boxes[name] for name in boxes if depth[name] == level]

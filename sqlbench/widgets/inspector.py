@@ -17,13 +17,13 @@ from markupsafe import Markup
 from traitlets import TraitError
 
 from sqlbench.agent.trajectory import Trajectory
+from sqlbench.clauses import LEVELS
 from sqlbench.data.tasks import open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.database.types import NO_STATEMENT, QueryResult
 from sqlbench.errors import DataError, SqlbenchError
 from sqlbench.interfaces import Database
 from sqlbench.reward import REFERENCE, STRICT, prepare
-from sqlbench.sqltree import LEVELS
 from sqlbench.widgets import view
 from sqlbench.widgets.rollouts import RunFacts, Source, advantages, read_rollout, rollout_table
 

@@ -15,8 +15,6 @@ from sqlbench.config import ChatConfig
 from sqlbench.errors import ServerError
 from sqlbench.home import ensure_folders
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-
 
 def serve_chat(settings: ChatConfig, folder: Path) -> None:
     """Serve the chat until it is interrupted.
@@ -24,7 +22,7 @@ def serve_chat(settings: ChatConfig, folder: Path) -> None:
     Raises:
         ServerError: Voila is not installed, or the address cannot be used.
     """
-    from sqlbench.serve import listen
+    from sqlbench.serve import LOCAL, listen
 
     try:
         from sqlbench.widgets.server import serve_notebook

@@ -80,7 +80,7 @@ def rollout_table(source: Source) -> pd.DataFrame:
     else:
         rows = [_Light.model_validate(t, from_attributes=True).row("", t) for t in source]
     if not rows:
-        raise DataError("there are no rollouts to inspect")
+        raise DataError("No rollouts to inspect. Give the folder of an evaluation or a training.")
     return (
         pd.DataFrame(rows)
         .astype({"step": "Int64", "correct": float})

@@ -124,7 +124,7 @@ def test_an_empty_database_opens_and_says_so(tmp_path: Path) -> None:
     for target in (":memory:", tmp_path / "empty.sqlite"):
         connection = connect(target)
         assert "has no tables" in connection.notice and connection.examples == ()
-        assert "no tables" in er_svg(connection.schema)
+        assert "No tables" in er_svg(connection.schema)
 
 
 def test_500_columns_are_opened_drawn_and_announced(tmp_path: Path) -> None:

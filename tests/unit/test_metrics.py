@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sqlbench.agent.trajectory import Completion
+from sqlbench.clauses import exact_match
 from sqlbench.cli import main
 from sqlbench.data.audit import audit_dataset
 from sqlbench.data.tasks import Task, write_split
@@ -19,7 +20,6 @@ from sqlbench.display import metric_table
 from sqlbench.evaluation import evaluate
 from sqlbench.metrics import RUNS, measure, r_ves, soft_f1, time_ratio, ves
 from sqlbench.runs import RunFolder
-from sqlbench.sqltree import exact_match
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import pytest
 
 from sqlbench.agent.prompts import render_execution
 from sqlbench.database.engine import open_database
+from sqlbench.database.error_classes import error_class
 from sqlbench.database.postgres import _CALLS, _SUSPECT
 from sqlbench.database.schema import introspect, quote, sample_rows, schema_text
 from sqlbench.database.types import ForeignKey, Limits
 from sqlbench.errors import DatabaseError
 from sqlbench.reward import score
 from sqlbench.rollout import record_execution
-from sqlbench.sqltree import error_class
 
 psycopg = pytest.importorskip("psycopg")
 LIMITS = Limits(seconds=0.3, rows=1000)

@@ -24,8 +24,8 @@ from sqlbench.agent.repair import (
 )
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.data.tasks import DataSet, Task, write_split
+from sqlbench.database.error_classes import ERROR_CLASSES
 from sqlbench.errors import DataError, ModelError
-from sqlbench.sqltree import ERROR_CLASSES
 
 COLUMN = "no such column: nam"
 

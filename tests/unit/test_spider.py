@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from sqlbench.data.audit import read_audit
-from sqlbench.data.imports import SUBSET
-from sqlbench.data.spider import download_spider, import_spider
+from sqlbench.data.imports import SUBSET, import_release
+from sqlbench.data.spider import download_spider
 from sqlbench.data.tasks import DataSet
 from sqlbench.database.engine import open_database
 from sqlbench.errors import DataError
@@ -65,14 +65,14 @@ def release(tmp_path_factory) -> Path:
 
 
 def test_zip_and_folder_give_the_same_bytes(release, tmp_path):
-    import_spider(release, tmp_path / "a")
-    import_spider(pack(release, tmp_path / "z.zip"), tmp_path / "b")
-    import_spider(pack(release, tmp_path / "flat.zip", top=""), tmp_path / "c")
+    import_release("spider", release, tmp_path / "a")
+    import_release("spider", pack(release, tmp_path / "z.zip"), tmp_path / "b")
+    import_release("spider", pack(release, tmp_path / "flat.zip", top=""), tmp_path / "c")
     assert content(tmp_path / "a") == content(tmp_path / "b") == content(tmp_path / "c")
 
 
 def test_the_layout_is_that_of_every_data_set(release, tmp_path):
-    import_spider(release, tmp_path / "out")
+    import_release("spider", release, tmp_path / "out")
     data = DataSet(tmp_path / "out")
     assert data.splits() == ["dev", "dev_500", "test", "train"]
     assert [t.gold for t in data.load("train")][-1] == "SELECT id FROM item ORDER BY id"  # train_others.json
@@ -88,7 +88,7 @@ def test_a_release_without_test_and_others_imports_too(release, tmp_path):
     small = make_release(tmp_path / "small")
     for name in ("train_others.json", "test.json", "test_tables.json"):
         (small / name).unlink()
-    import_spider(small, tmp_path / "out")
+    import_release("spider", small, tmp_path / "out")
     assert DataSet(tmp_path / "out").splits() == ["dev", "dev_500", "train"]
 
 
@@ -96,7 +96,7 @@ def test_dev_500_is_a_seeded_sample_of_the_scorable_dev_tasks(tmp_path):
     dev = [row("shop" if i % 10 else "gone", "SELECT name FROM item", f"Question {i}?") for i in range(600)]
     release = make_release(tmp_path / "release", dev=dev)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        import_spider(release, tmp_path / name, seed=seed)
+        import_release("spider", release, tmp_path / name, seed=seed)
     chosen = {name: [t.task_id for t in DataSet(tmp_path / name).load("dev_500")] for name in "abc"}
     assert chosen["a"] == chosen["b"] != chosen["c"]
     assert len(set(chosen["a"])) == SUBSET and chosen["a"] == sorted(chosen["a"])
@@ -182,7 +182,7 @@ def test_a_bad_source_is_one_line_and_leaves_nothing_behind(tmp_path, make, says
     source = make(tmp_path)
     before = {p for p in tmp_path.rglob("*")}
     with pytest.raises(DataError) as caught:
-        import_spider(source, tmp_path / "out")
+        import_release("spider", source, tmp_path / "out")
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert {p for p in tmp_path.rglob("*")} == before
 
@@ -190,7 +190,7 @@ def test_a_bad_source_is_one_line_and_leaves_nothing_behind(tmp_path, make, says
 def test_a_folder_that_holds_something_is_not_overwritten(release, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
-        import_spider(release, tmp_path)
+        import_release("spider", release, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -200,7 +200,7 @@ def test_an_import_that_is_interrupted_does_not_look_complete(release, tmp_path,
 
     monkeypatch.setattr("sqlbench.data.imports.write_split", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        import_spider(release, tmp_path / "out")
+        import_release("spider", release, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +231,7 @@ def test_a_download_is_recorded_and_not_repeated(release, tmp_path, web):
     (folder / "spider.zip").unlink()
     assert download_spider(tmp_path / "got", url=f"{url}/spider.zip") == first
     assert len(record.split()[0]) == 64 and record.split()[1] == first.name
-    import_spider(first, tmp_path / "out")
+    import_release("spider", first, tmp_path / "out")
     first.write_bytes(b"something else")
     with pytest.raises(DataError, match=r"Checksum in .* does not match"):
         download_spider(tmp_path / "got", url=f"{url}/spider.zip")
@@ -308,7 +308,7 @@ def test_what_is_in_a_log_beside_a_database_is_imported(tmp_path, packed):
         writer.execute("PRAGMA journal_mode = wal")
         writer.execute("INSERT INTO item VALUES (3, 'washer')")
         assert path.with_name("shop.sqlite-wal").stat().st_size
-        import_spider(pack(release, tmp_path / "z.zip") if packed else release, tmp_path / "out")
+        import_release("spider", pack(release, tmp_path / "z.zip") if packed else release, tmp_path / "out")
     data = DataSet(tmp_path / "out")
     assert [p.name for p in data.database("shop").parent.iterdir()] == ["shop.sqlite"]
     assert open_database(data.database("shop")).execute(data.load("dev")[0].gold).rows == [("washer",)]
@@ -319,5 +319,5 @@ def test_a_log_of_what_is_no_database_is_refused_in_one_line(tmp_path):
     (release / "database/shop/shop.sqlite").write_bytes(b"not a database" * 100)
     (release / "database/shop/shop.sqlite-wal").write_bytes(b"nor a log")
     with pytest.raises(DataError, match=r"Cannot merge database/shop/shop\.sqlite and") as caught:
-        import_spider(release, tmp_path / "out")
+        import_release("spider", release, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

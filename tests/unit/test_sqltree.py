@@ -12,17 +12,9 @@ from collections import Counter
 import pytest
 
 from sqlbench import sqltree
-from sqlbench.sqltree import (
-    ERROR_CLASSES,
-    MAX_CHARS,
-    component_match,
-    error_class,
-    hardness,
-    outer_order,
-    same_subject,
-    statements,
-    with_order_keys,
-)
+from sqlbench.clauses import component_match, hardness
+from sqlbench.database.error_classes import ERROR_CLASSES, error_class
+from sqlbench.sqltree import MAX_CHARS, outer_order, same_subject, statements, with_order_keys
 from sqlbench.widgets.view import pretty
 
 # Counted by hand: (components, nested, others) in the comment.

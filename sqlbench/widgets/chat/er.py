@@ -32,7 +32,7 @@ class Diagram(Panel):
     """The tab."""
 
     def __init__(self) -> None:
-        self._schema, self._views = Schema(()), frozenset[str]()
+        self._schema = Schema(())
         self.search = w.Text(placeholder="Find a table or column", layout=w.Layout(flex="1 1 200px", max_width="360px"))
         self.search.observe(lambda _: self._draw(matching(self._schema, self.search.value)), "value")
         self._what, self.picture, self._source = w.HTML(), w.HTML(), w.HTML()
@@ -40,9 +40,9 @@ class Diagram(Panel):
         row = w.HBox([self.search, button("All tables", self.all)], layout=w.Layout(flex_flow="row wrap"))
         super().__init__([row, self._what, self.picture, self._source], self._do)
 
-    def show(self, schema: Schema, views: frozenset[str]) -> None:
-        """Draw a schema, with its views apart."""
-        self._schema, self._views = schema, views
+    def show(self, schema: Schema) -> None:
+        """Draw a schema."""
+        self._schema = schema
         source = view.folded("as mermaid text", view.HTML.pre(mermaid_er(schema)))
         self._source.value = html(source)
         self.all()
@@ -60,4 +60,4 @@ class Diagram(Panel):
         count = f"{what}{len(tables)} of {len(self._schema.tables)} tables. "
         hint = "Click a table for its neighbours; drag to move, turn the wheel to zoom." if tables else ""
         self._what.value = html(view.HTML.strong(count), view.HTML.small(hint))
-        self.picture.value = er_svg(replace(self._schema, tables=tuple(tables)), self._views)
+        self.picture.value = er_svg(replace(self._schema, tables=tuple(tables)))

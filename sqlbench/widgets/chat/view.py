@@ -17,7 +17,7 @@ import ipywidgets as w
 from markupsafe import Markup
 
 from sqlbench.agent.prompts import DIALECTS
-from sqlbench.connection import Connection, Example, connect, views
+from sqlbench.connection import Connection, Example, connect
 from sqlbench.database.engine import in_thread
 from sqlbench.errors import DatabaseError, SqlbenchError
 from sqlbench.interfaces import Model, is_plugin, load_plugin
@@ -277,7 +277,7 @@ class ChatView(Panel):
             self._tabs.titles = TABS[: len(tabs)]
         self._show_learned()
         self._offer(())
-        self.diagram.show(opened.schema, await in_thread(views, opened.database))
+        self.diagram.show(opened.schema)
         await self._fit(opened)
 
     async def _fit(self, opened: Connection) -> None:
