@@ -597,6 +597,8 @@ def test_the_command_evolves_prompts_on_a_split_and_every_command_takes_them(wor
     assert summary["baseline"]["n"] == summary["score"]["n"] == 12 and summary["rollouts"] >= 100 > answered
     assert summary["score"]["ex"] > summary["baseline"]["ex"] and "write.system" in summary["changed"]
     assert "of 12 tasks of train" in text and "sqlbench eval --prompts" in text
+    config = json.loads((folder / "config.json").read_text())  # the prompts were tried on what an evaluation shows
+    assert (config["schema_linking"], config["sample_rows"], config["value_hints"]) == (True, 3, True)
     evolved = prompts_for(str(folder / "prompts.toml"))
     assert FIRST in evolved.components["write.system"] and evolved.family == "chat"
     assert world.accuracy(evolved) > world.accuracy(CHAT)
