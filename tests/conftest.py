@@ -59,10 +59,10 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 @pytest.fixture(scope="session")
 def spider(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real Spider release, imported and audited once a session."""
-    from sqlbench.data.spider import import_spider
+    from sqlbench.data.imports import import_release
 
     out = tmp_path_factory.mktemp("spider") / "spider"
-    import_spider(shared / "spider_data.zip", out)
+    import_release("spider", shared / "spider_data.zip", out)
     return out
 
 

@@ -25,7 +25,7 @@ SPIDER_URL = (
 
 
 def download_spider(folder: str | Path, *, url: str = SPIDER_URL, timeout: float = 30.0) -> Path:
-    """Fetch the public archive into `folder` and return its path, ready for `import_spider`.
+    """Fetch the public archive into `folder` and return its path, ready for `import_release`.
 
     The checksum of the first download is recorded next to the archive and every later call is compared with it; an
     archive that is there and agrees is not fetched again.
