@@ -1,0 +1,49 @@
+"""How many of twenty questions that were typed by hand a small model answers on a database that it has never seen.
+
+    sqlbench data import benchmarks/chinook.jsonl --db Chinook_Sqlite.sqlite --out data/chinook
+    python benchmarks/first_contact.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct
+
+Settings are those of ``sqlbench ask``, with one turn unless ``--max-turns`` says otherwise. The run is resumed where
+it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from sqlbench.agent.trajectory import Trajectory
+from sqlbench.connection import LARGE
+from sqlbench.evaluation import evaluate
+from sqlbench.runs import RunFolder
+from sqlbench.tables import markdown
+
+
+def table(rollouts: Iterable[Trajectory]) -> pd.DataFrame:
+    """One row a question: right or not, and the query."""
+    rows = [
+        (t.question, "right" if t.correct else t.error or t.reason, " ".join((t.pred or "").split())) for t in rollouts
+    ]
+    return pd.DataFrame(rows, columns=["question", "verdict", "query"])
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/chinook"))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--max-turns", type=int, default=1)
+    parser.add_argument("--run", default="chinook")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    given = parser.parse_args()
+    evaluate(**vars(given), split="dev", table_info_truncate=LARGE, concurrency=1)
+    found = table(RunFolder(given.results / "laptop" / given.run).trajectories())
+    print(markdown(found.replace(r"\|", r"\|", regex=True)))
+    print(f"{(found.verdict == 'right').sum()} of {len(found)} right")
+
+
+if __name__ == "__main__":
+    main()
