@@ -40,9 +40,12 @@ def shared() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def heap() -> Iterator[None]:
-    """Free SQLite connections that tests left open: only the collector does, and the heap limit is the process's."""
+    """Free SQLite connections that tests left open: the heap limit is the process's."""
+    from sqlbench.database.engine import close_idle
+
     yield
     gc.collect()
+    close_idle()
 
 
 @pytest.fixture(scope="session")

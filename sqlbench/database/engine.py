@@ -26,6 +26,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -125,6 +126,7 @@ class Database:
         self._file = self._read_file() if self._is_file else None
         self._seen, self._looked = self._file.identity if self._file else self.identity(), time.monotonic()
         self._idle.append(self._connect())
+        _all.add(self)
 
     def identity(self) -> tuple:
         """Return a value that changes when the content may have: inode, size and mtime of all its files.
@@ -172,7 +174,11 @@ class Database:
                 from sqlbench.database.duckdb import DuckdbConnection
 
                 return DuckdbConnection(self._file)  # type: ignore[arg-type]
-            return SqliteConnection(self.uri())
+            try:
+                return SqliteConnection(self.uri())
+            except MemoryError:
+                close_idle()
+                return SqliteConnection(self.uri())
         except sqlite3.Error as error:
             raise self._unusable(error) from error
 
@@ -215,12 +221,14 @@ class Database:
                 break
             except MemoryError:
                 # The heap is the process's: a statement that fails soon may be the victim of another that is about to
-                # fail itself, and gets a few more tries. One that has run for a while has used the memory up.
+                # fail itself, or of connections that nothing uses, and gets a few more tries. One that has run for a
+                # while has used the memory up.
                 now = time.perf_counter()
                 if now - tried > 0.05 or now - start > 0.15 or now + 0.1 > deadline:
                     error = f"needs more than {HEAP_BYTES} bytes of memory or {PROGRAM_STEPS} instructions"
                     result = QueryResult("too_large", error=error)
                     break
+                close_idle()
                 time.sleep(0.03)
         result.seconds = time.perf_counter() - start
         if file and file.in_place:
@@ -262,8 +270,19 @@ class Database:
     def close(self) -> None:
         """Close the idle connections; the object can still be used and opens new ones."""
         idle, self._idle = self._idle, []
-        while idle:
-            idle.pop().close()
+        with contextlib.suppress(IndexError):  # another thread may take the last one
+            while True:
+                idle.pop().close()
+
+
+_all: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
+def close_idle() -> None:
+    """Close the idle connections of all SQLite databases of the process: their heap is one, and limited."""
+    for database in list(_all):
+        if database.dialect == "sqlite":
+            database.close()
 
 
 def open_database(target: str | Path, limits: Limits | None = None) -> Database:
@@ -313,7 +332,7 @@ def _after_fork() -> None:
     """Reset a forked child, which has no threads and must not reuse SQLite connections."""
     global _watchdog, _threads, _open_lock
     _watchdog, _threads, _open_lock = _Watchdog(), None, threading.Lock()
-    own = [database for database in _open.values() if isinstance(database, Database)]
+    own = list(_all)
     _inherited.extend(c for d in own for c in d._idle)  # kept alive: closing them would touch shared locks
     for database in own:
         database._idle, database._lock = [], threading.Lock()

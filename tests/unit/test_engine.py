@@ -361,3 +361,20 @@ def test_a_wrong_address_is_refused_in_one_line(address, opener):
     with pytest.raises(DatabaseError, match=r"Not the address of a SQLite file: .* Write sqlite:///") as caught:
         opener(address)
     assert "\n" not in str(caught.value)
+
+
+def test_databases_that_nothing_uses_leave_room_for_those_in_use(tmp_path):
+    """Connections of 150 wide databases need more than SQLite may have in one process."""
+    first = tmp_path / "0.sqlite"
+    with closing(sqlite3.connect(first)) as connection:
+        for table in range(200):
+            columns = ", ".join(f"a_long_name_of_column_{n} TEXT" for n in range(60))
+            connection.execute(f"CREATE TABLE a_long_name_of_table_{table} ({columns})")
+    opened = []
+    for number in range(150):
+        file = tmp_path / f"{number}.sqlite"
+        if number:
+            shutil.copyfile(first, file)
+        opened.append(open_database(file))
+        assert opened[-1].execute("SELECT count(*) FROM a_long_name_of_table_7").rows == [(0,)]
+    assert all(database.execute("SELECT 1 FROM a_long_name_of_table_9").ok for database in opened)
