@@ -1,4 +1,4 @@
-"""How many of twenty questions that were typed by hand a small model answers on a database that it has never seen.
+"""Counts how many of twenty typed questions a model answers on a database that it has never seen.
 
     sqlbench data import benchmarks/chinook.jsonl --db Chinook_Sqlite.sqlite --out data/chinook
     python benchmarks/first_contact.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct
@@ -23,7 +23,7 @@ from sqlbench.tables import markdown
 
 
 def table(rollouts: Iterable[Trajectory]) -> pd.DataFrame:
-    """One row a question: right or not, and the query."""
+    """Return one row per question: the question, its verdict and the query."""
     rows = [
         (t.question, "right" if t.correct else t.error or t.reason, " ".join((t.pred or "").split())) for t in rollouts
     ]
@@ -31,7 +31,7 @@ def table(rollouts: Iterable[Trajectory]) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/chinook"))
     parser.add_argument("--model", required=True)

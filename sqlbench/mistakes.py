@@ -235,7 +235,10 @@ def _joined(unit: exp.Expression) -> tuple[exp.Column, exp.Column] | None:
 
 
 def _is_value(node: exp.Expression) -> bool:
-    """Tell a literal, or a quoted name without a table, which SQLite reads as text where there is no such column."""
+    """Tell whether a node is a literal, or a quoted name without a table.
+
+    SQLite reads such a name as text where there is no such column.
+    """
     if isinstance(node, exp.Column):
         return bool(node.this.args.get("quoted")) and not node.table
     return isinstance(node, exp.Literal)

@@ -77,7 +77,7 @@ class Usage(Record):
     uncounted: int
     """Answers whose tokens the model did not count; a cost leaves them out."""
     note: str
-    """Why there is no cost; empty where there is one, or no prices were given."""
+    """Reason for a missing cost; empty if there is a cost, or no prices were given."""
 
     @classmethod
     def of(cls, found: Rollouts, model: str = "", prices: Path | None = None) -> Usage:

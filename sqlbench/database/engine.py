@@ -126,7 +126,7 @@ class Database:
         self._file = self._read_file() if self._is_file else None
         self._seen, self._looked = self._file.identity if self._file else self.identity(), time.monotonic()
         self._idle.append(self._connect())
-        _all.add(self)
+        _all[id(self)] = self
 
     def identity(self) -> tuple:
         """Return a value that changes when the content may have: inode, size and mtime of all its files.
@@ -275,12 +275,17 @@ class Database:
                 idle.pop().close()
 
 
-_all: weakref.WeakSet[Database] = weakref.WeakSet()
+_all: weakref.WeakValueDictionary[int, Database] = weakref.WeakValueDictionary()
+
+
+def _living() -> list[Database]:
+    """List the databases of the process; other threads may open some meanwhile, which an iteration would not bear."""
+    return [database for reference in _all.valuerefs() if (database := reference()) is not None]
 
 
 def close_idle() -> None:
     """Close the idle connections of all SQLite databases of the process: their heap is one, and limited."""
-    for database in list(_all):
+    for database in _living():
         if database.dialect == "sqlite":
             database.close()
 
@@ -332,7 +337,7 @@ def _after_fork() -> None:
     """Reset a forked child, which has no threads and must not reuse SQLite connections."""
     global _watchdog, _threads, _open_lock
     _watchdog, _threads, _open_lock = _Watchdog(), None, threading.Lock()
-    own = list(_all)
+    own = _living()
     _inherited.extend(c for d in own for c in d._idle)  # kept alive: closing them would touch shared locks
     for database in own:
         database._idle, database._lock = [], threading.Lock()

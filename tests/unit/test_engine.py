@@ -8,9 +8,11 @@ import inspect
 import os
 import shutil
 import sqlite3
+import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -378,3 +380,16 @@ def test_databases_that_nothing_uses_leave_room_for_those_in_use(tmp_path):
         opened.append(open_database(file))
         assert opened[-1].execute("SELECT count(*) FROM a_long_name_of_table_7").rows == [(0,)]
     assert all(database.execute("SELECT 1 FROM a_long_name_of_table_9").ok for database in opened)
+
+
+def test_databases_can_be_opened_while_others_are_told_to_close_what_is_idle(path):
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns wherever they can
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            opened = [pool.submit(open_database, path) for _ in range(600)]
+            while not all(one.done() for one in opened):
+                engine.close_idle()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(one.result().execute("SELECT 1").ok for one in opened)

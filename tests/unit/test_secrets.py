@@ -370,7 +370,7 @@ def guarded(postgres: str) -> str:
         connection.execute("GRANT SELECT ON customer TO guarded")
         user, _, rest = postgres.partition("@")
         address = f"{user.rpartition('/')[0]}/guarded:{QUOTED}@{rest}"
-        end = time.monotonic() + 30  # the server reads its rules again when it gets to it
+        end = time.monotonic() + 300  # the server reads its rules again when it gets to it
         while time.monotonic() < end:
             try:
                 psycopg.connect(address.replace(QUOTED, "another")).close()

@@ -63,7 +63,7 @@ class Turn(BaseModel):
     """The query that stands; empty where there is none."""
     conclusion: Text = ""
     error: Text = ""
-    """Why there is no answer."""
+    """Reason for a missing answer."""
     summary: Text = ""
     """The answer in words."""
     verdict: Literal["right", "wrong"] | None = None
