@@ -158,13 +158,16 @@ class DuckdbConnection:
             except BaseException:
                 process.running.kill()
                 raise
-            if isinstance(answer, tuple):
+            if isinstance(answer, tuple) and not answer[-1]:
                 _idle.append(process)
+            else:  # it ended, or is full
+                process.running.kill()
+                process.running.wait()
         if answer == -signal.SIGALRM:
             return QueryResult("timeout", error=f"no result within {limits.seconds:g} s")
         if not isinstance(answer, tuple):
             return QueryResult("too_large", error=f"needs more than {MEMORY} bytes of memory")
-        status, columns, rows, error = answer
+        status, columns, rows, error, _ = answer
         if status == "lost":
             raise DatabaseError(f"Cannot open database {self.file.identity[0]}: {error}. Check the file.")
         return QueryResult(status, columns, rows, error)

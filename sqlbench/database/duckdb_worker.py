@@ -37,7 +37,11 @@ class _Broken(Exception):
 
 
 def serve(engine_memory: int, memory: int, grace: float) -> None:
-    """Answer requests until the other end is closed."""
+    """Answer requests until the other end is closed.
+
+    Each answer says whether the process is full: DuckDB keeps memory that a statement has freed, and the next statement
+    could fail for want of it.
+    """
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -57,12 +61,19 @@ def serve(engine_memory: int, memory: int, grace: float) -> None:
         except _Broken as error:
             answer = ("error", (), [], str(error))
             opened.clear()
-        data = marshal.dumps(answer)
+        full = _data_bytes() > memory // 2
+        data = marshal.dumps((*answer, full))
         if len(data) > size + CHUNK_BYTES:  # one long value
-            data = marshal.dumps(("too_large", (), [], f"more than {size:,} bytes"))
+            data = marshal.dumps(("too_large", (), [], f"more than {size:,} bytes", full))
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stdout.buffer.write(len(data).to_bytes(8) + data)
         sys.stdout.buffer.flush()
+
+
+def _data_bytes() -> int:
+    """Return how much of its limit of memory the process takes (`proc_pid_statm(5)`, field ``data``)."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
 
 
 def _open(opened: OrderedDict, uri: str, version: str, memory: int) -> duckdb.DuckDBPyConnection:

@@ -403,6 +403,14 @@ def test_memory_stays_within_what_is_stated(database):
     assert 0 < peak[0] < house.MEMORY + (100 << 20)  # and the code that is loaded
 
 
+def test_memory_that_a_statement_took_is_there_for_the_next(database):
+    """DuckDB keeps 600 MB after this one, and the next could fail for want of memory."""
+    result = database.execute("SELECT length(repeat('x', 300000000))", Limits(seconds=60))
+    assert result.rows == [(300_000_000,)], result.error
+    assert all(worker.memory_info().data <= house.MEMORY // 2 for worker in workers())
+    assert database.execute("SELECT count(*) FROM singer", Limits(seconds=60)).rows == [(200,)]
+
+
 def test_threads_share_a_few_processes(database):
     with ThreadPoolExecutor(16) as pool:
         sql = [f"SELECT count(*) + {i} FROM singer" for i in range(64)]
