@@ -99,7 +99,7 @@ soak: $(INSTALLED)
 	@$(BIN)/python -m pytest --timeout=7200 --durations=0 tests/soak
 
 lab: $(INSTALLED)
-	@$(BIN)/python -c 'from sqlbench.home import ensure_folders as f; f(); from jupyterlab.labapp import main; main()' notebooks
+	@$(BIN)/python -c 'from sqlbench_lab.home import ensure_folders as f; f(); from jupyterlab.labapp import main; main()' notebooks
 
 # A rollout and a training step need the pocket data set only; a verdict needs pairs, rows of db_id, gold, pred over a
 # Spider release, as `sqlbench score` reads them.

@@ -25,7 +25,7 @@ from sqlbench.database.engine import cached_database
 from sqlbench.models.local import completion, encode_chat
 from sqlbench.rollout import rollout
 from sqlbench.runs import TRAJECTORIES, RunFolder, read_trajectories
-from sqlbench.training.agent_loop import stable_number, trained_transitions
+from sqlbench_train.agent_loop import stable_number, trained_transitions
 from verl_cpu.batching import BatchedEngine
 from verl_cpu.engine import GenerationRequest, LocalEngine
 

@@ -5,7 +5,7 @@
 Every arm starts from nano and sees at most ``steps x 16 x 8`` rollouts, or the tasks of as many steps:
 
 - ``grpo``: the profile's defaults; ``dynamic`` and ``success-rate``: the same with other tasks per step
-  (`sqlbench.training.sampling`); ``positive_only``, ``token_mean`` and ``transition``: with another loss, or credit.
+  (`sqlbench_train.sampling`); ``positive_only``, ``token_mean`` and ``transition``: with another loss, or credit.
 - ``permuted``: rewards of each task's rollouts, shuffled among them; ``runs``: a reward for queries that run.
 - ``sft``: the gold queries of the training split, as many answers as GRPO sees rollouts.
 - ``rejection``: rollouts of nano on as many training tasks as GRPO sees, of which the right ones are imitated.
@@ -31,9 +31,9 @@ from sqlbench.errors import SqlbenchError
 from sqlbench.evaluation import evaluate
 from sqlbench.results import Summary
 from sqlbench.runs import RunFolder
-from sqlbench.tables import write_table
-from sqlbench.training.launch import train
-from sqlbench.training.sft import sft
+from sqlbench_lab.tables import write_table
+from sqlbench_train.launch import train
+from sqlbench_train.sft import sft
 
 TASKS, GROUP = 16, 8
 """Tasks per step, and rollouts per task, of the laptop profile."""

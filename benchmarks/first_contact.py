@@ -16,10 +16,10 @@ from pathlib import Path
 import pandas as pd
 
 from sqlbench.agent.trajectory import Trajectory
-from sqlbench.connection import LARGE
 from sqlbench.evaluation import evaluate
 from sqlbench.runs import RunFolder
-from sqlbench.tables import markdown
+from sqlbench_chat.connection import LARGE
+from sqlbench_lab.tables import markdown
 
 
 def table(rollouts: Iterable[Trajectory]) -> pd.DataFrame:

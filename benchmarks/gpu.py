@@ -48,12 +48,12 @@ from typing import Any
 from pocket import NANO_PATH
 from pocket.nano import Recipe, train_nano
 from sqlbench.errors import SqlbenchError, TrainingError
-from sqlbench.estimate import SHAPES, Shape
-from sqlbench.grid import SMALLEST
 from sqlbench.models.checkpoint import check_checkpoint
 from sqlbench.runs import CONFIG, METRICS, RunFolder, run_path
-from sqlbench.tables import SEED_FIGURES
-from sqlbench.training.metrics import read_rows
+from sqlbench_lab.sweep import SMALLEST
+from sqlbench_lab.tables import SEED_FIGURES
+from sqlbench_train.estimate import SHAPES, Shape
+from sqlbench_train.metrics import read_rows
 
 GROWN = Recipe(width=384, layers=8, heads=12, kv_heads=6, hidden=1152, batch_tokens=8192)
 SHAPE = SHAPES["Qwen/Qwen2.5-Coder-1.5B-Instruct"]

@@ -30,11 +30,11 @@ from compact_run import VALIDATION
 from matplotlib.figure import Figure
 
 from sqlbench.clauses import HARDNESS
-from sqlbench.curves import COLOURS, DASHES, MARKERS, STYLE, png
 from sqlbench.results import difference
 from sqlbench.runs import CONFIG, METRICS, RunFolder
-from sqlbench.tables import Side, markdown
-from sqlbench.training.metrics import read_rows
+from sqlbench_lab.figures import COLOURS, DASHES, MARKERS, STYLE, png
+from sqlbench_lab.tables import Side, markdown
+from sqlbench_train.metrics import read_rows
 
 PARTS = {
     "rollout": "timing_s/gen",

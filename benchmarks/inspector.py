@@ -20,7 +20,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from sqlbench.runs import CONFIG, TRAJECTORIES, read_trajectories
-from sqlbench.widgets.inspector import Inspector
+from sqlbench_lab.inspector import Inspector
 
 FILTERS = (
     {"outcome": "wrong"},

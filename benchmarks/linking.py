@@ -36,8 +36,8 @@ from sqlbench.database.engine import Database, open_database
 from sqlbench.database.linking import WHOLE, estimate_tokens, prompt_schema
 from sqlbench.database.schema import quote, schema_text, shown
 from sqlbench.database.types import Schema
-from sqlbench.sqltree import parse
-from sqlbench.tables import markdown
+from sqlbench.sql_analysis import parse
+from sqlbench_lab.tables import markdown
 
 WAYS: dict[str, dict[str, Any]] = {
     "cut": {"schema_linking": False},

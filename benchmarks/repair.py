@@ -33,10 +33,10 @@ from tqdm.auto import tqdm
 from sqlbench.agent.prompts import STRATEGIES, prompts_for
 from sqlbench.agent.repair import (
     POTENTIAL,
+    BanditContext,
     FixedRepair,
     LinUCBRepair,
     RepairPolicy,
-    Situation,
     failure_class,
     lessons,
     shaped,
@@ -50,7 +50,7 @@ from sqlbench.interfaces import Model
 from sqlbench.models import open_model
 from sqlbench.rollout import rollout
 from sqlbench.runs import TRAJECTORIES, RunFolder
-from sqlbench.statistics import paired_bootstrap, wilson
+from sqlbench.stats import paired_bootstrap, wilson
 
 ATTEMPTS = 5
 STOP_AFTER = 5
@@ -66,7 +66,7 @@ class RandomRepair:
     def __init__(self, seed: int = 0) -> None:
         self._random = Random(seed)
 
-    def choose(self, situation: Situation) -> str:
+    def choose(self, situation: BanditContext) -> str:
         """The next draw."""
         return self._random.choice(STRATEGIES)
 
@@ -152,7 +152,7 @@ SOLVES, LUCK, STAYS = 0.7, 0.1, 0.5
 class Oracle:
     """Knows the answers."""
 
-    def choose(self, situation: Situation) -> str:
+    def choose(self, situation: BanditContext) -> str:
         """The right strategy."""
         return RIGHT[situation.error_class]
 
@@ -163,15 +163,15 @@ def episode(policy: RepairPolicy, world: Random) -> tuple[float, int, list[tuple
     Returns:
         The return, the number of attempts, and for each choice the failure class and whether the choice was right.
     """
-    now = Situation(error_class=world.choice(list(RIGHT)), attempt=1)
-    classes, choices, solved = [now.error_class], list[tuple[Situation, str]](), False
+    now = BanditContext(error_class=world.choice(list(RIGHT)), attempt=1)
+    classes, choices, solved = [now.error_class], list[tuple[BanditContext, str]](), False
     while not solved and now.attempt < ATTEMPTS:
         strategy = policy.choose(now)
         choices.append((now, strategy))
         solved = world.random() < (SOLVES if strategy == RIGHT[now.error_class] else LUCK)
         after = now.error_class if world.random() < STAYS else world.choice(list(RIGHT))
         same = after == now.error_class
-        now = Situation(
+        now = BanditContext(
             error_class=after,
             attempt=now.attempt + 1,
             previous_strategy=strategy,

@@ -14,7 +14,7 @@ which words were replaced by words that do not exist, so that it fails about as 
 then it learns to rewrite those wrong queries, to tell them from right ones, and to keep the right answers it gave.
 
 Everything is written below DIR and can be re-entered: ``mistakes.jsonl``, the policy ``warm``, the cells as
-`sqlbench.ablation` lays them out, and the table as Markdown and JSON.
+`sqlbench_lab.ablation` lays them out, and the table as Markdown and JSON.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from pocket import NANO_PATH
 from pocket.domains import Domain
 from pocket.nano import END, answer_loss, prompt_text, word_pieces
 from pocket.pretraining import Example, Examples, connect, execute, same_result, schema_of
-from sqlbench.ablation import Bench, run_cell
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
 from sqlbench.agent.trajectory import Message
 from sqlbench.errors import SqlbenchError
-from sqlbench.grid import AGENTS, AGENTS_CHECK, Cell, Grid
 from sqlbench.models.local import encode_chat
 from sqlbench.runs import RunFolder
-from sqlbench.self_correction import correction, row
-from sqlbench.tables import markdown
+from sqlbench_lab.ablation import Workspace, run_cell
+from sqlbench_lab.self_correction import correction, row
+from sqlbench_lab.sweep import AGENTS, AGENTS_CHECK, Experiment, Sweep
+from sqlbench_lab.tables import markdown
 from verl_cpu.engine import GenerationRequest, LocalEngine
 
 QUESTIONS, STEPS, RATE, BATCH_TOKENS = 8000, 900, 3e-4, 4096
@@ -156,7 +156,7 @@ def warm_up(mistakes: Path, out: Path, seed: int) -> None:
     building.rename(out)
 
 
-def table(bench: Bench, cells: dict[str, list[Cell]]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+def table(bench: Workspace, cells: dict[str, list[Experiment]]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """One row for each policy that was measured: the two before training, and every trained cell."""
     rows, found = [], []
 
@@ -193,10 +193,12 @@ def main() -> None:
             write_mistakes(mistakes, seed=0)
         if not warm.is_dir():
             warm_up(mistakes, warm, seed=0)
-        bench = Bench(run="runs", data=str(options.data), results=str(out))
+        bench = Workspace(run="runs", data=str(options.data), results=str(out))
         cells = {
             arm: [
-                Cell(**fields | ({"model": str(warm)} if "model" in fields else {}), seed=seed, steps=options.steps)
+                Experiment(
+                    **fields | ({"model": str(warm)} if "model" in fields else {}), seed=seed, steps=options.steps
+                )
                 for seed in range(1, options.seeds + 1)
             ]
             for arm, fields in ARMS.items()
@@ -204,7 +206,7 @@ def main() -> None:
         for seed in range(options.seeds):  # a seed of every arm before the next
             for arm, trained in cells.items():
                 if options.only in (None, arm):
-                    run_cell(trained[seed], bench, Grid((trained[seed],), overrides=tuple(options.override)))
+                    run_cell(trained[seed], bench, Sweep((trained[seed],), overrides=tuple(options.override)))
         frame, found = table(bench, cells)
         (out / "self_correction.md").write_text(markdown(frame) + "\n")
         (out / "self_correction.json").write_text(json.dumps(found, indent=1) + "\n")

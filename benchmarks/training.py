@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --out DIR [--data data/pocket] [--parameters N ...] [--steps N] [key=value ...]
 
-First a real `sqlbench.training.launch.train` of a few steps; then, in this process, a loop without verl or Ray over the
+First a real `sqlbench_train.launch.train` of a few steps; then, in this process, a loop without verl or Ray over the
 same tasks with the same sampling engine, agent, seeds, advantage, clipped loss, micro-batches and optimizer. Both are
 split into rollout, log-prob, update, weight sync, and orchestration, which is the rest of the time from one step's end
 to the next. The first step (it compares probabilities) and the last (it saves) are run and left out. CPU seconds are
@@ -29,8 +29,8 @@ import psutil
 from pocket import NANO_PATH
 from sqlbench.profiles import PROFILES
 from sqlbench.runs import METRICS
-from sqlbench.training.launch import train
-from sqlbench.training.metrics import read_rows
+from sqlbench_train.launch import train
+from sqlbench_train.metrics import read_rows
 
 PARTS = {
     "rollout": "timing_s/gen",

@@ -27,7 +27,7 @@ from random import Random
 
 from tqdm.auto import tqdm
 
-from pocket.domains import Domain, Inventor, fill, read_domains
+from pocket.domains import Domain, SchemaGenerator, fill, read_domains
 from pocket.phrasing import EVERYDAY, Skip
 from pocket.pretraining import connect, held_out
 from pocket.questions import WEIGHTS, Draft, draw
@@ -146,7 +146,7 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
 
 def _made_up(seed: int) -> list[Domain]:
     """Make synthetic schemas for training only: wording learned on many of them carries over to unseen ones."""
-    inventor, found = Inventor(), []
+    inventor, found = SchemaGenerator(), []
     for i in range(MADE_UP):
         domain = inventor.domain(Random(f"made up {seed} {i}"), 2)
         found.append(replace(domain, name=f"made_up_{i:02d}"))

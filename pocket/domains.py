@@ -221,7 +221,7 @@ def _past(word: str) -> str:
     return word + ("d" if word.endswith("e") else "ed")
 
 
-class Inventor:
+class SchemaGenerator:
     """Generates schemas whose identifiers are partly real words, partly pseudo-words, so that a model learns to copy.
 
     Args:

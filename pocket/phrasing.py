@@ -82,7 +82,7 @@ def _listing(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-class Scope:
+class QuestionBuilder:
     """Source of a construct: a domain, a random generator and the words of one family."""
 
     def __init__(

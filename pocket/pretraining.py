@@ -12,7 +12,7 @@ import sqlite3
 from dataclasses import dataclass
 from random import Random
 
-from pocket.domains import Domain, Inventor, fill, read_domains, read_toml
+from pocket.domains import Domain, SchemaGenerator, fill, read_domains, read_toml
 from pocket.questions import Draft, draw
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
 from sqlbench.agent.trajectory import Execution, Message
@@ -95,7 +95,7 @@ class Examples:
 
     Args:
         seed: of everything drawn here.
-        starts, middles: word pieces for pseudo-words (see `Inventor`).
+        starts, middles: word pieces for pseudo-words (see `SchemaGenerator`).
         made_up: share of synthetic schemas at the top level (nearly all below it).
         rewrite, check: shares of these prompts at the top level.
         disturbed: share of questions with idle words inserted and small words dropped, so that the policy learns to
@@ -113,7 +113,7 @@ class Examples:
         disturbed: float = 0.6,
     ) -> None:
         self.rng = Random(f"pretraining {seed}")
-        self.inventor = Inventor(starts, middles)
+        self.inventor = SchemaGenerator(starts, middles)
         self.made_up, self.rewrite, self.check, self.disturbed = made_up, rewrite, check, disturbed
         self.prompts = prompts_for("nano")
         self.seen = [fill(d, self.rng) for d in read_domains("seen")]

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from pocket.domains import Domain, read_toml
-from pocket.phrasing import EVERYDAY, FAMILIES, FRAMES, OPERATIONS, Filler, Scope, Skip, literal, plural, say
+from pocket.phrasing import EVERYDAY, FAMILIES, FRAMES, OPERATIONS, Filler, QuestionBuilder, Skip, literal, plural, say
 
 _EVERYDAY_FRAME = 0.98
 """How often families other than A use a frame of A: there are too many frames to learn each of them from a few hundred
@@ -49,31 +49,31 @@ class Construct:
     form: str
     sql: str
     keys: str
-    build: Callable[[Scope], Slots]
+    build: Callable[[QuestionBuilder], Slots]
 
 
 # ---- one table ------------------------------------------------------------------------------------------------------
 
 
-def _count(s: Scope) -> Slots:
+def _count(s: QuestionBuilder) -> Slots:
     t = s.entity()
     s.about(t)
     return {"t": t}
 
 
-def _count_where(s: Scope) -> Slots:
+def _count_where(s: QuestionBuilder) -> Slots:
     t = s.entity()
     said, where, _ = s.condition(t)
     s.about(t, said)
     return {"t": t, "where": where}
 
 
-def _select(s: Scope) -> Slots:
+def _select(s: QuestionBuilder) -> Slots:
     t = s.entity()
     return {"t": t, "cols": ", ".join(s.shown(t, counts=(1, 1, 2, 2, 3)))}
 
 
-def _select_where(s: Scope) -> Slots:
+def _select_where(s: QuestionBuilder) -> Slots:
     t = s.entity()
     cols = s.shown(t, counts=(1, 1, 1, 2))
     said, where, column = s.condition(t, kinds="ncciirryd")
@@ -86,7 +86,7 @@ def _select_where(s: Scope) -> Slots:
     return {"t": t, "cols": ", ".join(cols), "where": where}
 
 
-def _negation(s: Scope) -> Slots:
+def _negation(s: QuestionBuilder) -> Slots:
     t = s.entity()
     column = s.column(t, "c", nulls=False)
     value = s.value(t, column)
@@ -97,7 +97,7 @@ def _negation(s: Scope) -> Slots:
     return {"t": t, "cols": ", ".join(cols), "column": column, "value": literal(value)}
 
 
-def _two(s: Scope, joint: str) -> Slots:
+def _two(s: QuestionBuilder, joint: str) -> Slots:
     """Draw two conditions that some row meets; slot ``S`` says them, ``cols`` and ``COLS`` name another column."""
     t = s.entity()
     row = s.rng.randrange(len(s.domain.rows[t]))
@@ -110,7 +110,7 @@ def _two(s: Scope, joint: str) -> Slots:
     return {"t": t, "shown": shown, "first": first, "second": second}
 
 
-def _between(s: Scope) -> Slots:
+def _between(s: QuestionBuilder) -> Slots:
     t = s.entity()
     column = s.column(t, "iryd")
     low, high = sorted((s.value(t, column), s.value(t, column)))
@@ -120,7 +120,7 @@ def _between(s: Scope) -> Slots:
     return {"t": t, "shown": s.shown(t, "nc")[0], "column": column, "low": literal(low), "high": literal(high)}
 
 
-def _like(s: Scope, operation: str) -> Slots:
+def _like(s: QuestionBuilder, operation: str) -> Slots:
     t = s.entity()
     column = s.column(t, "n")
     words = str(s.value(t, column)).split()
@@ -129,7 +129,7 @@ def _like(s: Scope, operation: str) -> Slots:
     return {"t": t, "shown": s.shown(t, "nciy")[0], "column": column, "pattern": literal(f"{front}{word}%")}
 
 
-def _missing(s: Scope) -> Slots:
+def _missing(s: QuestionBuilder) -> Slots:
     t = s.entity()
     names = [f.name for f in s.domain.tables[t] if f.nullable]
     if not names:
@@ -142,7 +142,7 @@ def _missing(s: Scope) -> Slots:
     return {"t": t, "shown": shown, "column": column}
 
 
-def _aggregate(s: Scope, filtered: bool = False) -> Slots:
+def _aggregate(s: QuestionBuilder, filtered: bool = False) -> Slots:
     t = s.entity()
     column = s.column(t, "ir")
     said, where, used = s.condition(t) if filtered else ("", "", "")
@@ -152,7 +152,7 @@ def _aggregate(s: Scope, filtered: bool = False) -> Slots:
     return {"t": t, "column": column, "function": s.aggregate(t, column), "where": where}
 
 
-def _aggregate_two(s: Scope) -> Slots:
+def _aggregate_two(s: QuestionBuilder) -> Slots:
     t = s.entity()
     column = s.column(t, "ir")
     first = s.aggregate(t, column)
@@ -162,14 +162,14 @@ def _aggregate_two(s: Scope) -> Slots:
     return {"t": t, "column": column, "function": first, "second": second}
 
 
-def _distinct(s: Scope, nulls: bool = False) -> Slots:
+def _distinct(s: QuestionBuilder, nulls: bool = False) -> Slots:
     t = s.entity()
     column = s.column(t, "cy", nulls)
     s.put(N=plural(column))
     return {"t": t, "column": column}
 
 
-def _order(s: Scope, counts: list[int], filtered: bool = False) -> Slots:
+def _order(s: QuestionBuilder, counts: list[int], filtered: bool = False) -> Slots:
     t = s.entity()
     column = s.column(t, "iryn", nulls=False)
     cols = s.shown(t, "nc", counts)
@@ -180,20 +180,20 @@ def _order(s: Scope, counts: list[int], filtered: bool = False) -> Slots:
     return {"t": t, "cols": ", ".join(cols), "column": column, "where": where, "way": s.ordering(t, column)}
 
 
-def _superlative(s: Scope) -> Slots:
+def _superlative(s: QuestionBuilder) -> Slots:
     t = s.entity()
     column = s.column(t, "iry", nulls=False)
     cols = s.shown(t, "nc", (1, 1, 2))
     return {"t": t, "cols": ", ".join(cols), "column": column, "way": s.best(t, column)}
 
 
-def _top_k(s: Scope) -> Slots:
+def _top_k(s: QuestionBuilder) -> Slots:
     t = s.entity()
     column, k = s.column(t, "iry", nulls=False), s.rng.choice((2, 3, 3, 4, 5))
     return {"t": t, "shown": s.label(t), "column": column, "way": s.best(t, column, str(k)), "k": k, "more": k + 1}
 
 
-def _grouped(s: Scope, kinds: str = "c") -> Slots:
+def _grouped(s: QuestionBuilder, kinds: str = "c") -> Slots:
     """A table and the column that its rows are grouped by; slots ``n`` and ``N`` name it."""
     t = s.entity()
     column = s.column(t, kinds, nulls=False)
@@ -201,39 +201,39 @@ def _grouped(s: Scope, kinds: str = "c") -> Slots:
     return {"t": t, "column": column}
 
 
-def _group_count(s: Scope) -> Slots:
+def _group_count(s: QuestionBuilder) -> Slots:
     return _grouped(s, "cy")
 
 
-def _group_aggregate(s: Scope) -> Slots:
+def _group_aggregate(s: QuestionBuilder) -> Slots:
     group = _grouped(s)
     number = s.column(group["t"], "ir")
     return group | {"number": number, "function": s.aggregate(group["t"], number)}
 
 
-def _group_order(s: Scope) -> Slots:
+def _group_order(s: QuestionBuilder) -> Slots:
     return _grouped(s) | {"way": s.ordering("", "")}
 
 
-def _threshold(s: Scope, table: str, column: str) -> tuple[str, str]:
+def _threshold(s: QuestionBuilder, table: str, column: str) -> tuple[str, str]:
     sizes = sorted(set(Counter(s.domain.values(table, column)).values()))
     operator, k = s.rng.choice((">=", ">", "<")), max(2, s.rng.choice(sizes))
     word = s.word(f"count.{OPERATIONS[operator]}")
     return word.format(v=k) if "{v}" in word else f"{word} {k}", f"{operator} {k}"
 
 
-def _having(s: Scope) -> Slots:
+def _having(s: QuestionBuilder) -> Slots:
     group = _grouped(s)
     said, having = _threshold(s, group["t"], group["column"])
     s.put(op=said)
     return group | {"having": having}
 
 
-def _most_common(s: Scope) -> Slots:
+def _most_common(s: QuestionBuilder) -> Slots:
     return _grouped(s) | {"way": s.quantity_of()}
 
 
-def _above_average(s: Scope, show: bool = True) -> Slots:
+def _above_average(s: QuestionBuilder, show: bool = True) -> Slots:
     t = s.entity()
     column, operator = s.column(t, "ir"), s.rng.choice("><")
     shown = s.shown(t, "nc")[0] if show else ""
@@ -248,7 +248,7 @@ _COMBINE: dict[str, Callable[[set, set, set], set]] = {
 }
 
 
-def _telling_cuts(s: Scope, table: str, column: str, number: str, operation: str) -> list[tuple]:
+def _telling_cuts(s: QuestionBuilder, table: str, column: str, number: str, operation: str) -> list[tuple]:
     """Find pairs of numbers whose gold query differs from its halves and its neighbours; few do."""
     pair = [[f.name for f in s.domain.tables[table]].index(name) for name in (number, column)]
     rows: list[tuple[Any, Any]] = [(row[pair[0]], row[pair[1]]) for row in s.domain.rows[table]]
@@ -267,7 +267,7 @@ def _telling_cuts(s: Scope, table: str, column: str, number: str, operation: str
     return pairs
 
 
-def _cut(s: Scope, operation: str) -> Slots:
+def _cut(s: QuestionBuilder, operation: str) -> Slots:
     """A text and a number column of a table, and two numbers to part its rows by."""
     t = s.entity()
     column, number = s.column(t, "c", nulls=False), s.column(t, "iry")
@@ -284,7 +284,7 @@ def _cut(s: Scope, operation: str) -> Slots:
 # ---- several tables -------------------------------------------------------------------------------------------------
 
 
-def _named_rows(s: Scope, table: str) -> tuple[str, str]:
+def _named_rows(s: QuestionBuilder, table: str) -> tuple[str, str]:
     """Pick rows of a table by a text ("stadiums in Paris", "the stadium named X"), with the condition."""
     column = s.column(table, "nc")
     value = s.value(table, column)
@@ -294,34 +294,34 @@ def _named_rows(s: Scope, table: str) -> tuple[str, str]:
     return f"{plural(table)} {said}", f"{column} = {literal(value)}"
 
 
-def _link(s: Scope, needs_id: bool = True) -> tuple[str, str, Slots]:
+def _link(s: QuestionBuilder, needs_id: bool = True) -> tuple[str, str, Slots]:
     """A table, the one that it refers to, and slots for both."""
     child, column, parent, key = s.link(needs_id)
     joined = f"{child} AS T1 JOIN {parent} AS T2 ON T1.{column} = T2.{key}"
     return child, parent, {"child": child, "column": column, "parent": parent, "key": key, "joined": joined}
 
 
-def _not_in(s: Scope, show: bool = True) -> Slots:
+def _not_in(s: QuestionBuilder, show: bool = True) -> Slots:
     child, parent, link = _link(s, needs_id=False)
     s.about(parent, s.word("lacking").format(T=plural(child), t=say(child)))
     return link | {"label": s.label(parent) if show else ""}
 
 
-def _in_subquery(s: Scope) -> Slots:
+def _in_subquery(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s)
     said, where, _ = s.condition(child)
     s.about(parent, s.word("owning").format(T=f"{plural(child)} {said}"))
     return link | {"label": s.label(parent), "where": where}
 
 
-def _join(s: Scope) -> Slots:
+def _join(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s)
     a, b = s.column(child, "nciryd"), s.column(parent, "nciryd")
     s.put(a=s.noun(child, a), b=s.noun(parent, b))
     return link | {"a": a, "b": b}
 
 
-def _join_where(s: Scope, show: bool = True) -> Slots:
+def _join_where(s: QuestionBuilder, show: bool = True) -> Slots:
     child, parent, link = _link(s)
     a = s.shown(child)[0] if show else ""
     rows, where = _named_rows(s, parent)
@@ -329,7 +329,7 @@ def _join_where(s: Scope, show: bool = True) -> Slots:
     return link | {"a": a, "where": where}
 
 
-def _join_parent(s: Scope) -> Slots:
+def _join_parent(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s)
     b = s.shown(parent)[0]
     s.put(b=s.noun(parent, b))
@@ -338,7 +338,7 @@ def _join_parent(s: Scope) -> Slots:
     return link | {"b": b, "where": where}
 
 
-def _join_superlative(s: Scope) -> Slots:
+def _join_superlative(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s)
     b, number = s.shown(parent, "nc")[0], s.column(child, "iry", nulls=False)
     way = s.best(child, number)
@@ -346,12 +346,12 @@ def _join_superlative(s: Scope) -> Slots:
     return link | {"b": b, "number": number, "way": way}
 
 
-def _join_group(s: Scope) -> Slots:
+def _join_group(s: QuestionBuilder) -> Slots:
     _, parent, link = _link(s, needs_id=False)
     return link | {"label": s.label(parent)}
 
 
-def _join_most(s: Scope) -> Slots:
+def _join_most(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s, needs_id=False)
     b = s.label(parent) if s.rng.random() < 0.7 else s.shown(parent, "ciry")[0]
     way = s.quantity_of(0.75)
@@ -359,20 +359,20 @@ def _join_most(s: Scope) -> Slots:
     return link | {"b": b, "way": way}
 
 
-def _join_having(s: Scope) -> Slots:
+def _join_having(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s, needs_id=False)
     said, having = _threshold(s, child, link["column"])
     s.about(parent, s.word("count").format(op=said, C=plural(child)))
     return link | {"label": s.label(parent), "having": having}
 
 
-def _join_aggregate(s: Scope) -> Slots:
+def _join_aggregate(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s)
     number, label = s.column(child, "ir"), s.label(parent)
     return link | {"label": label, "number": number, "function": s.aggregate(child, number)}
 
 
-def _join_three(s: Scope) -> Slots:
+def _join_three(s: QuestionBuilder) -> Slots:
     links = s.domain.links()
     pairs = [(x, y) for x in links for y in links if x[0] == y[0] and x[2] != y[2]]
     if not pairs:
@@ -404,7 +404,7 @@ _BY_LEVEL = [[c for c in CONSTRUCTS.values() if c.level <= level] for level in r
 _ASKING = ("What", "How", "Which", "Do you", "Could you")
 
 
-def _sentence(scope: Scope, frame: str) -> str:
+def _sentence(scope: QuestionBuilder, frame: str) -> str:
     """Fill the slots of a frame, with a capital first letter and a closing mark."""
     slots = scope.slots
     slots |= {name: scope.word(name) for name in _PICKED if f"{{{name}}}" in frame}
@@ -452,7 +452,7 @@ def draw(
     earlier = FAMILIES[: FAMILIES.index(family)]
     for _ in range(200):
         kind = CONSTRUCTS[construct] if construct else rng.choices(pool, weights)[0]
-        scope = Scope(domain, rng, family, everyday, filler, late, telling)
+        scope = QuestionBuilder(domain, rng, family, everyday, filler, late, telling)
         try:
             slots = kind.build(scope)
         except Skip:

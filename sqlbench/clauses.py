@@ -1,7 +1,7 @@
 """Clauses of a query, counted and compared after Spider's evaluation script: hardness, component and exact match.
 
-They describe queries and decide no verdict. A query without a tree (`sqlbench.sqltree.parse`) has hardness ``extra``
-and no components.
+They describe queries and decide no verdict. A query without a tree (`sqlbench.sql_analysis.parse`) has
+hardness ``extra`` and no components.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from sqlglot import exp
 
-from sqlbench.sqltree import has_aggregate, parse, positive, subqueries, units
+from sqlbench.sql_analysis import has_aggregate, parse, positive, subqueries, units
 
 HARDNESS = ("easy", "medium", "hard", "extra")
 LEVELS = (*HARDNESS, "simple", "moderate", "challenging")

@@ -49,6 +49,10 @@ Metrics = Annotated[
         exclude=True,
     ),
 ]
+Request = Annotated[
+    str | None,
+    Field(description="Request fields for an endpoint, a JSON object; null leaves one out. Also SQLBENCH_REQUEST."),
+]
 Port = Annotated[int, Field(ge=0, le=65535, description="0 takes a free one.")]
 Host = Annotated[str, Field(description="Address to listen on; the default is this machine alone.")]
 
@@ -152,78 +156,6 @@ class EvalConfig(RolloutConfig, SamplingConfig):
     overwrite: Overwrite = False
 
 
-class TrainConfig(Settings):
-    """Train with GRPO through verl; resumes from the last checkpoint."""
-
-    run: Run
-    overrides: Overrides = []
-    profile: Profile = "laptop"
-    data: OwnData = None
-    model: str | None = Field(None, description="Policy to start from: nano, or a checkpoint folder.")
-    recipe: str | None = Field(None, description="Settings between profile and key=value: seed, as the published run.")
-    control: str | None = Field(
-        None, description="Rewards to learn nothing from: coin flips, or permuted in each task."
-    )
-    prompts: str | None = Field(None, description="Short for sqlbench.prompts=nano, chat or a .toml file.")
-    seed: int | None = Field(None, description="Short for sqlbench.seed=N.")
-    query_timeout: float | None = Field(None, description="Short for sqlbench.query_timeout=SECONDS.")
-    track: Track = None
-    results: Results = RESULTS
-    dry_run: bool = Field(False, description="Print the resolved config and what it needs.")
-    overwrite: Overwrite = False
-
-
-class SftConfig(SchemaConfig):
-    """Fine-tune a policy on right answers; resumes where it was interrupted."""
-
-    data: Data = POCKET
-    run: Run
-    model: str = Field("nano", description="Policy to start from: nano, or a checkpoint folder.")
-    source: Path | None = Field(None, description="Run whose right rollouts are imitated, instead of gold queries.")
-    split: str = Field("train", description="The split whose tasks are used, with either source.")
-    steps: int = Field(300, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(32, ge=1, description="Answers per step.")
-    lr: float = Field(2e-4, ge=0, description="Learning rate of AdamW, constant.")
-    seed: int = Field(1, description="Of the order of the answers.")
-    profile: Profile = "laptop"
-    results: Results = RESULTS
-    overwrite: Overwrite = False
-
-
-class AblateConfig(Settings):
-    """Run or resume a grid of trainings and write the accuracy and efficiency tables."""
-
-    overrides: Overrides = []
-    profile: Profile = "laptop"
-    grid: str | None = Field(None, description="short (default), full or smoke; seed (default of the profile gpu).")
-    data: OwnData = None
-    run: str | None = Field(None, description="Name of the run; the grid's name by default.")
-    only: str | None = Field(None, description="One cell by name, as a dry run lists them.")
-    parallel: int = Field(1, ge=1, description="Cells trained at the same time, each with its output in its cell.log.")
-    track: Track = None
-    results: Results = RESULTS
-    dry_run: bool = Field(False, description="Only say what there is to do; with --only, the cell's config and needs.")
-
-
-class EvolveConfig(RolloutConfig):
-    """Rewrite a model's prompts with GEPA and keep what held-out tasks prove better; resumes where interrupted."""
-
-    data: Data = POCKET
-    split: str = Field("train", description="The split whose tasks are reflected on or held out.")
-    model: Model = "nano"
-    reflection: str | None = Field(None, description="Rewrites the prompts: openai:NAME; or else --model.")
-    cache: Cache = None
-    budget: int = Field(400, ge=1, description="Rollouts to spend; the last rewrite is finished.")
-    held_out: int = Field(40, ge=1, description="Tasks that decide which prompts are better.")
-    run: Run
-    agent: Agent = "self-correcting"
-    prompts: str | None = Field(None, description="Prompts to start from if not the model's own.")
-    seed: int = Field(0, description="Decides which tasks are held out, and GEPA's choices.")
-    profile: Profile = "laptop"
-    results: Results = RESULTS
-    overwrite: Overwrite = False
-
-
 class ScoreConfig(Settings):
     """Score pairs of gold and predicted queries, by default with the reference evaluator's verdicts."""
 
@@ -247,116 +179,6 @@ class ExportConfig(Settings):
 
     run: Path = Field(description="Folder of an evaluation.", json_schema_extra={"flags": []})
     out: Path = Field(description="File to write: .txt for Spider's form, .json for BIRD's.")
-
-
-class NotebooksConfig(Settings):
-    """Execute the ordered notebooks and keep them with their results."""
-
-    profile: str = Field(
-        "laptop", description="laptop, gpu, or smoke: as laptop, with everything as small as it can be."
-    )
-    run: Run = "demo"
-    only: list[str] = Field([], description="A notebook by number or name; repeatable.")
-    parameters: list[str] = Field(
-        [],
-        description="name=value for the parameters cells; repeatable.",
-        json_schema_extra={"flags": ["--parameter", "-p"]},
-    )
-    folder: Path = Field(Path("notebooks"), description="Where the notebooks are.")
-    results: Results = RESULTS
-    force: bool = Field(False, description="Run again what is done.")
-
-
-class EnvConfig(Settings):
-    """Serve the task as an OpenEnv environment."""
-
-    data: Data = POCKET
-    port: Port = 8000
-    host: Host = "127.0.0.1"
-    split: str = Field("train", description="Whose tasks are served.")
-    model: Model = "nano"
-    reward: Reward = "execution-match"
-    query_timeout: QueryTimeout = 5.0
-
-
-class QuestionConfig(RolloutConfig):
-    """What questions are asked on, and what answers them."""
-
-    db: str = Field(description="A SQLite, DuckDB, Parquet or CSV file, a folder, or postgresql://...; only ever read.")
-    model: Model = "nano"
-    agent: Agent = "self-correcting"
-    prompts: str | None = Field(None, description="Prompt family or TOML file, if not the model's own.")
-
-
-class AskConfig(QuestionConfig):
-    """Answer one question on a database, step by step."""
-
-    question: str = Field(description="The question.", json_schema_extra={"flags": []})
-    verbose: bool = Field(False, description="Show prompts and whole answers.")
-
-
-class ApiConfig(QuestionConfig):
-    """Answer questions on a database over HTTP, as events; SQLBENCH_TOKEN is the token that clients send."""
-
-    port: Port = 8001
-    host: Host = "127.0.0.1"
-    concurrency: int = Field(4, ge=1, description="Questions at a time.")
-    per_client: int = Field(2, ge=1, description="Questions at a time from one address.")
-    seconds: float = Field(120.0, gt=0, description="Seconds that a question may take.")
-    origin: list[str] = Field([], description="A web page's origin that may ask, as https://example.org; repeatable.")
-
-
-class RunsConfig(Settings):
-    """List runs, the newest first."""
-
-    filter: str = Field("", description="Part of a run's name.", json_schema_extra={"flags": ["--filter"]})
-    kind: str | None = Field(None, description="eval, training, sft or evolve.")
-    best: bool = Field(False, description="The most accurate first.")
-    results: Results = RESULTS
-
-
-class ShowConfig(Settings):
-    """Show the rollouts of a run in the terminal, or one task's step by step."""
-
-    run: Path = Field(description="Folder of a run, as results/laptop/baseline.", json_schema_extra={"flags": []})
-    task: str | None = Field(None, description="Only this task, step by step.")
-    wrong: bool = Field(False, description="Only wrong rollouts, by cause, with an example of each.")
-    verbose: bool = Field(False, description="Show prompts and whole answers; with --wrong, all rollouts.")
-    html: Path | None = Field(None, description="Write the inspector's page to this file instead.")
-    limit: int = Field(40, ge=1, description="Rollouts to list, of each cause with --wrong.")
-    prices: Prices = None
-
-
-class CompareConfig(Settings):
-    """Compare two evaluations over the same tasks, task by task."""
-
-    first: Path = Field(description="Folder of an evaluation.", json_schema_extra={"flags": []})
-    second: Path = Field(description="Folder of the other.", json_schema_extra={"flags": []})
-    limit: int = Field(20, ge=1, description="Changed tasks to list.")
-
-
-class ServeConfig(Settings):
-    """Serve a policy to any OpenAI client."""
-
-    model: str = Field(description="nano, a checkpoint folder, or the folder of a training run.")
-    port: Port = 8000
-    host: Host = "127.0.0.1"
-    engine: str | None = Field(None, description="vllm or transformers; vllm by default where it is installed.")
-
-
-class ChatConfig(Settings):
-    """Serve the chat as a web page."""
-
-    data: Data = POCKET
-    model: Model = "nano"
-    port: Port = 8866
-    host: Host = "127.0.0.1"
-    token: str | None = Field(None, description="What a browser has to know; made up where others reach --host.")
-    run: Run = "chat"
-    results: Results = RESULTS
-    reflection: str | None = Field(None, description="Endpoint for prompt evolution, openai:NAME; or else --model's.")
-    agent: Agent = "self-correcting"
-    prompts: str | None = Field(None, description="Prompts if not the model's own: nano, chat or a .toml file.")
 
 
 def takes(model: type[Settings], *positional: str) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:

@@ -143,7 +143,7 @@ BUILT_IN = {
         "resampling": "sqlbench.agent.resampling:ResamplingAgent",
     },
     "reward": {"execution-match": "sqlbench.reward:execution_match", "runs": "sqlbench.reward:runs"},
-    "trainer": {"verl": "sqlbench.training.launch:VerlTrainer"},
+    "trainer": {"verl": "sqlbench_train.launch:VerlTrainer"},
 }
 """Names that sqlbench ships. Models, databases and data sets are also named by paths and addresses."""
 _REQUIRED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -50,6 +51,15 @@ def command(name: str) -> Callable[[Function], Function]:
     return add
 
 
+def send_request(request: str | None) -> None:
+    """Hand request fields to the models of this process and of those it starts, as the environment would."""
+    if request is not None:
+        from sqlbench.models.chat import REQUEST, read_request
+
+        read_request(request)
+        os.environ[REQUEST] = request
+
+
 def run_command(
     groups: Mapping[str, str],
     arguments: Sequence[str] | None,
@@ -95,8 +105,10 @@ def _parser(groups: Mapping[str, str], sections: Mapping[str, Sequence[str]]) ->
         members = ", ".join(name.split()[1] for name in COMMANDS if name.startswith(f"{group} "))
         texts[group] = f"{text.rstrip('.')} ({members})"
     lines = [groups[""], ""]
-    for title, names in sections.items():
-        lines += [f"{title}:", *(f"  {name:10} {texts[name]}" for name in names)]
+    listed = {name for names in sections.values() for name in names}
+    more = [name for name in texts if name and " " not in name and name not in listed]
+    for title, names in [*sections.items(), *([("More", more)] if more else [])]:
+        lines += [f"{title}:", *(f"  {name:10} {texts[name]}" for name in names if name in texts)]
     lines += ["", "sqlbench COMMAND --help lists the options of a command."]
     root = Parser(
         prog="sqlbench",

@@ -15,7 +15,7 @@ from sqlbench.config import ExportConfig
 from sqlbench.data.tasks import Task, headline_split, open_dataset
 from sqlbench.errors import DataError
 from sqlbench.runs import RunFolder, write_whole
-from sqlbench.sqltree import parse
+from sqlbench.sql_analysis import parse
 
 MARK = "\t----- bird -----\t"
 NONE = "SELECT"

@@ -1,7 +1,7 @@
 """The two training profiles: model, data set, and the environment of the processes.
 
 ``laptop`` trains the built-in policy on a CPU; ``gpu`` is the seed experiment (Qwen2.5-Coder-3B-Instruct on Spider, one
-GPU). Its changes of verl's configuration are in ``training/config/<name>.yaml``.
+GPU). Its changes of verl's configuration are in ``sqlbench_train/config/<name>.yaml``.
 """
 
 from __future__ import annotations

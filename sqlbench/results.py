@@ -26,7 +26,7 @@ from sqlbench.data.tasks import Task
 from sqlbench.database.error_classes import error_class
 from sqlbench.errors import DataError
 from sqlbench.samples import Samples, result_of
-from sqlbench.statistics import bootstrap, clustered, mcnemar, paired_bootstrap, wilson
+from sqlbench.stats import bootstrap, clustered, mcnemar, paired_bootstrap, wilson
 from sqlbench.usage import Usage
 
 TEXTS = ("task_key", "task_id", "db_id", "dialect", "hardness", "question", "gold", "pred", "reason", "error")

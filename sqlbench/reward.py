@@ -24,10 +24,10 @@ from sqlparse import tokens as T
 from sqlparse.engine import FilterStack
 from sqlparse.lexer import tokenize
 
-from sqlbench.comparison import Answer, SearchLimit, near, rows_sort_alike, same_bag, same_list
 from sqlbench.database.engine import in_thread
 from sqlbench.database.types import NO_STATEMENT, Limits, QueryResult
 from sqlbench.interfaces import Database
+from sqlbench.table_match import ResultTable, SearchLimit, near, rows_sort_alike, same_bag, same_list
 
 if TYPE_CHECKING:
     from sqlbench.data.tasks import Task
@@ -48,7 +48,7 @@ class Strictness:
     ``COUNT(DISTINCT x)`` and in subqueries, where it decides the value."""
     real_empty: bool = True
     """Against a gold answer without rows, a prediction without rows scores only if it is a real query over what gold is
-    about (`sqlbench.sqltree.same_subject`) with as many columns; in the reference any DELETE or comment does."""
+    about (`sqlbench.sql_analysis.same_subject`) with as many columns; in the reference any DELETE or comment does."""
     outer_order: bool = True
     """Row order matters only if the gold statement itself ends in ORDER BY, not a subquery of it."""
     float_tolerance: bool = True
@@ -107,14 +107,14 @@ def score(
     return verdict
 
 
-async def ascore(gold: str, pred: str, database: Database, *, strict: bool = True) -> Verdict:
+async def score_async(gold: str, pred: str, database: Database, *, strict: bool = True) -> Verdict:
     """Judge one prediction as `score` does, in a database thread, so that the event loop is not blocked."""
     return await in_thread(lambda: score(gold, pred, database, strict=strict))
 
 
 async def execution_match(task: Task, context: RolloutContext) -> int | None:
     """Return 1 where the final query of a rollout gives gold's result, else 0: the built-in reward."""
-    return (await ascore(task.gold, context.sql or "", context.database, strict=context.config.strict)).match
+    return (await score_async(task.gold, context.sql or "", context.database, strict=context.config.strict)).match
 
 
 def runs(task: Task, context: RolloutContext) -> float:
@@ -147,7 +147,7 @@ def _score(gold: str, pred: str, database: Database, rules: Strictness, keep_dis
 
 def _run(database: Database, sql: str, limits: Limits) -> QueryResult:
     """Run on the content that the gold answer is kept for, where the database can tell."""
-    return getattr(database, "execute_as_seen", database.execute)(sql, limits)
+    return getattr(database, "execute_unchecked", database.execute)(sql, limits)
 
 
 def _with_rows(limits: Limits, rows: int) -> Limits:
@@ -167,7 +167,7 @@ class _Gold:
             if self.result.error == NO_STATEMENT and not rules.real_empty:
                 self.result = QueryResult("ok")
         self.problem = None if self.result.ok else f"gold_{self.result.status}"
-        self.answer = Answer(self.result.rows)
+        self.answer = ResultTable(self.result.rows)
         self.pred_limits = _with_rows(limits, len(self.result.rows) + 1)
         self.cells = 50 + len(self.result.rows) * len(self.result.columns)
 
@@ -176,7 +176,7 @@ class _Gold:
         """Tell whether the order of rows matters."""
         text = (self.statement or "").lower()
         if self.rules.outer_order and "order" in text:
-            from sqlbench.sqltree import outer_order
+            from sqlbench.sql_analysis import outer_order
 
             found = outer_order(self.statement or "", self.database.dialect)
             if found is not None:
@@ -194,7 +194,7 @@ class _Gold:
             return "columns_differ"
         if len(gold_rows) != len(pred_rows):
             return "rows_differ"
-        pairs = [(self.answer, Answer(pred_rows))]
+        pairs = [(self.answer, ResultTable(pred_rows))]
         same = same_list if self.ordered else same_bag
         if same(*pairs[0]):
             if self.rules.any_number_type or self._sort_alike(pred_rows):
@@ -209,21 +209,21 @@ class _Gold:
         return "order_differs" if self.ordered and any(same_bag(*pair) for pair in pairs) else "rows_differ"
 
     def _is_real(self, result: QueryResult, pred: str) -> bool:
-        from sqlbench.sqltree import same_subject
+        from sqlbench.sql_analysis import same_subject
 
         same_width = len(result.columns) == len(self.result.columns)
         return same_width and (pred == self.gold or same_subject(self.gold, pred, self.database.dialect))
 
     def _sort_alike(self, pred_rows: list[tuple]) -> bool:
         """Compare as the reference first does, only if that could differ from equality: numbers of two types."""
-        if self.answer.width == 1 or not (self.answer.has_whole_floats or Answer(pred_rows).has_whole_floats):
+        if self.answer.width == 1 or not (self.answer.has_whole_floats or ResultTable(pred_rows).has_whole_floats):
             return True
         return rows_sort_alike(self.result.rows, pred_rows, self.ordered)
 
     def _matches_with_ties(self, pred_rows: list[tuple]) -> bool:
         if self._blocks is None:
             return False
-        gold, pred = self._blocks, Answer(pred_rows, self._places)
+        gold, pred = self._blocks, ResultTable(pred_rows, self._places)
         if same_bag(gold, pred):
             return True
         rounded = near(gold, pred) if self.rules.float_tolerance else None
@@ -235,9 +235,9 @@ class _Gold:
         return []
 
     @cached_property
-    def _blocks(self) -> Answer | None:
+    def _blocks(self) -> ResultTable | None:
         """Return every row possible in the gold answer, labelled with its block of ties; None without any ties."""
-        from sqlbench.sqltree import with_order_keys
+        from sqlbench.sql_analysis import with_order_keys
 
         keyed = with_order_keys(self.statement or "", self.result.columns, self.database.dialect)
         if keyed is None:
@@ -259,7 +259,7 @@ class _Gold:
         kept = [(row, label) for row, label in zip(rows, labels, strict=True) if label in wanted]
         if len(wanted) == len(kept):  # every row alone in its block
             return None
-        return Answer([row for row, _ in kept], [label for _, label in kept])
+        return ResultTable([row for row, _ in kept], [label for _, label in kept])
 
 
 # ---- gold answers, kept per process

@@ -29,7 +29,7 @@ from sqlbench.database.linking import estimate_tokens, prompt_schema
 from sqlbench.database.types import QueryResult, Schema
 from sqlbench.errors import DatabaseError, ModelError, PromptTooLongError
 from sqlbench.interfaces import Agent, Database, Model, Reward
-from sqlbench.reward import Verdict, ascore, execution_match
+from sqlbench.reward import Verdict, execution_match, score_async
 from sqlbench.text import clean
 
 SHOWN_ROWS = 20
@@ -38,7 +38,7 @@ MOST_CALLS = 999
 """Most model calls, and most queries, of one rollout; an agent that makes more fails."""
 
 
-class Observer(Protocol):
+class RolloutCallback(Protocol):
     """Receives rollout events in order on the event loop. Implementations must be fast and must not raise."""
 
     def text(self, agent: str, turn: int, piece: str) -> None:
@@ -70,7 +70,7 @@ class RolloutContext:
     prompts: Prompts
     config: RolloutConfig
     repair: RepairPolicy | None = None
-    observer: Observer | None = None
+    observer: RolloutCallback | None = None
     history: list[tuple[str, str]] = field(default_factory=list)
     """Every query so far with the text of its result as prompts show it, those before this rollout first."""
     transitions: list[Transition] = field(default_factory=list)
@@ -158,7 +158,7 @@ async def rollout(
     prompts: Prompts,
     config: RolloutConfig,
     repair: RepairPolicy | None = None,
-    observer: Observer | None = None,
+    observer: RolloutCallback | None = None,
     *,
     agent: Agent | None = None,
     reward: Reward = execution_match,
@@ -199,7 +199,9 @@ async def judge(task: Task, context: RolloutContext, reward: Reward = execution_
     try:
         with context.boundary("reward"):
             if task.gold.strip():
-                verdict = await ascore(task.gold, context.sql or "", context.database, strict=context.config.strict)
+                verdict = await score_async(
+                    task.gold, context.sql or "", context.database, strict=context.config.strict
+                )
                 if verdict.match is None and task.scorable:
                     hint = f"Check whether {context.database.target} was changed, or audit the data set again."
                     if verdict.reason == "gold_timeout":
@@ -226,7 +228,7 @@ async def run_agent(
     prompts: Prompts,
     config: RolloutConfig,
     repair: RepairPolicy | None = None,
-    observer: Observer | None = None,
+    observer: RolloutCallback | None = None,
     start: Sequence[tuple[str, str]] = (),
     *,
     agent: Agent | None = None,

@@ -26,7 +26,7 @@ from sqlbench.config import RolloutConfig
 from sqlbench.database.engine import cached_database
 from sqlbench.interfaces import Dataset
 from sqlbench.reward import score
-from sqlbench.statistics import bootstrap
+from sqlbench.stats import bootstrap
 
 if TYPE_CHECKING:
     from sqlbench.results import Rollouts

@@ -62,7 +62,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 @pytest.fixture(scope="session")
 def spider(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real Spider release, imported and audited once a session."""
-    from sqlbench.data.imports import import_release
+    from sqlbench_data.imports import import_release
 
     out = tmp_path_factory.mktemp("spider") / "spider"
     import_release("spider", shared / "spider_data.zip", out)

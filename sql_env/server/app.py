@@ -22,11 +22,11 @@ import sqlbench
 from sql_env.models import MAX_ATTEMPTS, SqlAction, SqlObservation, SqlState
 from sql_env.server.episodes import Episodes, RequestError
 from sql_env.server.sql_environment import DESCRIPTION, SqlEnvironment
+from sql_env.settings import EnvConfig
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.repair import GENERATE
-from sqlbench.config import EnvConfig
 from sqlbench.models.chat import load_env
-from sqlbench.serve import listen
+from sqlbench_train.serve import listen
 
 MAX_SESSIONS = 100
 """WebSocket sessions at a time."""

@@ -20,7 +20,7 @@ from langgraph.types import Command
 from langsmith import tracing_context
 
 from sqlbench.agent.prompts import extract_sql, parse_verdict
-from sqlbench.agent.repair import Situation, normal, situation
+from sqlbench.agent.repair import BanditContext, normal, situation
 from sqlbench.database.error_classes import error_class
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 AGAIN = (1.0, 1.5)
 """Temperatures at which a rewrite that gave a failed query again is sampled once more.
 
-The first is that of training, so such a rewrite can be trained on; see `sqlbench.training.credit`.
+The first is that of training, so such a rewrite can be trained on; see `sqlbench_train.credit`.
 """
 REFUSED = "The query did not run to its end."
 REJECTED = "The query does not answer the question; answer it in another way."
@@ -126,9 +126,9 @@ async def _execute(state: State, runtime: Runtime) -> Command[Literal["check_que
     return Command(update={"feedback": "" if record.answered else REFUSED}, goto=goto)
 
 
-def _situation(ctx: RolloutContext) -> Situation:
+def _situation(ctx: RolloutContext) -> BanditContext:
     if ctx.executions:
         return situation(ctx.transitions, ctx.executions)
     text = ctx.history[-1][1]  # only the prompts' text is known of a query before this rollout
     shown = error_class(text) if text.startswith("error: ") else "empty" if text == "empty result" else "none"
-    return Situation(error_class=shown, attempt=len(ctx.history))
+    return BanditContext(error_class=shown, attempt=len(ctx.history))

@@ -1,6 +1,6 @@
 """Choice of the repair strategy for the next rewrite, and learning from its outcome.
 
-A rollout with repair describes its state (`Situation`) to a `RepairPolicy` before each rewrite. `LinUCBRepair`
+A rollout with repair describes its state (`BanditContext`) to a `RepairPolicy` before each rewrite. `LinUCBRepair`
 learns from finished rollouts which strategy suits which situation; `FixedRepair` follows one always. The same seed,
 choices and lessons give the same next choice, in another process too: the lessons are saved as plain JSON, and loading
 learns them again.
@@ -55,7 +55,7 @@ ran and gave no rows) and ``none`` (it ran and gave rows).
 """
 
 
-class Situation(Record):
+class BanditContext(Record):
     """Bandit context: the state of a rollout just before a rewrite."""
 
     error_class: str
@@ -69,10 +69,10 @@ class Situation(Record):
     """Number of queries just before the last one that failed in the same class."""
 
 
-class Lesson(Record):
+class BanditObservation(Record):
     """One bandit observation: context, strategy, reward."""
 
-    situation: Situation
+    situation: BanditContext
     strategy: str
     reward: float
 
@@ -80,7 +80,7 @@ class Lesson(Record):
 class RepairPolicy(Protocol):
     """Chooses the strategy of each rewrite."""
 
-    def choose(self, situation: Situation) -> str:
+    def choose(self, situation: BanditContext) -> str:
         """Return one of `sqlbench.agent.prompts.STRATEGIES`."""
         ...
 
@@ -92,7 +92,7 @@ class FixedRepair:
         _check(strategy)
         self.strategy = strategy
 
-    def choose(self, situation: Situation) -> str:
+    def choose(self, situation: BanditContext) -> str:
         """Return the strategy."""
         return self.strategy
 
@@ -109,17 +109,17 @@ class LinUCBRepair:
         from mabwiser.mab import MAB, LearningPolicy
 
         self.alpha, self.seed, self.choices = alpha, seed, 0
-        self.lessons: list[Lesson] = []
+        self.lessons: list[BanditObservation] = []
         # mabwiser takes l2_lambda * I for the *inverse* of an unseen arm's matrix too: only 1 makes its score right.
         self._bandit = MAB(list(STRATEGIES), LearningPolicy.LinUCB(alpha=alpha, l2_lambda=1.0))
         # It cannot predict before a first lesson; one with all features 0 changes nothing.
-        self._bandit.fit([STRATEGIES[0]], [0.0], [[0.0] * len(features(Situation(error_class="none", attempt=1)))])
+        self._bandit.fit([STRATEGIES[0]], [0.0], [[0.0] * len(features(BanditContext(error_class="none", attempt=1)))])
 
-    def scores(self, situation: Situation) -> dict[str, float]:
+    def scores(self, situation: BanditContext) -> dict[str, float]:
         """Return the upper confidence bound of each strategy's reward."""
         return dict(self._bandit.predict_expectations([features(situation)]))
 
-    def choose(self, situation: Situation) -> str:
+    def choose(self, situation: BanditContext) -> str:
         """Return the strategy with the highest score."""
         scores = self.scores(situation)
         best = max(scores.values())
@@ -128,11 +128,11 @@ class LinUCBRepair:
         self.choices += 1
         return Random(f"{self.seed} {self.choices}").choice(tied)
 
-    def learn(self, situation: Situation, strategy: str, reward: float) -> None:
+    def learn(self, situation: BanditContext, strategy: str, reward: float) -> None:
         """Learn the reward of a strategy in a situation."""
-        self._learn([Lesson(situation=situation, strategy=strategy, reward=reward)])
+        self._learn([BanditObservation(situation=situation, strategy=strategy, reward=reward)])
 
-    def _learn(self, lessons: Sequence[Lesson]) -> None:
+    def _learn(self, lessons: Sequence[BanditObservation]) -> None:
         for lesson in lessons:
             _check(lesson.strategy)
         self.lessons.extend(lessons)
@@ -174,10 +174,10 @@ class _State(Record):
     alpha: float
     seed: int
     choices: int
-    lessons: list[Lesson]
+    lessons: list[BanditObservation]
 
 
-def features(situation: Situation) -> list[float]:
+def features(situation: BanditContext) -> list[float]:
     """Encode a situation for LinUCB, each number in [0, 1] over the usual five attempts."""
     return [
         *(float(situation.error_class == name) for name in POTENTIAL),
@@ -195,12 +195,12 @@ def failure_class(execution: Execution) -> str:
     return error_class(execution.error or "") if execution.status == "error" else execution.status
 
 
-def situation(transitions: Sequence[Transition], executions: Sequence[Execution]) -> Situation:
+def situation(transitions: Sequence[Transition], executions: Sequence[Execution]) -> BanditContext:
     """Describe the state of a rollout after the last of these executions."""
     classes = [failure_class(e) for e in executions]
     last, others = classes[-1], classes[-2::-1]
     followed = {t.turn: t.strategy or GENERATE for t in transitions if t.agent != "check"}
-    return Situation(
+    return BanditContext(
         error_class=last,
         attempt=len(executions),
         previous_strategy=followed[executions[-1].turn],
@@ -221,7 +221,9 @@ def shaped(classes: Sequence[str], solved: float) -> list[float]:
     return [*rewards[:-1], rewards[-1] + solved]
 
 
-def lessons(transitions: Sequence[Transition], executions: Sequence[Execution], solved: float) -> list[Lesson]:
+def lessons(
+    transitions: Sequence[Transition], executions: Sequence[Execution], solved: float
+) -> list[BanditObservation]:
     """Return the lessons of a finished rollout, one for each rewrite that followed a strategy.
 
     A rollout that ended because a rewrite only repeated queries made an attempt that changed nothing.
@@ -235,7 +237,7 @@ def lessons(transitions: Sequence[Transition], executions: Sequence[Execution], 
         executions = [*executions, executions[-1].model_copy(update={"turn": len(executions) + 1})]
     rewards = shaped([failure_class(e) for e in executions], solved)
     return [
-        Lesson(situation=situation(transitions, executions[:i]), strategy=followed[i + 1], reward=rewards[i])
+        BanditObservation(situation=situation(transitions, executions[:i]), strategy=followed[i + 1], reward=rewards[i])
         for i in range(1, len(executions))
         if i + 1 in followed
     ]

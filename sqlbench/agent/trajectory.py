@@ -105,7 +105,7 @@ class Execution(Record):
     n_rows: int = 0
     seconds: float = 0.0
     match: int | None = None
-    """Its execution match, if a training rewards each query (`sqlbench.training.credit`)."""
+    """Its execution match, if a training rewards each query (`sqlbench_train.credit`)."""
 
     @property
     def cut(self) -> bool:

@@ -38,7 +38,7 @@ from sqlbench.database.types import Limits
 from sqlbench.errors import DatabaseError, DataError
 from sqlbench.interfaces import Database
 from sqlbench.reward import GOLD_ROWS, score
-from sqlbench.sqltree import outer_order, subject
+from sqlbench.sql_analysis import outer_order, subject
 
 MODES = {"reference": False, "strict": True}
 NO_ROWS = "SELECT 1 WHERE 0"

@@ -15,7 +15,7 @@ from sqlglot import exp
 from sqlbench.database.types import Limits, Schema
 from sqlbench.interfaces import Database
 from sqlbench.reward import score
-from sqlbench.sqltree import dialect_of, parse
+from sqlbench.sql_analysis import dialect_of, parse
 
 MUTATIONS = {
     "comparison": "a comparison is negated or turned round",

@@ -189,7 +189,7 @@ class Database:
             DatabaseError: the database itself is gone.
         """
         self.refresh()
-        return self.execute_as_seen(sql, limits or self.limits)
+        return self.execute_unchecked(sql, limits or self.limits)
 
     def refresh(self) -> tuple:
         """Check whether the file was replaced, close the connections to the old one, and return its identity."""
@@ -209,7 +209,7 @@ class Database:
                     self.close()
         return self._seen
 
-    def execute_as_seen(self, sql: str, limits: Limits) -> QueryResult:
+    def execute_unchecked(self, sql: str, limits: Limits) -> QueryResult:
         """Run a statement as `execute` does, on the file as `refresh` last saw it."""
         file = self._file
         start = time.perf_counter()

@@ -85,7 +85,7 @@ def policy_folder(spec: str) -> Path:
         return hub_checkpoint(spec)
     path = Path(spec)
     if (path / "policy").is_dir() or (path / "checkpoints").is_dir():
-        from sqlbench.training.checkpoints import latest_checkpoint
+        from sqlbench.models.policy import latest_checkpoint
 
         return latest_checkpoint(path)
     return path

@@ -19,7 +19,7 @@ import pytest
 
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.data.tasks import DataSet
-from sqlbench.widgets.chat.builtin import BuiltIn
+from sqlbench_chat.builtin import BuiltIn
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

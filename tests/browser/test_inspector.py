@@ -16,7 +16,7 @@ from papermill.parameterize import parameterize_notebook
 from sqlbench.agent.trajectory import Completion
 from sqlbench.data.tasks import DataSet
 from sqlbench.evaluation import evaluate
-from sqlbench.widgets.inspector import Inspector
+from sqlbench_lab.inspector import Inspector
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1500)]
 

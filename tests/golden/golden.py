@@ -20,18 +20,19 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from sqlbench import errors, tables
+from sqlbench import errors
 from sqlbench.agent.prompts import prompts_for
 from sqlbench.agent.trajectory import Completion, Trajectory
 from sqlbench.config import RolloutConfig
-from sqlbench.curves import curve_table
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.database.engine import cached_database
 from sqlbench.evaluation import evaluate
 from sqlbench.profiles import find_profile
 from sqlbench.rollout import rollout
 from sqlbench.runs import RunFolder, flat
-from sqlbench.training.compose import compose
+from sqlbench_lab import tables
+from sqlbench_lab.figures import curve_table
+from sqlbench_train.compose import compose
 
 HERE = Path(__file__).parent
 REPO = HERE.parents[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sqlbench.results import Summary
-from sqlbench.training.metrics import read_rows
+from sqlbench_train.metrics import read_rows
 
 HERE = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("golden", HERE / "golden.py")

@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from sqlbench.notebooks import ORDER, NotebookRun, read_parameters, run_notebooks
+from sqlbench_lab.notebooks import ORDER, NotebookRun, read_parameters, run_notebooks
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))

@@ -25,12 +25,12 @@ import pytest
 
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import TrainingError
-from sqlbench.grid import SMALLEST
+from sqlbench.models.policy import checkpointed, latest_checkpoint
 from sqlbench.profiles import PROFILES
 from sqlbench.runs import RunFolder
-from sqlbench.training.checkpoints import checkpointed, latest_checkpoint
-from sqlbench.training.launch import train
-from sqlbench.training.metrics import read_rows
+from sqlbench_lab.sweep import SMALLEST
+from sqlbench_train.launch import train
+from sqlbench_train.metrics import read_rows
 from verl_cpu.engine import LocalEngine
 
 from . import counted

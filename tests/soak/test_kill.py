@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sqlbench.data.tasks import DataSet
-from sqlbench.grid import GRIDS, SMALLEST
-from sqlbench.notebooks import ORDER
 from sqlbench.runs import RunFolder
+from sqlbench_lab.notebooks import ORDER
+from sqlbench_lab.sweep import GRIDS, SMALLEST
 
 if TYPE_CHECKING:
     from conftest import Figures, Stage

@@ -30,16 +30,16 @@ import pytest
 from sql_env import SqlAction, SqlEnvClient
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.repair import LinUCBRepair
-from sqlbench.connection import connect
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.database.engine import cached_database, open_database
 from sqlbench.database.types import Limits
-from sqlbench.generations import FeedbackStore
 from sqlbench.models import open_model
 from sqlbench.reward import score
 from sqlbench.runs import RunFolder
-from sqlbench.widgets.chat.session import ChatSession
-from sqlbench.widgets.chat.turn import Turn
+from sqlbench_chat.connection import connect
+from sqlbench_chat.generations import FeedbackStore
+from sqlbench_chat.session import ChatSession
+from sqlbench_chat.turn import Turn
 
 LONG = os.environ.get("SQLBENCH_LONG") == "1"
 SPLIT = "dev_seen_pretrain"

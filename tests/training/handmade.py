@@ -148,7 +148,7 @@ ON_CPU = (
 
 def settings(folder: Path, *overrides: str, profile: str = "laptop", recipe: str | None = None) -> Any:
     """A profile for four tasks of four rollouts."""
-    from sqlbench.training.compose import compose
+    from sqlbench_train.compose import compose
 
     (folder / "run").mkdir(exist_ok=True)
     own = (
@@ -215,8 +215,8 @@ def prepare(folder: Path, base: Any) -> None:
     from omegaconf import OmegaConf
     from verl.utils.transferqueue_utils import tqbridge
 
-    from sqlbench.training.agent_loop import SqlAgentLoop, SqlAgentLoopWorker
-    from sqlbench.training.trainer import SqlTrainer
+    from sqlbench_train.agent_loop import SqlAgentLoop, SqlAgentLoopWorker
+    from sqlbench_train.trainer import SqlTrainer
 
     ray.init(**OmegaConf.to_container(base.ray_kwargs.ray_init))
     tq.init(base.transfer_queue)
@@ -382,7 +382,7 @@ def main(folder: Path) -> None:
 
     from verl_cpu import forkserver
 
-    modules = ["sqlbench.training.trainer"]
+    modules = ["sqlbench_train.trainer"]
     os.environ.update(forkserver.BORN_AS, RAY_RAYLET_PID=str(os.getpid()))
     for name in (*forkserver.PRELOAD, *modules, "transformers.models.qwen3.modeling_qwen3"):
         importlib.import_module(name)

@@ -17,10 +17,10 @@ import transfer_queue as tq
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-import sqlbench.training.loss  # noqa: F401 (the losses that are wrapped here)
+import sqlbench_train.loss  # noqa: F401 (the losses that are wrapped here)
 import verl_cpu.fsdp_engine  # noqa: F401 (the profile's engine)
 from sqlbench.agent.trajectory import Trajectory
-from sqlbench.training.agent_loop import trained_transitions
+from sqlbench_train.agent_loop import trained_transitions
 
 FOLDER = "SQLBENCH_TEST_RECORD"
 OVERRIDES = (

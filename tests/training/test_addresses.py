@@ -16,8 +16,8 @@ from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.errors import DatabaseError
 from sqlbench.profiles import PROFILES
 from sqlbench.runs import read_trajectories
-from sqlbench.training.compose import compose
-from sqlbench.training.preflight import load_tasks
+from sqlbench_train.compose import compose
+from sqlbench_train.preflight import load_tasks
 
 GOLD = "SELECT count(*) FROM singer"
 WRONG = "SELECT name FROM singer"
@@ -62,7 +62,7 @@ def test_tasks_are_loaded_and_a_server_that_is_away_is_one_line(root, tmp_path):
 def test_a_rollout_of_the_agent_loop_is_rewarded_by_the_server_of_the_database(root, tmp_path):
     from transformers import AutoTokenizer
 
-    from sqlbench.training.agent_loop import SqlAgentLoop
+    from sqlbench_train.agent_loop import SqlAgentLoop
 
     tokenizer = AutoTokenizer.from_pretrained(NANO_PATH)
     answers = iter([WRONG, GOLD])

@@ -9,7 +9,7 @@ import torch
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.data.tasks import DataSet
 from sqlbench.database.engine import cached_database
-from sqlbench.training.credit import CREDITS, balanced, group_and_key, group_of, judged, permuted, rewards, situations
+from sqlbench_train.credit import CREDITS, balanced, group_and_key, group_of, judged, permuted, rewards, situations
 
 GOLD, WRONG, BROKEN = "GOLD", "SELECT 'no such answer'", "SELECT nothing FROM nowhere"
 

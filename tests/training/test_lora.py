@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
 from sqlbench.evaluation import evaluate
-from sqlbench.serve import find_policy
-from sqlbench.training.launch import train
-from sqlbench.training.metrics import read_rows
+from sqlbench_train.launch import train
+from sqlbench_train.metrics import read_rows
+from sqlbench_train.serve import find_policy
 
 pytestmark = pytest.mark.training
 LORA = [

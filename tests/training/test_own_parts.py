@@ -9,9 +9,9 @@ import pytest
 
 from sqlbench.cli import main
 from sqlbench.data.tasks import DataSet
-from sqlbench.grid import SMALLEST
 from sqlbench.runs import RunFolder
-from sqlbench.training.metrics import read_rows
+from sqlbench_lab.sweep import SMALLEST
+from sqlbench_train.metrics import read_rows
 
 pytestmark = pytest.mark.training
 

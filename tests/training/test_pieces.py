@@ -31,13 +31,13 @@ from sqlbench.errors import (
     SqlbenchError,
     TrainingError,
 )
+from sqlbench.models.policy import latest_checkpoint
 from sqlbench.profiles import PROFILES
 from sqlbench.runs import RunFolder
-from sqlbench.training import processes
-from sqlbench.training.checkpoints import latest_checkpoint
-from sqlbench.training.compose import changes, compose, recipes
-from sqlbench.training.launch import describe, train
-from sqlbench.training.metrics import TrajectoryReader, read_rows, step_metrics, write_rows
+from sqlbench_train import processes
+from sqlbench_train.compose import changes, compose, recipes
+from sqlbench_train.launch import describe, train
+from sqlbench_train.metrics import TrajectoryReader, read_rows, step_metrics, write_rows
 
 SEED_EXPERIMENT = [
     "algorithm.adv_estimator=grpo",
@@ -180,7 +180,7 @@ def test_dry_run_prints_the_config_and_the_needs_and_writes_nothing(
 def test_dry_run_warns_first_and_in_one_line_of_a_card_that_is_too_small(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqlbench.training.preflight.gpu_bytes", lambda: 24_000_000_000)
+    monkeypatch.setattr("sqlbench_train.preflight.gpu_bytes", lambda: 24_000_000_000)
     train("gpu", "r", tmp_path, overrides=["sqlbench.max_turns=1"], recipe="seed", dry_run=True)
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("# warning: This may not fit GPUs of 24.0 GB: it takes about ") and second[0] != "#"
@@ -474,7 +474,7 @@ def actor_config(tokens: int) -> Any:
 
 def test_per_rollout_mean_weighs_rollouts_alike_and_token_mean_tokens() -> None:
     """Rollout a has rows of 3 and 1 tokens and advantage 1, rollout b one row of 2 tokens and advantage -2."""
-    from sqlbench.training.loss import per_rollout_mean, positive_only, row_weights, token_mean
+    from sqlbench_train.loss import per_rollout_mean, positive_only, row_weights, token_mean
 
     lengths, advantage = [3, 1, 2], torch.tensor([1.0, 1.0, -2.0])
     mask = (torch.arange(3) < torch.tensor(lengths).unsqueeze(1)).float()
@@ -510,7 +510,7 @@ def test_per_rollout_mean_weighs_rollouts_alike_and_token_mean_tokens() -> None:
 def test_losses_are_registered_with_verl_by_name() -> None:
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
-    import sqlbench.training.loss as loss
+    import sqlbench_train.loss as loss
 
     assert get_policy_loss_fn("per_rollout_mean") is loss.per_rollout_mean
     assert get_policy_loss_fn("positive_only") is loss.positive_only
@@ -518,7 +518,7 @@ def test_losses_are_registered_with_verl_by_name() -> None:
 
 
 def test_trained_agents_is_searched_in_the_sub_agents_name() -> None:
-    from sqlbench.training.agent_loop import trained_transitions
+    from sqlbench_train.agent_loop import trained_transitions
 
     names = ["write", "check", "rewrite"]
     calls = [Transition(agent=a, turn=1, messages=[], completion=Completion(text="")) for a in names]
@@ -550,7 +550,7 @@ def test_an_answer_that_no_token_ended_is_cut(
     from transformers import AutoTokenizer
 
     from sqlbench.models.local import encode_chat
-    from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel
+    from sqlbench_train.agent_loop import SqlAgentLoop, _ServerModel
 
     class Server:
         async def generate(self, **_: Any) -> Any:
@@ -571,7 +571,7 @@ def test_an_answer_that_no_token_ended_is_cut(
 
 
 def test_vllm_is_told_to_end_an_answer_that_repeats_itself() -> None:
-    from sqlbench.training.agent_loop import stop_repetition
+    from sqlbench_train.agent_loop import stop_repetition
 
     known = {"min_pattern_size": 2, "max_pattern_size": 64, "min_count": 8}
     assert stop_repetition(8) == {"repetition_detection": known} and stop_repetition(None) == {}
@@ -580,7 +580,7 @@ def test_vllm_is_told_to_end_an_answer_that_repeats_itself() -> None:
 def test_every_call_of_a_rollout_has_a_seed_of_its_own_that_a_repeated_run_gives_again() -> None:
     from transformers import AutoTokenizer
 
-    from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel
+    from sqlbench_train.agent_loop import SqlAgentLoop, _ServerModel
 
     class Server:
         async def generate(self, sampling_params: dict[str, Any], **_: Any) -> Any:
@@ -610,7 +610,7 @@ def test_an_answer_at_another_temperature_than_the_trainings_is_on_record_and_no
 ) -> None:
     from transformers import AutoTokenizer
 
-    from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel, trained_transitions
+    from sqlbench_train.agent_loop import SqlAgentLoop, _ServerModel, trained_transitions
 
     class Server:
         async def generate(self, sampling_params: dict[str, Any], **_: Any) -> Any:
@@ -635,7 +635,7 @@ def test_agent_loop_engine_and_auto_tokenizer_give_the_same_ids() -> None:
     from verl.utils.tokenizer import hf_tokenizer
 
     from sqlbench.models.local import encode_chat
-    from sqlbench.training.agent_loop import SqlAgentLoop, _ServerModel
+    from sqlbench_train.agent_loop import SqlAgentLoop, _ServerModel
     from verl_cpu.engine import LocalEngine
 
     tokenizer = hf_tokenizer(str(NANO_PATH))
@@ -900,8 +900,8 @@ def test_every_training_of_a_machine_has_a_job_number_of_its_own() -> None:
 def test_a_training_samples_with_prompts_of_ones_own_and_refuses_what_is_none(pocket: DataSet, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from sqlbench.training.agent_loop import SqlAgentLoop
-    from sqlbench.training.preflight import check
+    from sqlbench_train.agent_loop import SqlAgentLoop
+    from sqlbench_train.preflight import check
 
     class Server:
         async def generate(self, **_: Any) -> Any:

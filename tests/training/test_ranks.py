@@ -21,12 +21,12 @@ from sqlbench.agent.repair import repeated
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.data.tasks import DataSet
 from sqlbench.database.engine import cached_database
+from sqlbench.models.policy import latest_checkpoint
 from sqlbench.reward import score
 from sqlbench.runs import RunFolder
-from sqlbench.training.checkpoints import latest_checkpoint
-from sqlbench.training.credit import balanced, group_of
-from sqlbench.training.launch import train
-from sqlbench.training.metrics import read_rows
+from sqlbench_train.credit import balanced, group_of
+from sqlbench_train.launch import train
+from sqlbench_train.metrics import read_rows
 from verl_cpu.engine import LocalEngine
 
 pytestmark = pytest.mark.training

@@ -23,12 +23,12 @@ from sqlbench.agent.trajectory import Completion, Transition
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import RunError, TrainingError
 from sqlbench.models.checkpoint import checkpoint_family
+from sqlbench.models.policy import latest_checkpoint
 from sqlbench.runs import RunFolder
-from sqlbench.training.checkpoints import latest_checkpoint
-from sqlbench.training.launch import train
-from sqlbench.training.metrics import read_rows
-from sqlbench.training.processes import RAY_FOLDER, WORKER
-from sqlbench.widgets.monitor import Monitor
+from sqlbench_lab.monitor import Monitor
+from sqlbench_train.launch import train
+from sqlbench_train.metrics import read_rows
+from sqlbench_train.processes import RAY_FOLDER, WORKER
 from verl_cpu.engine import GenerationRequest, LocalEngine
 
 pytestmark = pytest.mark.training
@@ -50,7 +50,7 @@ TINY = [
 RECORDED = [*TINY, *recorder.OVERRIDES]
 CALL = """
 import json, sys
-from sqlbench.training.launch import train
+from sqlbench_train.launch import train
 train("laptop", "run", sys.argv[1], results=sys.argv[2], overrides=json.loads(sys.argv[3]))
 """
 

@@ -8,9 +8,9 @@ import pytest
 from sqlbench.agent.trajectory import Trajectory
 from sqlbench.data.tasks import DataSet
 from sqlbench.runs import RunFolder
-from sqlbench.training.launch import train
-from sqlbench.training.metrics import read_rows
-from sqlbench.training.sampling import SuccessRates, choose, dividing_groups, further
+from sqlbench_train.launch import train
+from sqlbench_train.metrics import read_rows
+from sqlbench_train.sampling import SuccessRates, choose, dividing_groups, further
 
 SIZE, ROLLOUTS, MOST = 4, 4, 3
 

@@ -16,8 +16,8 @@ from sqlbench.data.tasks import DataSet
 from sqlbench.errors import DataError
 from sqlbench.evaluation import evaluate
 from sqlbench.runs import METRICS, TRAJECTORIES
-from sqlbench.training import sft as module
-from sqlbench.training.sft import answer_loss, batch, right_answers, sft
+from sqlbench_train import sft as module
+from sqlbench_train.sft import answer_loss, batch, right_answers, sft
 
 pytestmark = pytest.mark.training
 SPLIT = "dev_unseen_pretrain"

@@ -17,8 +17,8 @@ import pytest
 
 from sqlbench.data.tasks import DataSet
 from sqlbench.evaluation import evaluate
-from sqlbench.training.launch import train
-from sqlbench.training.metrics import read_rows
+from sqlbench_train.launch import train
+from sqlbench_train.metrics import read_rows
 
 pytestmark = [
     pytest.mark.training,

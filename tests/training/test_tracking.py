@@ -8,10 +8,10 @@ import pytest
 
 from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
-from sqlbench.estimate import Shape
-from sqlbench.grid import SMALLEST
-from sqlbench.training.launch import train
-from sqlbench.training.metrics import read_rows
+from sqlbench_lab.sweep import SMALLEST
+from sqlbench_train.estimate import Shape
+from sqlbench_train.launch import train
+from sqlbench_train.metrics import read_rows
 
 pytestmark = pytest.mark.training
 

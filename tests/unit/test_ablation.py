@@ -9,16 +9,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sqlbench.ablation import Bench, ablate, before_name, run_cell
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, RunError
-from sqlbench.grid import AGENTS, AGENTS_CHECK, GRIDS, Cell, Grid
-from sqlbench.notebooks import run_notebooks
 from sqlbench.results import Rollouts
 from sqlbench.runs import TRAJECTORIES, RunFolder
-from sqlbench.self_correction import correction_table
-from sqlbench.tables import (
+from sqlbench_lab.ablation import Workspace, ablate, before_name, run_cell
+from sqlbench_lab.notebooks import run_notebooks
+from sqlbench_lab.self_correction import correction_table
+from sqlbench_lab.sweep import AGENTS, AGENTS_CHECK, GRIDS, Experiment, Sweep
+from sqlbench_lab.tables import (
     CELL,
     accuracy_rows,
     accuracy_table,
@@ -32,8 +32,8 @@ from sqlbench.tables import (
     training_runs,
     write_tables,
 )
-from sqlbench.training.credit import CREDITS
-from sqlbench.training.metrics import write_rows
+from sqlbench_train.credit import CREDITS
+from sqlbench_train.metrics import write_rows
 
 SEED_ACCURACY = (
     "Model, Size, Context, Max Turns, Agents, Acc (Initial), Acc (Final), Transitions, Prompt Length, Response Length"
@@ -59,7 +59,7 @@ def rollouts(outcomes: str, agents: str = "write", tokens: int = 30) -> list[Tra
     ]  # fmt: skip
 
 
-def evaluation(place: Path, cell: Cell, records: list[Trajectory], limit: int | None = None) -> None:
+def evaluation(place: Path, cell: Experiment, records: list[Trajectory], limit: int | None = None) -> None:
     config = {
         "kind": "eval",
         "data": "elsewhere",
@@ -75,7 +75,7 @@ def evaluation(place: Path, cell: Cell, records: list[Trajectory], limit: int | 
 
 
 def finished(
-    bench: Bench, cell: Cell, before: str, after: str, agents: str = "write", limit: int | None = None
+    bench: Workspace, cell: Experiment, before: str, after: str, agents: str = "write", limit: int | None = None
 ) -> None:
     """The folders that a cell's evaluations and training leave."""
     if not (bench.folder / "cells" / before_name(cell)).exists():
@@ -88,31 +88,33 @@ def finished(
         rows[cell.steps]["timing_s/testing"] = 12.0
         write_rows(folder.root / "metrics.jsonl", rows)
         folder.finish({"steps": cell.steps})
-    run_cell(cell, bench, Grid((cell,), limit=limit))
+    run_cell(cell, bench, Sweep((cell,), limit=limit))
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(results=str(tmp_path))
+def bench(tmp_path: Path) -> Workspace:
+    return Workspace(results=str(tmp_path))
 
 
 def test_names_are_unique_and_say_what_differs() -> None:
     for grid in GRIDS.values():
         names = [cell.name for cell in grid.cells]
         assert len(set(names)) == len(names)
-    assert Cell().name == "t3_c2048_write-rewrite"
-    assert Cell(agents=AGENTS_CHECK, context=128, steps=9, seed=2).name == "t3_c128_write-rewrite-check_9steps_seed2"
-    cells = [Cell(credit=credit) for credit in CREDITS]
+    assert Experiment().name == "t3_c2048_write-rewrite"
+    assert (
+        Experiment(agents=AGENTS_CHECK, context=128, steps=9, seed=2).name == "t3_c128_write-rewrite-check_9steps_seed2"
+    )
+    cells = [Experiment(credit=credit) for credit in CREDITS]
     assert len({cell.name for cell in cells}) == len({cell.title for cell in cells}) == len(CREDITS)
 
 
 def test_cells_that_were_stored_when_the_coin_was_the_only_control_are_read() -> None:
-    stored = json.loads(Cell(control="coin").model_dump_json())
+    stored = json.loads(Experiment(control="coin").model_dump_json())
     del stored["control"]
-    assert Cell.model_validate(stored | {"random_reward": True}) == Cell(control="coin")
-    assert Cell.model_validate(stored | {"random_reward": False}) == Cell()
-    assert Cell(control="permuted").name == "t3_c2048_write-rewrite_permuted-reward"
-    assert (Cell(control="permuted").label, Cell(control="coin", seed=2).label) == (
+    assert Experiment.model_validate(stored | {"random_reward": True}) == Experiment(control="coin")
+    assert Experiment.model_validate(stored | {"random_reward": False}) == Experiment()
+    assert Experiment(control="permuted").name == "t3_c2048_write-rewrite_permuted-reward"
+    assert (Experiment(control="permuted").label, Experiment(control="coin", seed=2).label) == (
         "nano (permuted reward)",
         "nano (seed 2, random reward)",
     )
@@ -125,7 +127,7 @@ def test_the_full_grid_is_the_factorial_with_seeds_and_control() -> None:
     assert len({context for _, context, _ in plain}) == 2
     assert {agents for _, _, agents in plain} == {AGENTS, AGENTS_CHECK}
     assert len(plain) == 8
-    assert sorted(c.seed for c in cells if c.title == Cell().title) == [1, 2, 3]
+    assert sorted(c.seed for c in cells if c.title == Experiment().title) == [1, 2, 3]
     assert [c.control for c in cells].count("coin") == 1
 
 
@@ -142,8 +144,8 @@ def test_measure_does_not_depend_on_the_order_of_rollouts() -> None:
     assert measure(Rollouts.of(records[::-1]), AGENTS) == measure(Rollouts.of(records), AGENTS)
 
 
-def test_tables_have_the_columns_of_the_seed_experiment(bench: Bench) -> None:
-    finished(bench, Cell(), "0" * 60 + "1" * 40, "0" * 45 + "1" * 55, agents="write,check")
+def test_tables_have_the_columns_of_the_seed_experiment(bench: Workspace) -> None:
+    finished(bench, Experiment(), "0" * 60 + "1" * 40, "0" * 45 + "1" * 55, agents="write,check")
     accuracy, efficiency = write_tables(bench.folder)
     assert [c for c in accuracy.columns if c in SEED_ACCURACY.split(", ")] == SEED_ACCURACY.split(", ")
     assert list(efficiency.columns) == SEED_EFFICIENCY.split(", ")
@@ -157,23 +159,23 @@ def test_tables_have_the_columns_of_the_seed_experiment(bench: Bench) -> None:
     assert time["Time (h)"] == pytest.approx((40 * 4 + 12) / 3600, abs=1e-3)
 
 
-def test_a_cell_of_which_no_times_are_known_can_be_read_again(bench: Bench) -> None:
+def test_a_cell_of_which_no_times_are_known_can_be_read_again(bench: Workspace) -> None:
     """A kill between the save and the log of its only step leaves a row without them."""
-    cell = Cell(steps=1)
+    cell = Experiment(steps=1)
     for name, outcomes in ((f"cells/{before_name(cell)}", "01"), (f"cells/{cell.name}/after", "11")):
         evaluation(bench.folder / name, cell, rollouts(outcomes))
     trainer = {"device": "cpu", "n_gpus_per_node": 1, "nnodes": 1}
     with RunFolder(bench.cell(cell) / "train").open({"config": {"trainer": trainer}}) as folder:
         write_rows(folder.root / "metrics.jsonl", {0: {"sqlbench/val_ex": 0.4}, 1: {"sqlbench/ex": 0.5}})
         folder.finish({"steps": 1})
-    run_cell(cell, bench, Grid((cell,)))
+    run_cell(cell, bench, Sweep((cell,)))
     assert pd.isna(write_tables(bench.folder)[1]["Time/Step (s)"][0])
 
 
 @pytest.mark.parametrize("first", [0, 2])
 def test_on_a_gpu_both_sides_are_the_trainers_own_validation(first: int, tmp_path: Path) -> None:
     """Before the first step and after the last; another step does not stand for them."""
-    bench, cell = Bench(profile="gpu", results=str(tmp_path)), Cell(steps=4)
+    bench, cell = Workspace(profile="gpu", results=str(tmp_path)), Experiment(steps=4)
     trainer = {"device": "cuda", "n_gpus_per_node": 2, "nnodes": 1}
     with RunFolder(bench.cell(cell) / "train").open({"config": {"trainer": trainer}}) as folder:
         for step, outcomes in ((first, "01"), (3, "00"), (4, "11")):
@@ -184,14 +186,14 @@ def test_on_a_gpu_both_sides_are_the_trainers_own_validation(first: int, tmp_pat
         folder.finish({"steps": 4})
     if first:
         with pytest.raises(RunError, match="not validated before its first"):
-            run_cell(cell, bench, Grid((cell,)))
+            run_cell(cell, bench, Sweep((cell,)))
     else:
-        result = run_cell(cell, bench, Grid((cell,)))
+        result = run_cell(cell, bench, Sweep((cell,)))
         assert (result.initial.outcomes, result.final.outcomes, result.gpus) == ("01", "11", 2)
 
 
-def test_tables_are_written_as_csv_and_markdown(bench: Bench) -> None:
-    finished(bench, Cell(), "0011", "0111")
+def test_tables_are_written_as_csv_and_markdown(bench: Workspace) -> None:
+    finished(bench, Experiment(), "0011", "0111")
     accuracy, _ = write_tables(bench.folder)
     again = pd.read_csv(bench.folder / "tables" / "accuracy.csv")
     assert again["Agents"].tolist() == accuracy["Agents"].tolist() == [AGENTS]
@@ -201,14 +203,14 @@ def test_tables_are_written_as_csv_and_markdown(bench: Bench) -> None:
     assert markdown(accuracy).splitlines() == lines
 
 
-def test_a_finished_cell_is_not_run_again(bench: Bench) -> None:
+def test_a_finished_cell_is_not_run_again(bench: Workspace) -> None:
     finished(bench, GRIDS["smoke"].cells[0], "01", "11")
     finished(bench, GRIDS["smoke"].cells[1], "01", "11")
     state = ablate(grid="smoke", run=bench.run, data="no/such/data", results=bench.results)
     assert state["state"].tolist() == ["finished", "finished"]
 
 
-def test_a_dry_run_says_how_far_each_cell_is_and_runs_nothing(bench: Bench) -> None:
+def test_a_dry_run_says_how_far_each_cell_is_and_runs_nothing(bench: Workspace) -> None:
     first, second = GRIDS["smoke"].cells
     finished(bench, first, "01", "11")
     write_rows_of = bench.cell(second) / "train"
@@ -220,7 +222,7 @@ def test_a_dry_run_says_how_far_each_cell_is_and_runs_nothing(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_a_cell_that_fails_does_not_stop_the_others(bench: Bench, parallel: int) -> None:
+def test_a_cell_that_fails_does_not_stop_the_others(bench: Workspace, parallel: int) -> None:
     first, second = GRIDS["smoke"].cells
     evaluation(bench.folder / "cells" / before_name(first), first, rollouts("01"), limit=8)
     finished(bench, second, "01", "11", limit=8)
@@ -232,14 +234,14 @@ def test_a_cell_that_fails_does_not_stop_the_others(bench: Bench, parallel: int)
     assert (bench.folder / "tables" / "accuracy.csv").is_file()
 
 
-def test_an_evaluation_of_something_else_is_refused(bench: Bench) -> None:
-    cell = Cell()
+def test_an_evaluation_of_something_else_is_refused(bench: Workspace) -> None:
+    cell = Experiment()
     evaluation(bench.folder / "cells" / before_name(cell), cell, rollouts("01"), limit=2)
     with pytest.raises(RunError, match=r"Another evaluation .*limit was 2"):
-        run_cell(cell, bench, Grid((cell,)))
+        run_cell(cell, bench, Sweep((cell,)))
 
 
-def test_unknown_grid_cell_and_profile_are_refused(bench: Bench) -> None:
+def test_unknown_grid_cell_and_profile_are_refused(bench: Workspace) -> None:
     with pytest.raises(RunError, match=r"Unknown grid: huge. Choose one of: smoke, short, full, seed"):
         ablate(grid="huge", results=bench.results)
     with pytest.raises(RunError, match=r"Unknown cell of grid .*: t9. Choose one of: t3_c2048"):
@@ -252,8 +254,8 @@ def test_unknown_grid_cell_and_profile_are_refused(bench: Bench) -> None:
         load_results(bench.folder)
 
 
-def test_a_gain_is_paired_and_leaves_failed_tasks_out(bench: Bench) -> None:
-    finished(bench, Cell(), "0000011x1", "111111111")
+def test_a_gain_is_paired_and_leaves_failed_tasks_out(bench: Workspace) -> None:
+    finished(bench, Experiment(), "0000011x1", "111111111")
     (result,) = load_results(bench.folder)
     assert (result.gain.gained, result.gain.lost, result.gain.points) == (5, 0, 62.5)
     assert result.gain.p == pytest.approx(2 * 0.5**5)
@@ -262,12 +264,12 @@ def test_a_gain_is_paired_and_leaves_failed_tasks_out(bench: Bench) -> None:
         other.gain
 
 
-def test_differences_are_those_of_training_and_of_one_setting(bench: Bench) -> None:
+def test_differences_are_those_of_training_and_of_one_setting(bench: Workspace) -> None:
     low, high = "0" * 200 + "1" * 100, "0" * 100 + "1" * 200
-    finished(bench, Cell(), low, high)
-    finished(bench, Cell(seed=2), low, high[1:] + "1")
-    finished(bench, Cell(turns=1), low, high)
-    finished(bench, Cell(control="coin"), low, low)
+    finished(bench, Experiment(), low, high)
+    finished(bench, Experiment(seed=2), low, high[1:] + "1")
+    finished(bench, Experiment(turns=1), low, high)
+    finished(bench, Experiment(control="coin"), low, low)
     table = difference_table(load_results(bench.folder)).set_index(["Cell", "Change"])
     training = table.xs("before → after training", level="Change")
     assert training["Gain"].to_dict() == {
@@ -282,10 +284,10 @@ def test_differences_are_those_of_training_and_of_one_setting(bench: Bench) -> N
     assert others[["Acc (First)", "Acc (Second)", "McNemar p"]].values.tolist() == [[66.7, 66.7, "1.000"]]
 
 
-def test_seeds_of_one_configuration_are_drawn_as_one(bench: Bench) -> None:
+def test_seeds_of_one_configuration_are_drawn_as_one(bench: Workspace) -> None:
     for seed in (1, 2):
-        finished(bench, Cell(seed=seed), "01", "11")
-    finished(bench, Cell(control="coin"), "01", "01")
+        finished(bench, Experiment(seed=seed), "01", "11")
+    finished(bench, Experiment(control="coin"), "01", "01")
     runs = training_runs(bench.folder)
     assert [len(folders) for folders in runs.values()] == [2, 1]
     assert len(accuracy_rows(load_results(bench.folder))) == 3
@@ -294,18 +296,18 @@ def test_seeds_of_one_configuration_are_drawn_as_one(bench: Bench) -> None:
     assert efficiency_table(load_results(bench.folder)).shape == (3, 11)
 
 
-def test_the_headline_is_the_longest_trained_main_cell(bench: Bench) -> None:
-    finished(bench, Cell(steps=15), "0011", "0011")
-    finished(bench, Cell(), "0011", "0111")
-    finished(bench, Cell(turns=1), "0011", "0000")
-    finished(bench, Cell(control="coin"), "0011", "0000")
+def test_the_headline_is_the_longest_trained_main_cell(bench: Workspace) -> None:
+    finished(bench, Experiment(steps=15), "0011", "0011")
+    finished(bench, Experiment(), "0011", "0111")
+    finished(bench, Experiment(turns=1), "0011", "0000")
+    finished(bench, Experiment(control="coin"), "0011", "0000")
     text = headline(load_results(bench.folder))
     assert text.startswith("accuracy on 4 headline tasks: 50.0% (95% CI 15.0 to 85.0) before training, 75.0% (95% CI")
     assert "after 40 steps" in text
 
 
 @pytest.mark.slow
-def test_the_notebooks_show_a_run_in_which_all_was_right(bench: Bench, tmp_path: Path, repo: Path) -> None:
+def test_the_notebooks_show_a_run_in_which_all_was_right(bench: Workspace, tmp_path: Path, repo: Path) -> None:
     """An empty list of splits is the headline split."""
     for cell in GRIDS["smoke"].cells:
         finished(bench, cell, "1" * 8, "1" * 8, "write,check", limit=8)
@@ -318,11 +320,11 @@ def test_the_notebooks_show_a_run_in_which_all_was_right(bench: Bench, tmp_path:
 
 
 @pytest.mark.slow
-def test_the_notebook_shows_cells_whose_repair_cannot_be_judged(bench: Bench, tmp_path: Path, repo: Path) -> None:
+def test_the_notebook_shows_cells_whose_repair_cannot_be_judged(bench: Workspace, tmp_path: Path, repo: Path) -> None:
     """A GPU cell has no evaluation of its own; a cell of one turn has nothing to repair."""
-    finished(bench, Cell(turns=1), "0011", "0111")
-    data, result = one_database(tmp_path), run_cell(Cell(turns=1), bench, Grid((Cell(turns=1),)))
-    gpu = Bench("gpu", results=bench.results)
+    finished(bench, Experiment(turns=1), "0011", "0111")
+    data, result = one_database(tmp_path), run_cell(Experiment(turns=1), bench, Sweep((Experiment(turns=1),)))
+    gpu = Workspace("gpu", results=bench.results)
     for cell in GRIDS["seed"].cells:
         gpu.cell(cell).mkdir(parents=True)
         (gpu.cell(cell) / CELL).write_text(result.model_copy(update={"cell": cell}).model_dump_json())

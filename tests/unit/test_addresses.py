@@ -22,7 +22,7 @@ from sqlbench.interfaces import load_plugin
 from sqlbench.reward import score
 from sqlbench.runs import read_trajectories
 from sqlbench.scoring import score_pairs
-from sqlbench.widgets.inspector import Inspector
+from sqlbench_lab.inspector import Inspector
 
 SCRIPT = """
 CREATE TABLE stadium (stadium_id int PRIMARY KEY, name varchar(20) NOT NULL, price decimal(6, 2), opened date);

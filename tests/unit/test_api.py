@@ -22,11 +22,11 @@ import pytest
 import uvicorn
 
 from sqlbench.agent.trajectory import Completion, Message
-from sqlbench.answer import Answerer
-from sqlbench.api import LARGEST, LONGEST, create
 from sqlbench.cli import main
-from sqlbench.config import ApiConfig
 from sqlbench.data.tasks import DataSet
+from sqlbench_chat.answer import Answerer
+from sqlbench_chat.api import LARGEST, LONGEST, create
+from sqlbench_chat.settings import ApiConfig
 
 QUESTION = "How many singers are there?"
 SQL = "SELECT count(*) FROM singer"

@@ -12,11 +12,11 @@ from decimal import Decimal
 import pytest
 
 from sqlbench.database.types import Column, ForeignKey, QueryResult, Schema, Table
-from sqlbench.generations import Generation
-from sqlbench.widgets.chat.er import matching, neighbours
-from sqlbench.widgets.chat.prompts import MOST_WORDS, curve_html, text_diff
-from sqlbench.widgets.chat.result import PAGE, ResultView, as_csv, cell, chart, chart_kind
-from sqlbench.widgets.diagram import er_svg
+from sqlbench_chat.er import matching, neighbours
+from sqlbench_chat.generations import Generation
+from sqlbench_chat.prompts import MOST_WORDS, curve_html, text_diff
+from sqlbench_chat.result import PAGE, ResultView, as_csv, cell, chart, chart_kind
+from sqlbench_lab.diagram import er_svg
 
 
 def shown(columns: tuple[str, ...], rows: list[tuple]) -> ResultView:

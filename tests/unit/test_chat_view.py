@@ -17,12 +17,12 @@ from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.errors import DataError, ModelError, PromptTooLongError
-from sqlbench.widgets.chat import ChatView
-from sqlbench.widgets.chat.builtin import BuiltIn
-from sqlbench.widgets.chat.card import Card
-from sqlbench.widgets.chat.offer import ollama_models
-from sqlbench.widgets.chat.prompts import diff_html
-from sqlbench.widgets.chat.session import ChatSession
+from sqlbench_chat.builtin import BuiltIn
+from sqlbench_chat.card import TurnCard
+from sqlbench_chat.offer import ollama_models
+from sqlbench_chat.prompts import diff_html
+from sqlbench_chat.session import ChatSession
+from sqlbench_chat.view import ChatView
 
 RIGHT, WRONG = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
 FIRST, SECOND = "SELECT nme FROM customer", "SELECT full_name FROM customer ORDER BY full_name"
@@ -98,7 +98,7 @@ def drive(
     return asyncio.run(run())
 
 
-async def ask(view: ChatView, question: str) -> Card:
+async def ask(view: ChatView, question: str) -> TurnCard:
     view.ask(question)
     await view.wait()
     return view.cards[-1]

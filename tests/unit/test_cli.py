@@ -19,9 +19,9 @@ import pytest
 from sqlbench import __version__
 from sqlbench.cli import main
 from sqlbench.data.tasks import Task, write_split
-from sqlbench.home import FOLDERS
 from sqlbench.options import COMMANDS
 from sqlbench.runs import RunFolder
+from sqlbench_lab.home import FOLDERS
 
 COMMAND = [sys.executable, "-c", "from sqlbench.cli import main; main()"]
 

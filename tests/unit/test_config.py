@@ -18,8 +18,10 @@ from pydantic import Field, ValidationError
 
 import sqlbench
 from sqlbench import options
-from sqlbench.config import AblateConfig, EvalConfig, RolloutConfig, ScoreConfig, TrainConfig, takes
+from sqlbench.config import EvalConfig, RolloutConfig, ScoreConfig, takes
 from sqlbench.data.tasks import Task, write_split
+from sqlbench_lab.settings import AblateConfig
+from sqlbench_train.settings import TrainConfig
 
 FIELD = '    patience: int = Field(7, ge=1, le=9, description="How long to wait.")\n'
 BEFORE = "    max_turns: int = "
@@ -111,5 +113,5 @@ def test_every_field_is_described(model: type[EvalConfig]) -> None:
 
 
 def test_a_training_rolls_out_as_an_evaluation_does(repo: Path) -> None:
-    common = yaml.safe_load((repo / "sqlbench/training/config/common.yaml").read_text())["sqlbench"]
+    common = yaml.safe_load((repo / "sqlbench_train/config/common.yaml").read_text())["sqlbench"]
     assert RolloutConfig.of(common) == RolloutConfig().decided("nano")

@@ -14,11 +14,11 @@ import psycopg
 import pytest
 
 from sqlbench.agent.trajectory import Completion
-from sqlbench.connection import connect, model_examples
 from sqlbench.database.schema import mermaid_er
 from sqlbench.database.types import Column, ForeignKey, Schema, Table
 from sqlbench.errors import DatabaseError
-from sqlbench.widgets.diagram import MAX_COLUMNS, MAX_TABLES, er_svg
+from sqlbench_chat.connection import connect, model_examples
+from sqlbench_lab.diagram import MAX_COLUMNS, MAX_TABLES, er_svg
 
 
 @pytest.fixture

@@ -21,10 +21,8 @@ def variables(repo: Path) -> set[str]:
     Those of a training's processes, which sqlbench and verl set themselves, are left out.
     """
     found: set[str] = set()
-    files = [*(repo / "sqlbench").rglob("*.py"), *(repo / "sql_env").rglob("*.py"), *(repo / "pocket").rglob("*.py")]
-    for path in files:
-        if "training" in path.parts:
-            continue
+    packages = ("sqlbench", "sqlbench_chat", "sqlbench_data", "sqlbench_lab", "sql_env", "pocket")
+    for path in (path for package in packages for path in (repo / package).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         constants = {
             target.id: node.value.value

@@ -14,7 +14,6 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from sqlbench.connection import connect
 from sqlbench.database import duckdb as house
 from sqlbench.database.engine import open_database
 from sqlbench.database.error_classes import error_class
@@ -22,6 +21,7 @@ from sqlbench.database.schema import introspect, sample_rows, schema_text
 from sqlbench.database.types import ForeignKey, Limits
 from sqlbench.errors import DatabaseError
 from sqlbench.reward import score
+from sqlbench_chat.connection import connect
 
 duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
 LIMITS = Limits(seconds=0.5, rows=1000)

@@ -18,7 +18,6 @@ from contextlib import closing
 import pytest
 
 from sqlbench.config import ScoreConfig
-from sqlbench.connection import connect
 from sqlbench.database import duckdb, engine, postgres, sqlite
 from sqlbench.database.engine import cached_database, open_database
 from sqlbench.database.schema import introspect, sample_rows
@@ -28,6 +27,7 @@ from sqlbench.errors import DatabaseError
 from sqlbench.evaluation import STOP_AFTER
 from sqlbench.models.chat import MAX_CHARS, RETRIES, EndpointChatModel
 from sqlbench.reward import GOLD_ROWS
+from sqlbench_chat.connection import connect
 
 
 def test_the_limits_on_the_page_are_those_of_the_code(repo):

@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from pocket import NANO_PATH
-from sqlbench.estimate import LEFT_OUT, SAVINGS, SHAPES, Shape, estimate
 from sqlbench.profiles import PROFILES
 from sqlbench.runs import flat
-from sqlbench.training.compose import changes, compose
+from sqlbench_train.compose import changes, compose
+from sqlbench_train.estimate import LEFT_OUT, SAVINGS, SHAPES, Shape, estimate
 
 QWEN_0_5B, QWEN_1_5B, QWEN_3B = (f"Qwen/Qwen2.5-Coder-{size}-Instruct" for size in ("0.5B", "1.5B", "3B"))
 LLAMA_1B, LLAMA_3B = "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct"
@@ -132,7 +132,7 @@ def test_only_what_the_card_needs_is_offloaded_and_recomputed(
     model: str, gigabytes: int, expected: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The moments, the weights, the layers; the rest of the configuration is decided before it."""
-    monkeypatch.setattr("sqlbench.training.compose.gpu_bytes", lambda: int(gigabytes * 1e9))
+    monkeypatch.setattr("sqlbench_train.compose.gpu_bytes", lambda: int(gigabytes * 1e9))
     config = composed(model=model)
     assert tuple(OmegaConf.select(config, key) for key in SAVINGS) == expected
     given = composed(*(f"{key}={not value}" for key, value in zip(SAVINGS, expected, strict=True)), model=model)

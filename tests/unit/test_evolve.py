@@ -25,11 +25,11 @@ from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.database.engine import Database, cached_database
 from sqlbench.errors import DataError, ModelError, RunError
-from sqlbench.evolve import evolve, needs
-from sqlbench.generations import HELD_OUT, PROPOSALS, Evolution, Feedback, FeedbackStore
 from sqlbench.models import open_model
 from sqlbench.rollout import rollout
-from sqlbench.widgets.chat.session import ChatSession
+from sqlbench_chat.generations import HELD_OUT, PROPOSALS, Evolution, Feedback, FeedbackStore
+from sqlbench_chat.session import ChatSession
+from sqlbench_train.evolve import evolve, needs
 
 CHAT = prompts_for("chat")
 ONE_QUERY = RolloutConfig(max_turns=1)
@@ -343,7 +343,7 @@ def test_a_killed_cycle_goes_on_where_it_was(world, tmp_path, pocket):
         from sqlbench.config import RolloutConfig
         from sqlbench.data.tasks import DataSet
         from sqlbench.database.engine import cached_database
-        from sqlbench.generations import Evolution
+        from sqlbench_chat.generations import Evolution
         folder, data, db, questions = sys.argv[1:]
         tasks = [t for t in DataSet(data).load("dev") if t.db_id == db and t.question in questions.splitlines()]
         Evolution(folder, prompts_for("chat"), "openai:m", tasks=tasks, config=RolloutConfig(max_turns=1),

@@ -16,10 +16,10 @@ from pocket import NANO_PATH
 from pocket.nano import train_nano
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import ModelError, TrainingError
-from sqlbench.estimate import Shape
 from sqlbench.models.checkpoint import checkpoint_family
 from sqlbench.profiles import PROFILES
-from sqlbench.training.launch import train
+from sqlbench_train.estimate import Shape
+from sqlbench_train.launch import train
 from verl_cpu.engine import GenerationRequest, LocalEngine
 
 
@@ -33,7 +33,7 @@ def test_every_measurement_is_a_valid_training_on_cuda(name: str, tmp_path: Path
     import gpu
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-    from sqlbench.training.compose import compose
+    from sqlbench_train.compose import compose
 
     options = argparse.Namespace(device="cuda", steps=None, overrides=["trainer.project_name=mine"])
     profile, overrides = gpu.settings(name, options)

@@ -12,7 +12,7 @@ from sqlbench.agent.prompts import CORRECT, INCORRECT
 from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
 from sqlbench.data.tasks import DataSet
 from sqlbench.runs import read_trajectories
-from sqlbench.widgets.inspector import Inspector
+from sqlbench_lab.inspector import Inspector
 
 
 @pytest.fixture(autouse=True)

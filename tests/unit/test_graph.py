@@ -13,7 +13,7 @@ import pytest
 from sqlbench.agent.conversation import ConversationAgent
 from sqlbench.agent.graph import AGAIN, REFUSED, REJECTED, draw
 from sqlbench.agent.prompts import STRATEGIES, prompts_for
-from sqlbench.agent.repair import FixedRepair, Situation, repeated
+from sqlbench.agent.repair import BanditContext, FixedRepair, repeated
 from sqlbench.agent.resampling import ResamplingAgent
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.config import RolloutConfig
@@ -167,9 +167,9 @@ class Asked:
     """A repair policy that takes the strategies in their order and keeps what it was told."""
 
     def __init__(self) -> None:
-        self.situations: list[Situation] = []
+        self.situations: list[BanditContext] = []
 
-    def choose(self, situation: Situation) -> str:
+    def choose(self, situation: BanditContext) -> str:
         self.situations.append(situation)
         return STRATEGIES[len(self.situations) - 1]
 
@@ -354,7 +354,7 @@ def test_earlier_answers_make_the_first_call_a_rewrite(answer, repair):
 def test_a_policy_is_told_how_an_earlier_answer_failed(answer, text, name):
     repair = Asked()
     answer(GOOD, YES, repair=repair, start=[("SELECT 1", text)])
-    assert repair.situations == [Situation(error_class=name, attempt=1)]
+    assert repair.situations == [BanditContext(error_class=name, attempt=1)]
 
 
 def test_earlier_answers_count_as_the_same_query(answer):

@@ -13,7 +13,7 @@ import pytest
 
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.errors import ModelError, PromptTooLongError
-from sqlbench.models.hosted import HostedModel, host
+from sqlbench_chat.hosted import HostedModel, host
 
 LOG: list[str] = []
 
@@ -95,7 +95,7 @@ def test_an_answer_that_nobody_waits_for_is_given_up(tmp_path: Path) -> None:
 
 def test_the_process_says_what_it_cannot_load_and_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     starter = (
-        "import sys; from pathlib import Path; from sqlbench.models.hosted import start_host\n"
+        "import sys; from pathlib import Path; from sqlbench_chat.hosted import start_host\n"
         "print(start_host(Path(sys.argv[1]), 'no/such/folder').pid, flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", starter, str(tmp_path / "model")]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = ("sqlbench", "pocket", "verl_cpu")
+ROOMS = ("verl_cpu", "sqlbench", "pocket", "sqlbench_data", "sqlbench_train")
+ROOMS += ("sqlbench_lab", "sqlbench_chat", "sql_env")
+"""Each is built on those before it."""
 ORDER = ("sqlbench.rollout", "sqlbench.agent.graph", "sqlbench.reward", "sqlbench.database.engine", "sqlbench.errors")
 """A rollout goes down these floors; none imports one above it, not even inside a function."""
 
@@ -35,7 +37,7 @@ def imports(path: Path, lazily: bool) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def files(repo) -> dict[str, Path]:
-    """Files of the three packages by module."""
+    """Files of all packages by module."""
     paths = [path for room in ROOMS for path in (repo / room).rglob("*.py") if "startup" not in path.parts]
     names = {path: ".".join(path.relative_to(repo).with_suffix("").parts).removesuffix(".__init__") for path in paths}
     return {names[path]: path for path in paths}
@@ -82,3 +84,21 @@ def test_no_file_imports_a_private_name_of_another(files):
         if module.split(".")[0] in ROOMS and part.startswith("_") and not part.startswith("__")
     ]
     assert private == []
+
+
+def test_a_package_imports_none_that_is_built_on_it(files):
+    """`pocket` is opened by name in the library, which is what its names are for."""
+    above = {
+        f"{name} -> {target}"
+        for name, targets in graph(files, lazily=True).items()
+        for target in targets
+        if (own := name.split(".")[0]) != (other := target.split(".")[0])
+        and ROOMS.index(other) > ROOMS.index(own)
+        and (own, other) != ("sqlbench", "pocket")
+    }
+    assert not above
+
+
+def test_the_library_is_small(repo):
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (repo / "sqlbench").rglob("*.py"))
+    assert lines <= 9500

@@ -18,10 +18,8 @@ from sqlbench.agent.repair import ATTEMPT_COST
 from sqlbench.agent.trajectory import Completion, Message, Trajectory
 from sqlbench.cli import main
 from sqlbench.config import RolloutConfig
-from sqlbench.connection import connect
 from sqlbench.data.tasks import Task
 from sqlbench.database.engine import cached_database, open_database
-from sqlbench.display import story
 from sqlbench.errors import PluginError
 from sqlbench.evaluation import evaluate
 from sqlbench.interfaces import is_plugin, load_plugin
@@ -29,12 +27,14 @@ from sqlbench.models import open_model
 from sqlbench.results import Rollouts, difference, summarise
 from sqlbench.rollout import MOST_CALLS, rollout
 from sqlbench.runs import RunFolder
-from sqlbench.tables import measure
-from sqlbench.training.metrics import step_metrics
-from sqlbench.widgets.chat.session import ChatSession
-from sqlbench.widgets.chat.turn import Turn
-from sqlbench.widgets.inspector import Inspector
-from sqlbench.widgets.rollouts import advantages
+from sqlbench_chat.connection import connect
+from sqlbench_chat.session import ChatSession
+from sqlbench_chat.turn import Turn
+from sqlbench_lab.display import story
+from sqlbench_lab.inspector import Inspector
+from sqlbench_lab.rollouts import advantages
+from sqlbench_lab.tables import measure
+from sqlbench_train.metrics import step_metrics
 
 GOLD = "SELECT name FROM singer WHERE age > 20"
 OTHER = "SELECT name FROM singer"

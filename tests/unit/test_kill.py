@@ -18,8 +18,8 @@ import pytest
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import RunError
 from sqlbench.evaluation import evaluate
-from sqlbench.generations import Feedback, FeedbackStore
 from sqlbench.runs import RunFolder
+from sqlbench_chat.generations import Feedback, FeedbackStore
 
 LIMIT = 16
 

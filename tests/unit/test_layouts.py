@@ -16,8 +16,8 @@ import pytest
 from sqlbench.cli import main
 from sqlbench.data.audit import read_audit
 from sqlbench.data.tasks import DataSet
-from sqlbench.display import audit_table
 from sqlbench.runs import RunFolder
+from sqlbench_lab.display import audit_table
 
 ITEMS = "CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT); INSERT INTO item VALUES (1, 'nut'), (2, 'bolt');"
 NAMES, COUNT, BROKEN = "SELECT name FROM item", "SELECT count(*) FROM item", "SELECT colour FROM item"

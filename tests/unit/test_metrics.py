@@ -16,10 +16,10 @@ from sqlbench.cli import main
 from sqlbench.data.audit import audit_dataset
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.database.types import Limits, QueryResult
-from sqlbench.display import metric_table
 from sqlbench.evaluation import evaluate
 from sqlbench.metrics import RUNS, measure, r_ves, soft_f1, time_ratio, ves
 from sqlbench.runs import RunFolder
+from sqlbench_lab.display import metric_table
 
 
 @pytest.mark.parametrize(

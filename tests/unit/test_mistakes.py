@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sqlbench import mistakes
 from sqlbench.agent.trajectory import OVERLONG, Execution, Trajectory
 from sqlbench.database.engine import Database, open_database
-from sqlbench.mistakes import (
+from sqlbench.runs import RunFolder
+from sqlbench_lab import mistakes
+from sqlbench_lab.mistakes import (
     AGGREGATE,
     COLUMN,
     CONDITION,
@@ -27,7 +28,6 @@ from sqlbench.mistakes import (
     UNREADABLE,
     cause,
 )
-from sqlbench.runs import RunFolder
 
 SCHEMA = """
 CREATE TABLE singer (id INTEGER, name TEXT, city TEXT, age INTEGER);

@@ -18,8 +18,8 @@ import pytest
 
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import NotebookError, RunError
-from sqlbench.home import FOLDERS
-from sqlbench.notebooks import check_parameters, run_notebook, run_notebooks, source_hash
+from sqlbench_lab.home import FOLDERS
+from sqlbench_lab.notebooks import check_parameters, run_notebook, run_notebooks, source_hash
 
 PARAMETERS = """\
 profile = "laptop"

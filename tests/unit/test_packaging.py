@@ -13,6 +13,16 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+PACKAGES = (
+    "pocket",
+    "sql_env",
+    "sqlbench",
+    "sqlbench_chat",
+    "sqlbench_data",
+    "sqlbench_lab",
+    "sqlbench_train",
+    "verl_cpu",
+)
 NAMED = {"jupyterlab", "ipywidgets", "pandas", "matplotlib", "langgraph", "langchain-openai"}
 NAMED |= {"verl", "vllm", "torch", "sqlparse", "papermill", "nbval"}
 
@@ -96,13 +106,17 @@ def imported(folder: Path) -> set[str]:
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module.split(".")[0])
-    return modules - sys.stdlib_module_names - {"sqlbench", "pocket", "sql_env", "verl_cpu"}
+    return modules - sys.stdlib_module_names - set(PACKAGES)
 
 
 @pytest.mark.parametrize(
     ("folder", "groups"),
     [
-        ("sqlbench", {"core", "local", "train", "gpu", "agent", "environment", "notebooks", "duckdb"}),
+        ("sqlbench", {"core", "local", "agent", "duckdb"}),
+        ("sqlbench_chat", {"core", "agent", "environment", "notebooks"}),
+        ("sqlbench_data", {"core"}),
+        ("sqlbench_lab", {"core", "agent", "notebooks"}),
+        ("sqlbench_train", {"core", "local", "train", "gpu", "agent"}),
         ("pocket", {"core", "local"}),
         ("verl_cpu", {"core", "local", "train", "gpu"}),
         ("sql_env", {"core", "environment"}),
@@ -123,8 +137,8 @@ def test_what_is_imported_is_declared(repo, folder, groups):
 
 
 def test_only_training_imports_verl_and_ray(repo):
-    for path in (repo / "sqlbench").rglob("*.py"):
-        if path.parent.name != "training":
+    for package in set(PACKAGES) - {"sqlbench_train", "verl_cpu"}:
+        for path in (repo / package).rglob("*.py"):
             assert not re.search(r"^\s*(from|import) (verl|ray)\b", path.read_text(), re.M), path
 
 
@@ -161,7 +175,7 @@ def test_the_shipped_files_are_declared_as_package_data(repo):
     import sqlbench
 
     patterns = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    for package in ("pocket", "sql_env", "sqlbench", "verl_cpu"):
+    for package in PACKAGES:
         data = {path for path in tracked(repo) if path.is_relative_to(repo / package) and path.suffix != ".py"}
         for pattern in patterns.get(package, []):
             data -= set((repo / package).glob(pattern))

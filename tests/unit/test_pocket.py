@@ -14,12 +14,12 @@ from random import Random
 import pytest
 
 import pocket
+from pocket.commands import data_pocket
 from pocket.dataset import CELLS, SEALED_TASKS, VERSION, digest, write_pocket
-from pocket.domains import NOVEL_WORDS, Inventor, fill, read_domains
+from pocket.domains import NOVEL_WORDS, SchemaGenerator, fill, read_domains
 from pocket.phrasing import FAMILIES, FRAMES, LEXICON, article, plural
 from pocket.pretraining import Examples, held_out
 from pocket.questions import CONSTRUCTS, draw
-from sqlbench.cli import data_pocket
 from sqlbench.data.mutation import unchanged_by
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.database.engine import open_database
@@ -225,7 +225,7 @@ def test_the_databases_hold_nulls_dates_quotes_accents_and_checked_foreign_keys(
 
 
 def test_made_up_schemas_use_no_word_of_an_unseen_schema() -> None:
-    inventor, rng = Inventor(), Random(0)
+    inventor, rng = SchemaGenerator(), Random(0)
     for _ in range(200):
         domain = inventor.domain(rng, 2)
         names = {n for t, fields in domain.tables.items() for n in (t, *(f.name for f in fields))}

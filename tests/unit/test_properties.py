@@ -29,7 +29,6 @@ from hypothesis import strategies as st
 
 from sqlbench.agent.prompts import CORRECT, INCORRECT, extract_sql, parse_verdict, render_execution, truncate
 from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
-from sqlbench.connection import connect
 from sqlbench.data.tasks import DataSet, Task, write_split
 from sqlbench.database.engine import open_database
 from sqlbench.database.schema import introspect, mermaid_er, quote, sample_rows, schema_text
@@ -37,8 +36,9 @@ from sqlbench.database.types import Column, Limits, QueryResult, Schema, Table
 from sqlbench.reward import score
 from sqlbench.rollout import record_execution
 from sqlbench.runs import TRAJECTORIES, RunFolder, read_trajectories
-from sqlbench.training.metrics import step_metrics
-from sqlbench.widgets.diagram import er_svg
+from sqlbench_chat.connection import connect
+from sqlbench_lab.diagram import er_svg
+from sqlbench_train.metrics import step_metrics
 
 LONG = os.environ.get("SQLBENCH_LONG") == "1"
 
@@ -310,7 +310,7 @@ ROWS = st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, 500)), min_
 @given(ROWS, ROWS)
 def test_weights_turn_the_mean_over_kept_tokens_into_the_mean_over_the_batch(kept, left_out):
     pytest.importorskip("verl", reason="the training extra is not installed")
-    from sqlbench.training.loss import row_weights
+    from sqlbench_train.loss import row_weights
 
     batch = kept + [(name.upper(), count) for name, count in left_out]
     tokens = sum(count for _, count in kept)

@@ -15,9 +15,9 @@ from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.repair import (
     ATTEMPT_COST,
     POTENTIAL,
+    BanditContext,
     FixedRepair,
     LinUCBRepair,
-    Situation,
     features,
     lessons,
     shaped,
@@ -30,10 +30,10 @@ from sqlbench.errors import DataError, ModelError
 COLUMN = "no such column: nam"
 
 
-def some_situations(n: int, seed: int = 0) -> list[Situation]:
+def some_situations(n: int, seed: int = 0) -> list[BanditContext]:
     rng = np.random.default_rng(seed)
     return [
-        Situation(
+        BanditContext(
             error_class=str(rng.choice(list(POTENTIAL))),
             attempt=int(rng.integers(1, 5)),
             previous_strategy=str(rng.choice(["generate", *STRATEGIES])),
@@ -109,7 +109,7 @@ def test_before_any_lesson_all_strategies_score_the_same_and_the_seed_decides():
 
 
 def test_features_tell_every_field_apart_and_stay_in_zero_to_one():
-    base = Situation(error_class="none", attempt=1)
+    base = BanditContext(error_class="none", attempt=1)
     others = [
         base.model_copy(update=change)
         for change in (
@@ -172,7 +172,7 @@ def test_every_way_to_fail_has_a_potential():
     assert all(0 <= value <= 0.5 for value in POTENTIAL.values())
 
 
-def situations(record: Trajectory) -> list[Situation]:
+def situations(record: Trajectory) -> list[BanditContext]:
     """Where a rollout stood after each of its queries."""
     done = record.executions
     return [repairing.situation(record.transitions, done[: i + 1]) for i in range(len(done))]

@@ -12,7 +12,7 @@ import pytest
 from sqlbench import reward
 from sqlbench.database.engine import LOOK_SECONDS, open_database
 from sqlbench.database.types import Limits
-from sqlbench.reward import LONG_TEXT, REFERENCE, STRICT, ascore, clear_gold_cache, prepare, score
+from sqlbench.reward import LONG_TEXT, REFERENCE, STRICT, clear_gold_cache, prepare, score, score_async
 
 ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT count(*) FROM r"
 
@@ -176,8 +176,8 @@ def test_a_suite_of_databases_needs_a_match_on_each(tmp_path):
 
 def test_gold_is_run_once_until_the_database_changes(database, monkeypatch):
     runs = []
-    run = database.execute_as_seen
-    monkeypatch.setattr(database, "execute_as_seen", lambda *a: (runs.append(a[0]), run(*a))[1])
+    run = database.execute_unchecked
+    monkeypatch.setattr(database, "execute_unchecked", lambda *a: (runs.append(a[0]), run(*a))[1])
     gold, pred = "SELECT count(*) FROM player", "SELECT 4"
     assert [score(gold, pred, database).match for _ in range(3)] == [1, 1, 1]
     assert runs.count(gold) == 1
@@ -202,8 +202,8 @@ def test_a_gold_that_failed_for_a_limit_is_run_again_under_another(database):
 
 def test_a_gold_that_timed_out_is_run_again(database, monkeypatch):
     runs = []
-    run = database.execute_as_seen
-    monkeypatch.setattr(database, "execute_as_seen", lambda *a: (runs.append(a[0]), run(*a))[1])
+    run = database.execute_unchecked
+    monkeypatch.setattr(database, "execute_unchecked", lambda *a: (runs.append(a[0]), run(*a))[1])
     limits = Limits(seconds=0.05)
     assert [score(ENDLESS, "SELECT 1", database, limits=limits).reason for _ in range(3)] == ["gold_timeout"] * 3
     assert runs.count(ENDLESS) == 3
@@ -218,11 +218,11 @@ def test_the_gold_cache_is_bounded(database, monkeypatch):
 
 def test_a_slow_query_does_not_hold_up_64_others(database):
     async def both():
-        slow = asyncio.create_task(ascore("SELECT 1", ENDLESS, database))
+        slow = asyncio.create_task(score_async("SELECT 1", ENDLESS, database))
         await asyncio.sleep(0.05)
         start = time.perf_counter()
         quick = await asyncio.gather(
-            *(ascore("SELECT name FROM player", "SELECT name FROM player", database) for _ in range(64))
+            *(score_async("SELECT name FROM player", "SELECT name FROM player", database) for _ in range(64))
         )
         return slow.done(), quick, time.perf_counter() - start, await slow
 

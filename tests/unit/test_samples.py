@@ -8,10 +8,10 @@ from itertools import combinations
 import pytest
 
 from sqlbench.agent.trajectory import OVERLONG, Execution, Trajectory
-from sqlbench.display import flips, sample_table
 from sqlbench.results import Rollouts, Summary, summarise
 from sqlbench.samples import NOT_RUN, Judge, Samples, estimate_samples, pass_at, result_of
-from sqlbench.statistics import bootstrap
+from sqlbench.stats import bootstrap
+from sqlbench_lab.display import flips, sample_table
 
 FAILED = Execution(turn=1, sql="bad", status="error", error="no such column")
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqlbench.connection import connect
 from sqlbench.database.engine import open_database
 from sqlbench.database.schema import introspect, mermaid_er, sample_rows, schema_text, shown, with_rows
 from sqlbench.database.types import ForeignKey
 from sqlbench.errors import DatabaseError
+from sqlbench_chat.connection import connect
 
 
 @pytest.fixture(scope="module")

@@ -32,15 +32,15 @@ from ipywidgets import Widget
 from sqlbench.agent.prompts import prompts_for
 from sqlbench.agent.trajectory import Message
 from sqlbench.cli import main
-from sqlbench.connection import connect, model_examples
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.database.engine import open_database
 from sqlbench.errors import DatabaseError, ModelError, NotebookError
-from sqlbench.generations import Evolution, Feedback
 from sqlbench.masking import mask
 from sqlbench.models import open_model
-from sqlbench.notebooks import run_notebook
-from sqlbench.widgets.chat import ChatView
+from sqlbench_chat.connection import connect, model_examples
+from sqlbench_chat.generations import Evolution, Feedback
+from sqlbench_chat.view import ChatView
+from sqlbench_lab.notebooks import run_notebook
 
 KEY, PASSWORD, TOKEN = "sk-planted-4f9c1d7e2b", "planted/pw@77d0", "planted-query-9a31"
 QUOTED = "planted%2Fpw%4077d0"
@@ -448,7 +448,7 @@ def test_notebooks(guarded, endpoint, data, tmp_path, monkeypatch):
             "import os\nfrom sqlbench.evaluation import evaluate\n"
             f"evaluate({str(data)!r}, 'dev', 'openai:m', run, max_turns=1, concurrency=1).text()"
         ),
-        nbformat.v4.new_code_cell("from sqlbench.connection import connect\nconnect(os.environ['DSN'])"),
+        nbformat.v4.new_code_cell("from sqlbench_chat.connection import connect\nconnect(os.environ['DSN'])"),
     ]
     path, out = tmp_path / "01_secrets.ipynb", tmp_path / "out" / "01_secrets.ipynb"
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})

@@ -10,16 +10,16 @@ import pandas as pd
 import pytest
 import yaml
 
-from sqlbench.ablation import Bench, ablate
 from sqlbench.cli import main
 from sqlbench.data.tasks import DataSet
 from sqlbench.errors import RunError, TrainingError
-from sqlbench.grid import GRIDS, Cell
 from sqlbench.profiles import PROFILES
-from sqlbench.tables import CELL, SEED_FIGURES, CellResult, Side, seed_comparison, write_seed_tables
-from sqlbench.training.compose import TRACKERS, compose
-from sqlbench.training.launch import train
-from sqlbench.training.preflight import needs
+from sqlbench_lab.ablation import Workspace, ablate
+from sqlbench_lab.sweep import GRIDS, Experiment
+from sqlbench_lab.tables import CELL, SEED_FIGURES, CellResult, Side, seed_comparison, write_seed_tables
+from sqlbench_train.compose import TRACKERS, compose
+from sqlbench_train.launch import train
+from sqlbench_train.preflight import needs
 
 ROWS = GRIDS["seed"].rows
 
@@ -43,7 +43,7 @@ def test_every_row_is_one_of_the_published_table_and_no_other() -> None:
             row["Context"], row["Max Turns"], row["Agents"], row["# Steps"],
         )  # fmt: skip
         assert row["Size"] in cell.model and row["Model"].replace("Llama3.2", "Llama-3.2") in cell.model
-        assert cell == Cell(
+        assert cell == Experiment(
             credit="published", **{k: getattr(cell, k) for k in ("model", "context", "turns", "agents", "steps")}
         )
 
@@ -136,7 +136,7 @@ def test_a_cluster_that_does_not_answer_is_refused(address: str, pocket: DataSet
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def result(cell: Cell, split: str = "dev_500") -> CellResult:
+def result(cell: Experiment, split: str = "dev_500") -> CellResult:
     side = Side(outcomes="1" * 300 + "0" * 200, transitions=1.5, prompt_tokens=800.0, response_tokens=30.0)
     return CellResult(
         cell=cell, size="3B", split=split, initial=side, final=side, gpus=1, steps=436, hours=9.0, step_seconds=70.0,
@@ -144,7 +144,7 @@ def result(cell: Cell, split: str = "dev_500") -> CellResult:
     )  # fmt: skip
 
 
-def finish(bench: Bench, found: CellResult) -> None:
+def finish(bench: Workspace, found: CellResult) -> None:
     bench.cell(found.cell).mkdir(parents=True)
     (bench.cell(found.cell) / CELL).write_text(found.model_dump_json())
 
@@ -160,7 +160,7 @@ def test_what_was_not_run_stays_empty(tmp_path: Path) -> None:
 
 
 def test_what_was_run_stands_below_what_was_published(tmp_path: Path) -> None:
-    bench = Bench(profile="gpu", run="seed", results=str(tmp_path))
+    bench = Workspace(profile="gpu", run="seed", results=str(tmp_path))
     finish(bench, result(ROWS["qwen-3b"]))
     finish(bench, result(ROWS["qwen-3b-4096"], split="headline"))
     finish(bench, result(ROWS["llama-1b"].model_copy(update={"steps": 10})))

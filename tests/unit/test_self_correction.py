@@ -4,7 +4,7 @@ import pytest
 
 from sqlbench.agent.trajectory import Completion, Execution, Trajectory, Transition
 from sqlbench.data.tasks import DataSet, Task
-from sqlbench.self_correction import correction, row
+from sqlbench_lab.self_correction import correction, row
 
 RIGHT, WRONG = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
 OTHER, BROKEN = "SELECT 'no such answer'", "SELECT nothing FROM nowhere"

@@ -30,7 +30,7 @@ from sqlbench.cli import main
 from sqlbench.data.tasks import DataSet
 from sqlbench.evaluation import evaluate
 from sqlbench.runs import RunFolder
-from sqlbench.serve import find_policy
+from sqlbench_train.serve import find_policy
 
 SQLBENCH = [sys.executable, "-c", "from sqlbench.cli import main; main()"]
 SPLIT = "dev_unseen_pretrain"

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from sqlbench.data.audit import read_audit
-from sqlbench.data.imports import SUBSET, import_release
-from sqlbench.data.spider import download_spider
 from sqlbench.data.tasks import DataSet
 from sqlbench.database.engine import open_database
 from sqlbench.errors import DataError
+from sqlbench_data.imports import SUBSET, import_release
+from sqlbench_data.spider import download_spider
 
 SHOP = "CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT); INSERT INTO item VALUES (1, 'nut'), (2, 'bolt');"
 
@@ -198,7 +198,7 @@ def test_an_import_that_is_interrupted_does_not_look_complete(release, tmp_path,
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sqlbench.data.imports.write_split", interrupt)
+    monkeypatch.setattr("sqlbench_data.imports.write_split", interrupt)
     with pytest.raises(KeyboardInterrupt):
         import_release("spider", release, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqlbench.agent.trajectory import Completion
-from sqlbench.connection import _parse
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.generations import Feedback, FeedbackStore
 from sqlbench.text import CleanPieces, clean
+from sqlbench_chat.connection import _parse
+from sqlbench_chat.generations import Feedback, FeedbackStore
 
 HALVES = "\ud83d", "\ude00"
 pieces = st.sampled_from([*HALVES, "\0", "a", "\u00e9", "\U0001f600"]) | st.text(max_size=3)

@@ -22,18 +22,18 @@ from sqlbench import __version__
 from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory, Transition
 from sqlbench.checks import capabilities
 from sqlbench.cli import main
-from sqlbench.curves import read_metrics
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, ModelError
 from sqlbench.evaluation import evaluate
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder
-from sqlbench.statistics import mcnemar
-from sqlbench.training.metrics import write_rows
-from sqlbench.widgets import view
-from sqlbench.widgets.comparison import Comparison
-from sqlbench.widgets.inspector import Inspector
-from sqlbench.widgets.monitor import Monitor
-from sqlbench.widgets.rollouts import advantages
+from sqlbench.stats import mcnemar
+from sqlbench_lab import view
+from sqlbench_lab.comparison import Comparison
+from sqlbench_lab.figures import read_metrics
+from sqlbench_lab.inspector import Inspector
+from sqlbench_lab.monitor import Monitor
+from sqlbench_lab.rollouts import advantages
+from sqlbench_train.metrics import write_rows
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'"
 GOLD = "SELECT name, price FROM item WHERE price > 1"

@@ -21,8 +21,8 @@ from pocket import NANO_PATH
 from sqlbench.data.tasks import DataSet
 from sqlbench.evaluation import evaluate
 from sqlbench.runs import RunFolder
-from sqlbench.training.launch import train
-from sqlbench.training.metrics import read_rows
+from sqlbench_train.launch import train
+from sqlbench_train.metrics import read_rows
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; run 'make test-vllm'")
 pytestmark = pytest.mark.timeout(1800)

@@ -1,5 +1,0 @@
-"""The chat: a question in, every attempt visible while it is made, a verdict back, and what was learned."""
-
-from sqlbench.widgets.chat.view import ChatView
-
-__all__ = ["ChatView"]

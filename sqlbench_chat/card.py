@@ -1,0 +1,125 @@
+"""One turn on the page: its transcript, its rows, and what can be done with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import ipywidgets as w
+from markupsafe import Markup
+
+from sqlbench.database.engine import in_thread
+from sqlbench.database.types import QueryResult
+from sqlbench_chat.parts import WIDE, button, html
+from sqlbench_chat.result import ResultView
+from sqlbench_chat.session import Exchange
+from sqlbench_chat.turn import HTML, Turn
+from sqlbench_lab import view
+
+if TYPE_CHECKING:
+    from sqlbench_chat.view import ChatView
+
+
+class TurnCard(w.VBox):
+    """A turn: being answered, answered, or taken from an earlier conversation."""
+
+    def __init__(self, chat: ChatView, turn: Turn) -> None:
+        self._chat, self.turn = chat, turn
+        self.exchange: Exchange | None = None
+        self._body, self._verdict = w.HTML(layout=WIDE), w.HTML()
+        self.result = ResultView()
+        self.sql = w.Textarea(placeholder="SQL to run, read-only", layout=w.Layout(width="100%", height="90px"))
+        self._by_hand = w.VBox([self.sql, button("Run SQL", self.run)], layout={"display": "none", "width": "100%"})
+        self._right = button("Correct", lambda: self.judge(True))
+        self._wrong = button("Wrong", lambda: self.judge(False, self.remark.value))
+        self.remark = w.Text(placeholder="What is wrong with it? (may stay empty)", layout=w.Layout(flex="1 1 220px"))
+        self.remark.on_submit(lambda _: self.judge(False, self.remark.value))
+        row = w.Layout(flex_flow="row wrap", width="100%")
+        self._judging = w.HBox([self._right, self._wrong, self.remark], layout=row)
+        words = [button("In words", self.say)] if chat.session and chat.session.model.family == "chat" else []
+        again = button("Retry differently", self.retry)
+        self._tools = w.HBox([again, button("Edit SQL", self.edit), *words], layout=row)
+        self._stop = button("Stop", chat.stop, button_style="warning")
+        self._retry = button("Retry", self.retry)
+        super().__init__([self._body, self._stop])
+        self.add_class("sqlbench-card")
+        self.draw()
+
+    def html(self) -> Markup:
+        """Transcript, first rows and verdict, for places without a kernel."""
+        found = self.turn.found
+        rows = view.HTML.values(found.columns, found.rows) if found and found.answered else Markup("")
+        return self.turn.html() + rows + HTML.verdict(self.turn)
+
+    def draw(self) -> None:
+        """Show what has come so far."""
+        self._body.value = html(self.turn.html())
+
+    async def ready(self, exchange: Exchange | None = None) -> None:
+        """It is over: show the rows, and offer what fits."""
+        self.exchange = exchange
+        self.draw()
+        if not self.turn.sql:
+            self.children = (self._body, self._retry)
+            return
+        self.sql.value = view.pretty(self.turn.sql)
+        result, found = exchange.result if exchange else None, self.turn.found
+        if result is None and found is not None:  # of an earlier conversation: what was kept of it
+            result = QueryResult(found.status, tuple(found.columns), [tuple(r) for r in found.rows], found.error)
+            more = found.n_rows > len(found.rows)
+            note = f"kept from {found.n_rows} rows; run the query again for all" if more else ""
+            await self.result.show(result, note)
+        elif result is not None:
+            await self.result.show(result)
+        self._show_verdict()
+
+    def _show_verdict(self) -> None:
+        self._verdict.value = html(HTML.verdict(self.turn))
+        self._right.disabled = self._wrong.disabled = self.turn.verdict is not None
+        judged = (self._verdict,) if self.turn.verdict else ()
+        self.children = (self._body, self.result, self._tools, self._by_hand, self._judging, *judged)
+
+    def judge(self, right: bool, remark: str = "") -> None:
+        """Give the verdict on the answer, once; a remark on a wrong one may follow."""
+        turn = self.turn
+        if not turn.sql or (turn.verdict and (right or turn.verdict == "right" or turn.remark or not remark.strip())):
+            return
+        if self._chat.judge(self, right, remark):
+            self._show_verdict()
+
+    def retry(self) -> None:
+        """Ask again; queries that were not the answer are shown to the model, with what the user said about them."""
+        remark = self.remark.value.strip()
+        if self.turn.sql and remark:
+            self.judge(False, remark)
+        history = list(self.turn.history)
+        if history and remark:
+            history[-1] = (history[-1][0], f"{history[-1][1]}\nThe user says about this query: {remark}")
+        self._chat.ask(self.turn.question, history, self.turn.database, remark)
+
+    def edit(self) -> None:
+        """Show or hide the query for editing."""
+        layout = self._by_hand.layout
+        layout.display = "" if layout.display == "none" else "none"
+
+    def run(self) -> None:
+        """Run the edited query, read-only like those of the model."""
+        self._chat.in_background(self._run(self.sql.value))
+
+    async def _run(self, sql: str) -> None:
+        database = self._chat.opened(self.turn.database).database
+        await self.result.show(await in_thread(database.execute, sql), "of the query as edited by hand")
+
+    def say(self) -> None:
+        """Say the answer in words, by the model."""
+        self._chat.in_background(self._say())
+
+    async def _say(self) -> None:
+        assert self._chat.session is not None
+        self.turn.summary = "..."
+        self.draw()
+        try:
+            self.turn.summary = await self._chat.session.summarise(self.turn)
+            self._chat.keep(self.turn)
+        finally:
+            self.turn.summary = self.turn.summary.removeprefix("...")
+            self.draw()

@@ -1,0 +1,81 @@
+"""The chat as a web page: one Voila server, one process with the model, and one kernel for each page that is open."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+from sqlbench.errors import ServerError
+from sqlbench_chat.settings import ChatConfig
+from sqlbench_lab.home import ensure_folders
+
+
+def serve_chat(settings: ChatConfig, folder: Path) -> None:
+    """Serve the chat until it is interrupted.
+
+    Raises:
+        ServerError: Voila is not installed, or the address cannot be used.
+    """
+    from sqlbench_train.serve import LOCAL, listen
+
+    try:
+        from sqlbench_chat.server import serve_notebook
+    except ImportError as error:
+        raise ServerError("Not installed: Voila. Run pip install 'sqlbench[notebooks]'.") from error
+    with listen(settings.host, settings.port) as free:
+        port = free.getsockname()[1]
+    ensure_folders()
+    token = settings.token
+    if token is None:
+        token = "" if settings.host in LOCAL else secrets.token_urlsafe(16)
+    shown = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
+    address = f"http://{shown}:{port}" + (f"/?token={token}" if token else "")
+    with tempfile.TemporaryDirectory(prefix="sqlbench-chat-") as home, _model(settings.model, Path(home)) as model:
+        page = Path(home) / "chat.ipynb"
+        nbformat.write(_notebook(settings, folder, model), page)
+        serve_notebook(
+            page,
+            settings.host,
+            port,
+            token,
+            lambda: print(f"sqlbench chat is at {address} (Ctrl-C ends it)", flush=True),
+        )
+
+
+def _notebook(settings: ChatConfig, folder: Path, model: str) -> nbformat.NotebookNode:
+    options = settings.model_dump(mode="json", include={"data", "reflection", "agent", "prompts"})
+    options["folder"] = str(folder)
+    code = (
+        f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench_chat.hosted import HostedModel\n"
+        f"from sqlbench_chat.view import ChatView\nChatView(model={model}, **{options!r})"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata.title = "sqlbench chat"
+    return notebook
+
+
+@contextlib.contextmanager
+def _model(spec: str, home: Path) -> Iterator[str]:
+    """Give the expression for the model in a page; a checkpoint is held by one process for all of them."""
+    from sqlbench.interfaces import is_plugin
+    from sqlbench.models import policy_folder
+    from sqlbench.models.checkpoint import checkpoint_family
+    from sqlbench_chat.hosted import start_host
+
+    if spec.startswith("openai:") or is_plugin(spec):
+        yield repr(spec)
+        return
+    path, family = home / "model", checkpoint_family(policy_folder(spec))
+    process = start_host(path, spec)
+    try:
+        yield f"HostedModel({str(path)!r}, {spec!r}, {family!r})"
+    finally:
+        process.kill()
+        process.wait()
