@@ -122,7 +122,7 @@ def test_the_inspector_filters_selects_and_shows_a_difference(lab, page, pocket,
 def test_a_question_is_asked_answered_and_judged_in_the_notebook(lab, page, pocket, tmp_path: Path, picture) -> None:
     """The notebook asks one benchmark question itself; the second one is typed, and marked wrong with a remark."""
     name, remark = "06_self_improving_agent.ipynb", "<b>only</b> the newest"
-    run_notebook(lab, page, name, data=str(pocket.root), results=str(tmp_path), questions=1)
+    run_notebook(lab, page, name, data=str(pocket.root), results=str(tmp_path), questions=1, model="nano")
     page.locator(".jp-OutputArea-output", has_text="1 questions since the last evolution").wait_for()
     assert_no_errors(page)
     page.get_by_placeholder("Ask a question about this database").fill("How many customers are there?")
