@@ -90,10 +90,10 @@ def _notice(name: str, schema: Schema) -> str:
         return f"SQLite cannot read these tables of {name} here, so they are left out: {', '.join(schema.unreadable)}"
     if len(schema_text(schema, "compact", 1 << 30)) <= SMALL and len(schema_text(schema, "ddl", 1 << 30)) <= LARGE:
         return ""
-    widest = max(schema.tables, key=lambda table: len(table.columns))
+    tables, columns = len(schema.tables), sum(len(table.columns) for table in schema.tables)
     return (
-        f"{name} is large (its widest table, {widest.label}, has {len(widest.columns)} columns): prompts show only the "
-        "part of its schema that a question seems to need"
+        f"{name} is large ({tables} table{'s' * (tables != 1)}, {columns:,} columns): prompts show only the part of "
+        "its schema that a question seems to need"
     )
 
 

@@ -44,12 +44,13 @@ def serve_chat(settings: ChatConfig, folder: Path) -> None:
             settings.host,
             port,
             token,
+            settings.pages,
             lambda: print(f"sqlbench chat is at {address} (Ctrl-C ends it)", flush=True),
         )
 
 
 def _notebook(settings: ChatConfig, folder: Path, model: str) -> nbformat.NotebookNode:
-    options = settings.model_dump(mode="json", include={"data", "reflection", "agent", "prompts"})
+    options = settings.model_dump(mode="json", include={"data", "reflection", "every", "agent", "prompts"})
     options["folder"] = str(folder)
     code = (
         f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench_chat.hosted import HostedModel\n"

@@ -28,6 +28,13 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-
 class _Page(TornadoVoilaHandler):
     async def get(self, path: str | None = None) -> None:
         _ = self.xsrf_token  # sets the cookie
+        kernels = self.kernel_manager
+        if len(kernels.list_kernel_ids()) - sum(map(len, kernels._pools.values())) >= Server.pages:
+            self.set_status(503)
+            await self.finish(
+                f"Too many pages are open: {Server.pages}. Close one, or start the chat with more --pages."
+            )
+            return
         await super().get(path)
 
 
@@ -35,6 +42,7 @@ class Server(Voila):
     """One notebook as a page."""
 
     announce: Callable[[], None] = staticmethod(lambda: None)
+    pages = 20
 
     async def _wait_and_announce(self) -> None:
         with contextlib.suppress(Exception):  # what keeps a kernel from starting is for the page to say
@@ -52,7 +60,7 @@ class Server(Voila):
         ]
 
 
-def serve_notebook(page: Path, host: str, port: int, token: str, announce: Callable[[], None]) -> None:
+def serve_notebook(page: Path, host: str, port: int, token: str, pages: int, announce: Callable[[], None]) -> None:
     """Serve a notebook until interrupted.
 
     Args:
@@ -60,6 +68,7 @@ def serve_notebook(page: Path, host: str, port: int, token: str, announce: Calla
         host: address to listen on.
         port: a free one.
         token: what a browser has to know; empty for nothing.
+        pages: open at a time.
         announce: called when the first page is ready.
     """
     settings: dict[str, Any] = {
@@ -76,5 +85,5 @@ def serve_notebook(page: Path, host: str, port: int, token: str, announce: Calla
         "MappingKernelManager": {"cull_idle_timeout": ABANDONED, "cull_interval": 30, "cull_connected": False},
         "KernelManager": {"transport": "ipc"},  # between server and kernels: files of this user, no open ports
     }
-    Server.announce = staticmethod(announce)
+    Server.announce, Server.pages = staticmethod(announce), pages
     Server.launch_instance([str(page)], config=Config(settings))

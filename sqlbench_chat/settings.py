@@ -42,8 +42,10 @@ class ChatConfig(Settings):
     port: Port = 8866
     host: Host = "127.0.0.1"
     token: str | None = Field(None, description="What a browser has to know; made up where others reach --host.")
+    pages: int = Field(20, ge=1, description="Pages open at a time, each with a process of its own.")
     run: Run = "chat"
     results: Results = RESULTS
     reflection: str | None = Field(None, description="Endpoint for prompt evolution, openai:NAME; or else --model's.")
+    every: int = Field(4, ge=1, description="Questions between two evolutions of the prompt.")
     agent: Agent = "self-correcting"
     prompts: str | None = Field(None, description="Prompts if not the model's own: nano, chat or a .toml file.")

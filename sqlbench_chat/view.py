@@ -47,6 +47,7 @@ class ChatView(Panel):
         model: as in `sqlbench.models.open_model`, or a model object.
         folder: where conversations, feedback, bandit and prompt generations are kept.
         reflection: endpoint for prompt evolution; by default the model itself, where it is one.
+        every: questions between two evolutions.
         agent: the built-in one, or ``module:attribute``.
         prompts: family or TOML file to start from, if not the model's own.
         session: a session that is already open, in place of all the above.
@@ -59,6 +60,7 @@ class ChatView(Panel):
         folder: Path | str = "results/laptop/chat",
         *,
         reflection: str | None = None,
+        every: int = 4,
         agent: str = "self-correcting",
         prompts: str | None = None,
         session: ChatSession | None = None,
@@ -70,7 +72,7 @@ class ChatView(Panel):
         self._tasks: set[asyncio.Task[None]] = set()
         super().__init__([], self._do, "sqlbench-chat")
         self._make_widgets()
-        self.in_background(self._open(data, model, folder, reflection, agent, prompts))
+        self.in_background(self._open(data, model, folder, reflection, every, agent, prompts))
 
     def _make_widgets(self) -> None:
         self._title, self._message = w.HTML(layout=WIDE), w.HTML(layout=WIDE)
@@ -414,6 +416,7 @@ def _open_session(
     model: str | Model,
     folder: Path | str,
     reflection: str | None,
+    every: int,
     agent: str,
     prompts: str | None,
 ) -> ChatSession:
@@ -421,4 +424,4 @@ def _open_session(
         reflection = model
     builtin = BuiltIn(data) if data is not None else None
     opened = open_model(model) if isinstance(model, str) else model
-    return ChatSession(opened, folder, builtin, reflection, agent=load_plugin("agent", agent), prompts=prompts)
+    return ChatSession(opened, folder, builtin, reflection, every, agent=load_plugin("agent", agent), prompts=prompts)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -378,6 +380,21 @@ def test_where_others_reach_the_address_a_browser_needs_its_token(page: Page, se
     page.goto(address.partition("/?")[0], timeout=WAIT)
     assert page.get_by_text("connected to").count() == 0 and "login" in page.url
     open_page(page, address)
+
+
+def test_no_more_pages_are_open_than_the_limit(page: Page, serve) -> None:
+    address = serve("--pages", "1")
+    open_page(page, address)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(address, timeout=WAIT / 1000)
+    assert refused.value.code == 503
+    assert refused.value.read() == b"Too many pages are open: 1. Close one, or start the chat with more --pages."
+    page.reload(timeout=WAIT)  # the page before it gives its place back
+    deadline = time.monotonic() + WAIT / 1000
+    while page.get_by_text("Too many pages").count() and time.monotonic() < deadline:
+        time.sleep(1)
+        page.reload(timeout=WAIT)
+    page.get_by_text("connected to").wait_for(timeout=WAIT)
 
 
 def test_a_port_that_is_taken_is_one_line(pocket: DataSet) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import shutil
@@ -21,7 +22,9 @@ from sqlbench_chat.builtin import BuiltIn
 from sqlbench_chat.card import TurnCard
 from sqlbench_chat.offer import ollama_models
 from sqlbench_chat.prompts import diff_html
+from sqlbench_chat.page import _notebook
 from sqlbench_chat.session import ChatSession
+from sqlbench_chat.settings import ChatConfig
 from sqlbench_chat.view import ChatView
 
 RIGHT, WRONG = "THE QUERY IS CORRECT", "THE QUERY IS INCORRECT"
@@ -752,3 +755,16 @@ def test_the_fields_of_the_page_never_name_code(tmp_path, monkeypatch, what) -> 
 
     view = drive(tmp_path, name_it)
     assert f"Not a {what} that can be named here: mine:Part" in view._message.value
+
+
+def test_the_page_is_opened_with_the_settings_of_the_command(pocket: DataSet, tmp_path: Path) -> None:
+    cell = _notebook(ChatConfig(data=pocket.root, every=7), tmp_path / "state", "Model()").cells[0].source
+    opened = ast.parse(cell).body[-1].value
+    (options,) = [ast.literal_eval(keyword.value) for keyword in opened.keywords if keyword.arg is None]
+
+    async def seen() -> tuple[int, int]:
+        view = ChatView(model=Scripted(lambda *_: "SELECT 1"), **options)
+        await view.wait()
+        return view.session.evolution.progress
+
+    assert asyncio.run(seen()) == (0, 7) and options["folder"] == str(tmp_path / "state")
