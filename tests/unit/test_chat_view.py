@@ -21,8 +21,8 @@ from sqlbench.errors import DataError, ModelError, PromptTooLongError
 from sqlbench_chat.builtin import BuiltIn
 from sqlbench_chat.card import TurnCard
 from sqlbench_chat.offer import ollama_models
-from sqlbench_chat.prompts import diff_html
 from sqlbench_chat.page import _notebook
+from sqlbench_chat.prompts import diff_html
 from sqlbench_chat.session import ChatSession
 from sqlbench_chat.settings import ChatConfig
 from sqlbench_chat.view import ChatView
