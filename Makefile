@@ -98,8 +98,10 @@ soak: $(INSTALLED)
 	@rm -f $(SOAK_OUT)
 	@$(BIN)/python -m pytest --timeout=7200 --durations=0 tests/soak
 
+# Rooted at the project, so that the folders of results are seen beside the notebooks.
 lab: $(INSTALLED)
-	@$(BIN)/python -c 'from sqlbench_lab.home import ensure_folders as f; f(); from jupyterlab.labapp import main; main()' notebooks
+	@$(BIN)/python -c 'from sqlbench_lab.home import ensure_folders as f; f(); from jupyterlab.labapp import main; main()' \
+	  --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 # A rollout and a training step need the pocket data set only; a verdict needs pairs, rows of db_id, gold, pred over a
 # Spider release, as `sqlbench score` reads them.

@@ -1,7 +1,8 @@
 """One rollout as HTML that is complete, escaped, and legible without a kernel, without style sheets and in print.
 
 The macros of ``templates/view.html`` write it, and escape whatever is put in. Of a result at most `SHOWN_ROWS` rows are
-shown, those that differ first.
+shown, those that differ first. Jupyter removes scripts and style sheets from a stored notebook that it does not trust,
+so what must hold there (sides abreast, marks, alignment, colours of SQL) is in elements and inline styles.
 """
 
 from __future__ import annotations
@@ -43,12 +44,40 @@ def pretty(sql: str, dialect: str = "sqlite") -> str:
 _WORD = re.compile(r"""'(?:''|[^'])*'|"(?:""|[^"])*"|\d+\.\d+|\w+|\s+|[<>!=|]+|.""", re.DOTALL)
 
 
+KEYWORDS = re.compile(
+    r"(?i)(all|and|as|asc|between|by|case|cast|cross|desc|distinct|else|end|except|exists|from|full|group|having|in"
+    r"|inner|intersect|into|is|join|left|like|limit|not|null|offset|on|or|order|outer|over|partition|right|select|then"
+    r"|union|using|values|when|where|with)"
+)
+COLOURS = {"keyword": "#0550ae", "string": "#0a6640", "number": "#8250df"}
+MARKS = (
+    Markup('<mark style="background-color: #cfe6f5; color: #111; text-decoration: none">{}</mark>'),
+    Markup('<b style="background-color: #ffd9a8; color: #111">{}</b>'),
+)
+"""What only gold has, and what only the prediction has."""
 DIFF_TOKENS = 1000
-"""Longer texts are shown without marks: difflib can take the cube of their length."""
+"""Longer texts are shown without marks and colours: difflib can take the cube of their length."""
+
+
+def sql_html(sql: str) -> Markup:
+    """Colour the keywords, strings and numbers of a query."""
+    words = _WORD.findall(sql)
+    return Markup.escape(sql) if len(words) > DIFF_TOKENS else Markup("").join(map(_coloured, words))
+
+
+def _coloured(word: str) -> Markup:
+    kind = (
+        "string"
+        if word[0] == "'" != word
+        else "number"
+        if word[0].isdigit()
+        else "keyword" * bool(KEYWORDS.fullmatch(word))
+    )
+    return Markup('<span style="color: {}">{}</span>').format(COLOURS[kind], word) if kind else Markup.escape(word)
 
 
 def token_diff(gold: str, pred: str) -> tuple[Markup, Markup]:
-    """Both texts, with tokens that only gold has in ``del`` and those that only the prediction has in ``ins``.
+    """Colour both queries, and mark the tokens that only gold has and those that only the prediction has by `MARKS`.
 
     White space and the case of words do not count; text in single quotes counts as written.
     """
@@ -66,8 +95,8 @@ def token_diff(gold: str, pred: str) -> tuple[Markup, Markup]:
             marked[0].update(places[0][low:high])
             marked[1].update(places[1][start:end])
     left, right = (
-        Markup("").join(Markup(f"<{tag}>{{}}</{tag}>").format(w) if i in odd else w for i, w in enumerate(words))
-        for tag, words, odd in zip(("del", "ins"), sides, marked, strict=True)
+        Markup("").join(mark.format(word) if i in odd else _coloured(word) for i, word in enumerate(words))
+        for mark, words, odd in zip(MARKS, sides, marked, strict=True)
     )
     return left, right
 
@@ -141,7 +170,7 @@ def results_html(gold: QueryResult | None, pred: QueryResult | None, right: bool
         *found, pairs = differing(both[0].rows, both[1].rows, ordered)
         marks = found[0], found[1]
         orders = [[pair[side] for pair in pairs if pair[side] is not None] for side in (0, 1)]
-    panes = zip(("Gold result", "Predicted result"), both, marks, orders, strict=True)
+    panes = list(zip(("Gold result", "Predicted result"), both, marks, orders, strict=True))
     return HTML.results(panes, SHOWN_ROWS)
 
 
@@ -155,14 +184,18 @@ def value_text(value: Any) -> Any:
 # ---- the rollout
 
 
-def response_html(completion: Completion, tokenizer: Path | None) -> Markup:
-    """What a model answered; tokens it was not sure of are shaded by their probability, those below 50% underlined."""
+def response_html(completion: Completion, tokenizer: Path | None, sql: bool = True) -> Markup:
+    """What a model answered; tokens it was not sure of are shaded by their probability, those below 50% underlined.
+
+    Without probabilities the answer is coloured if it is `sql`.
+    """
+    text = (sql_html if sql else Markup.escape)(completion.text)
     if not completion.logprobs or not completion.response_ids:
-        return HTML.response([], completion.text)
+        return HTML.response([], text)
     pieces = _pieces(completion, tokenizer)
     texts = pieces or [f"#{n} " for n in completion.response_ids]
     tokens = [(text, math.exp(min(p, 0.0)), p) for text, p in zip(texts, completion.logprobs, strict=True)]
-    return HTML.response(tokens, None if pieces else completion.text)
+    return HTML.response(tokens, None if pieces else text)
 
 
 def _pieces(completion: Completion, tokenizer: Path | None) -> list[str]:
@@ -204,7 +237,7 @@ def _transition(step: Transition, tokenizer: Path | None) -> Markup:
         notes.append(completion.flaw)
     if step.agent == "check":
         notes.append("verdict: correct" if parse_verdict(completion.text) else "verdict: not correct")
-    return HTML.transition(step, notes, response_html(completion, tokenizer))
+    return HTML.transition(step, notes, response_html(completion, tokenizer, sql=step.agent != "check"))
 
 
 def outcome(correct: bool | None, error: str | None) -> str:
@@ -228,7 +261,9 @@ TEMPLATES.globals |= {
     "OUTCOMES": OUTCOMES,
     "outcome": outcome,
     "pretty": pretty,
+    "sql_html": sql_html,
     "token_diff": token_diff,
+    "MARKS": MARKS,
 }
 HTML: Any = TEMPLATES.get_template("view.html").module
 page, box, table, folded = HTML.page, HTML.box, HTML.table, HTML.folded

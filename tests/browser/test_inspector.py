@@ -93,7 +93,7 @@ def test_the_inspector_filters_selects_and_shows_a_difference(lab, page, pocket,
     question = rows.nth(number).inner_text().replace("\u00a0", " ").split("  ")[-1].strip()
     inspector.locator(".sqlbench-list select").select_option(index=number)
     inspector.locator("h4", has_text=question).wait_for()
-    inspector.locator("ins", has_text="surplus").first.wait_for()
+    inspector.locator("pre b", has_text="surplus").first.wait_for()
     assert inspector.locator("mark").first.is_visible()
     prompt = inspector.locator("summary", has_text="prompt").first
     prompt.click()
@@ -117,6 +117,32 @@ def test_the_inspector_filters_selects_and_shows_a_difference(lab, page, pocket,
     comparison.locator("h4", has_text=question[-30:]).wait_for()
     assert comparison.locator(".card").count() == 2
     picture(comparison, "comparison")
+
+
+def test_a_stored_notebook_that_is_not_trusted_keeps_gold_beside_predicted(lab, page, runs, picture) -> None:
+    """JupyterLab removes style sheets from the outputs of a notebook that somebody else ran."""
+    inspector = Inspector(runs / "laptop/demo/cells/before_t3_c2048").filter(outcome="wrong")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("inspector")])
+    data = {"text/html": str(inspector.html()), "text/plain": repr(inspector)}
+    notebook.cells[0].outputs = [nbformat.v4.new_output("display_data", data)]
+    nbformat.write(notebook, lab.folder / "stored.ipynb")
+    lab.open(page, "stored.ipynb")
+    page.set_viewport_size({"width": 1500, "height": 2000})
+    view = page.locator(".jp-OutputArea-output div.sqlbench")
+    view.wait_for()
+    assert page.locator(".jp-OutputArea-output style").count() == 0
+    gold, predicted = (view.locator("td", has=page.locator("h4", has_text=name)) for name in ("Gold", "Predicted"))
+    left, right = gold.first.bounding_box(), predicted.first.bounding_box()
+    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
+    looks = view.locator("pre, pre *, td, th").evaluate_all(
+        "all => all.map(e => [getComputedStyle(e).textAlign, getComputedStyle(e).textDecorationLine])"
+    )
+    numbers = view.locator("td.number").count()
+    assert sum(align == "right" for align, _ in looks) == numbers
+    assert not [line for _, line in looks if "line-through" in line]
+    surplus = view.locator("pre b", has_text="surplus").first
+    assert surplus.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 217, 168)"
+    picture(page, "untrusted")
 
 
 def test_a_question_is_asked_answered_and_judged_in_the_notebook(lab, page, pocket, tmp_path: Path, picture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -208,3 +209,16 @@ def test_a_run_stays_below_its_profile_and_runs_something(tmp_path: Path) -> Non
     with pytest.raises(RunError, match=r"Invalid run name: '../x'"):
         run_notebooks(run="../x", only=["01"], folder=notebook.parent, results=tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_make_lab_shows_the_results_beside_the_notebooks(repo: Path) -> None:
+    app = pytest.importorskip("jupyterlab.labapp").LabApp
+    recipe = subprocess.run(
+        ["make", "-n", "-o", ".venv/.installed", "lab"], cwd=repo, capture_output=True, text=True, check=True
+    )
+    options = shlex.split(recipe.stdout.replace("\\\n", " "))[3:]
+    lab = app()
+    lab.parse_command_line(options)
+    assert (repo / lab.config.ServerApp.root_dir).resolve() == repo.resolve()
+    assert (repo / lab.config.LabApp.default_url.removeprefix("/lab/tree/") / "00_overview.ipynb").is_file()
+    assert not lab.extra_args, "a folder as an argument would be the root"

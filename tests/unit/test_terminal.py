@@ -11,6 +11,7 @@ from sqlbench.agent.trajectory import Completion, Execution, Message, Trajectory
 from sqlbench.cli import main
 from sqlbench.data.tasks import DataSet
 from sqlbench.runs import RunFolder
+from sqlbench_lab.view import MARKS
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -143,7 +144,7 @@ def test_wrong_rollouts_are_shown_by_cause_with_gold_beside_the_prediction(
     assert "question d?" in call(capsys, "show", run, "--wrong", "--verbose")[1]
     page = tmp_path / "page.html"
     call(capsys, "show", run, "--wrong", "--html", page)
-    assert "extra column" in page.read_text() and "<ins>2</ins>" in page.read_text()
+    assert "extra column" in page.read_text() and MARKS[1].format("2") in page.read_text()
     assert "question a?" not in page.read_text(), "right rollouts are filtered out"
     none = write_run(tmp_path / "none", made("a", 1.0))
     (none / "config.json").unlink()
