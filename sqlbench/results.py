@@ -340,6 +340,22 @@ class Difference:
         counts = f"{self.gained} gained, {self.lost} lost"
         return f"{self.points:+.1f} points ({self.interval_text}; McNemar p {self.p_text}; {counts})"
 
+    def sentence(self, first: str, second: str) -> str:
+        """Say which of the two is more accurate, and whether that is more than noise at the 5% level of the test.
+
+        Args:
+            first: what names the first evaluation after "accuracy": "before training", "with 1 turn".
+            second: the same of the second one.
+        """
+        if self.gained == self.lost == 0:
+            return f"The same tasks are right {second} as {first}."
+        size = f"(95% CI {self.interval_text}; McNemar p {self.p_text})"
+        if not round(self.points, 1):
+            return f"Accuracy {second} is the same as {first} {size}."
+        way = "higher" if self.points > 0 else "lower"
+        more = "more than noise" if self.p < 0.05 else "not more than noise"
+        return f"Accuracy {second} is {way} than {first} by {abs(self.points):.1f} points {size}; that is {more}."
+
     @property
     def interval_text(self) -> str:
         """The interval as tables show it."""

@@ -11,15 +11,36 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import HTML, Markdown
 
 from sqlbench.agent.trajectory import Execution, Trajectory
 from sqlbench.clauses import HARDNESS
 from sqlbench.data.audit import audit_dataset, read_audit
 from sqlbench.data.tasks import DataSet, Task
 from sqlbench.results import Rollouts, Score, Summary, in_order
+from sqlbench.runs import RunFolder, flat
+from sqlbench_lab import view
+from sqlbench_lab.rollouts import RunFacts, advantages, rollout_table
 
 SHOWN_ROWS = 3
+SQL = {"gold", "pred", "predicted", "before", "after", "query"}
+"""Columns that hold SQL."""
+SETTINGS = {
+    "group size": "actor_rollout_ref.rollout.n",
+    "tasks per step": "data.train_batch_size",
+    "tasks per optimizer step": "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "steps": "trainer.total_training_steps",
+    "learning rate": "actor_rollout_ref.actor.optim.lr",
+    "clip, lower": "actor_rollout_ref.actor.clip_ratio_low",
+    "clip, upper": "actor_rollout_ref.actor.clip_ratio_high",
+    "KL loss": "actor_rollout_ref.actor.use_kl_loss",
+    "sampling temperature": "actor_rollout_ref.rollout.temperature",
+    "advantage divided by the deviation": "algorithm.norm_adv_by_std_in_grpo",
+    "credit": "sqlbench.credit",
+    "maximum turns": "sqlbench.max_turns",
+    "context (characters)": "sqlbench.table_info_truncate",
+}
+"""Settings of a training that decide what it learns, by the key under which its configuration holds them."""
 
 
 def open_project() -> Path:
@@ -134,6 +155,89 @@ def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataF
     return changed[columns].sort_values(["change", "question"], ignore_index=True)
 
 
+def query_table(frame: pd.DataFrame) -> HTML:
+    """Show a table with its columns of SQL (`SQL`) left-aligned and coloured, in untrusted notebooks too."""
+    columns = frame.columns.tolist()
+    rows = [
+        ["" if value is None else view.sql_html(value) if name in SQL else value for name, value in row.items()]
+        for row in frame.to_dict("records")
+    ]
+    return HTML(view.page(view.table(columns, rows)))
+
+
+def training_settings(run: Path | str) -> pd.DataFrame:
+    """Tabulate `SETTINGS` as the configuration of a training holds them."""
+    config = flat(RunFolder(run).config()["config"])
+    rows = [(name, str(config.get(key, "not recorded")), key) for name, key in SETTINGS.items()]
+    return pd.DataFrame(rows, columns=["setting", "value", "key"])
+
+
+def advantage_example(run: Path | str) -> pd.DataFrame:
+    """Work out the advantages of a training's first group with unequal rewards, one row per rollout.
+
+    Empty if no group has unequal rewards, or if this training does not compare the rollouts of a group.
+    """
+    by_std = RunFacts.of(Path(run)).by_std
+    frame = rollout_table(run)
+    frame = frame[(frame["part"] == "training") & frame["reward"].notna()]
+    groups = (group for _, group in frame.groupby(["step", "key"], sort=True) if group["reward"].nunique() > 1)
+    group = next(groups, None)
+    if group is None or by_std is None:
+        return pd.DataFrame()
+    rewards = group["reward"]
+    return pd.DataFrame(
+        {
+            "step": group["step"],
+            "rollout": group["sample"],
+            "question": group["question"],
+            "predicted": group["pred"],
+            "reward": rewards,
+            "group mean": round(rewards.mean(), 3),
+            "group deviation": round(rewards.std(), 3) if by_std else "not used",
+            "advantage": [round(a, 2) for a in advantages(rewards.tolist(), by_std)],
+        }
+    ).reset_index(drop=True)
+
+
+def found(*sentences: str) -> Markdown:
+    """Close a notebook with what its numbers say."""
+    return Markdown("\n\n".join(["**Found.**", *sentences]))
+
+
+def baseline_found(summary: Summary, causes: pd.DataFrame) -> Markdown:
+    """Say how accurate an evaluation is, on which level most and least, and why most wrong answers are wrong."""
+    said = [
+        f"The agent answers {summary.score.percent:.1f}% of {summary.score.n} tasks ({summary.score.interval_text})."
+    ]
+    if len(levels := sorted(summary.by_hardness, key=lambda level: summary.by_hardness[level].percent)) > 1:
+        low, high = (f"{summary.by_hardness[k].percent:.1f}% on {k}" for k in (levels[0], levels[-1]))
+        said.append(f"By hardness it is least accurate with {low} and most accurate with {high} tasks.")
+    if len(causes):
+        first, total = causes.iloc[0], causes["rollouts"].sum()
+        ran = total - causes.loc[causes["cause"].str.startswith("did not run"), "rollouts"].sum()
+        said.append(
+            f"Of {total} wrong queries {ran} ran. The most frequent cause is '{first['cause']}' ({first['rollouts']})."
+        )
+    return found(" ".join(said))
+
+
+def audit_found(audit: pd.DataFrame) -> Markdown:
+    """Say how many gold queries can be trusted and what a constant query scores, from `audit_table`."""
+    tasks, scorable, floor = audit["tasks"].sum(), audit["scorable"].sum(), audit["constant query (%)"].max()
+    return found(
+        f"{scorable} of {tasks} tasks (a task counts in each of its splits) have a gold query that gives a verdict. "
+        f"A constant query scores at most {floor}% of a split; any accuracy has to be read against that."
+    )
+
+
+def clause_table(summary: Summary) -> pd.DataFrame:
+    """Tabulate how often each clause equals gold's, the least often first."""
+    return pd.DataFrame(
+        sorted(((name, round(share, 3)) for name, share in summary.components.items()), key=lambda row: row[1]),
+        columns=["clause", "equal to gold (share)"],
+    )
+
+
 def story(trajectory: Trajectory) -> Markdown:
     """Tell one rollout step by step: the answers of the sub-agents and of the database."""
     verdict = {None: "could not be scored", False: "wrong", True: "right"}[trajectory.correct]
@@ -144,9 +248,13 @@ def story(trajectory: Trajectory) -> Markdown:
     lines = [f"**{trajectory.question}** ({trajectory.db_id}, {trajectory.hardness or 'no hardness'}): {verdict}", ""]
     executions = {e.turn: e for e in trajectory.executions}
     for transition in trajectory.transitions:
-        lines.append(f"{len(lines) - 1}. *{transition.agent}*: `{_one_line(transition.completion.text)}`")
-        if transition.agent != "check" and transition.turn in executions:
-            lines[-1] += f"  \n   *database*: {_result(executions[transition.turn])}"
+        text = _one_line(transition.completion.text)
+        if transition.agent == "check":
+            lines.append(f"{len(lines) - 1}. *check*: `{text}`")
+            continue
+        lines.append(f"{len(lines) - 1}. *{transition.agent}*:\n\n    ```sql\n    {text}\n    ```")
+        if transition.turn in executions:
+            lines[-1] += f"\n\n    *database*: {_result(executions[transition.turn])}"
     return Markdown("\n".join([*lines, "", f"gold: `{_one_line(trajectory.gold)}`"]))
 
 

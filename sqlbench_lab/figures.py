@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sqlbench.errors import DataError
+from sqlbench.results import Score
 from sqlbench.runs import METRICS
 from sqlbench_train.metrics import read_rows
 
@@ -77,7 +78,7 @@ SERIES = {
         Series("zero_variance", "sqlbench/zero_variance_groups", "Groups without variance (%)", 100),
         Series("clip", "actor/pg_clipfrac", "Clipped tokens (%)", 100),
         Series("failed", "sqlbench/failed_rollouts", "Failed rollouts per step"),
-        Series("step_s", "timing_s/step", "Time a step (s)"),
+        Series("step_s", "timing_s/step", "Time per step (s)"),
         Series("rollout_s", "timing_s/gen", "Rollout (s)"),
         Series("update_s", "timing_s/update_actor", "Update actor (s)"),
     )
@@ -245,12 +246,12 @@ def time_split(runs: Mapping[str, Sequence[Path]]) -> Figure:
                     box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1}
                     axis.text(middle, number, f"{share[key]:.0f}%", ha="center", va="center", fontsize=8, bbox=box)
                 left += share[key]
-            axis.text(101, number, f"{share['step_s']:.1f} s a step", va="center", fontsize=8)
+            axis.text(101, number, f"{share['step_s']:.1f} s per step", va="center", fontsize=8)
         axis.set_yticks(range(len(shares)), list(shares))
         axis.invert_yaxis()
         axis.set_xlim(0, 118)
         axis.set_xticks(range(0, 101, 20))
-        axis.set_xlabel("share of step time, validation left out (%)")
+        axis.set_xlabel("share of step time without validation (%)")
         axis.grid(False)
         swatches = [
             plt.Rectangle((0, 0), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", label=text)
@@ -282,9 +283,72 @@ def before_after(rows: pd.DataFrame) -> Figure:
         axis.set_yticks(range(len(rows)), list(rows["label"]))
         axis.invert_yaxis()
         axis.set_xlim(0, min(108.0, float(rows[["initial_high", "final_high"]].max().max()) + 10))
-        axis.set_xlabel("execution match (%), bars are 95% intervals")
+        axis.set_xlabel("execution accuracy (%), with 95% intervals")
         axis.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=2)
+        plt.close(figure)
+    return figure
+
+
+def accuracy_and_causes(scores: Mapping[str, Score], causes: Mapping[str, int], most: int = 10) -> Figure:
+    """Draw accuracies with 95% intervals, and beside them how many wrong answers have each cause.
+
+    Args:
+        scores: by level.
+        causes: wrong answers by cause, the most frequent first.
+        most: causes to draw.
+    """
+    shown = dict(list(causes.items())[:most])
+    with _style():
+        size = (WIDTH, 1.2 + 0.24 * max(len(scores), len(shown), 4))
+        figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
+        values = [score.percent for score in scores.values()]
+        ends = [score.interval for score in scores.values()]
+        spread = [[max(0.0, abs(v - end[side])) for v, end in zip(values, ends, strict=True)] for side in (0, 1)]
+        left.bar(list(scores), values, color=COLOURS[0], width=0.6)
+        left.errorbar(range(len(values)), values, yerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2.5)
+        for place, score in enumerate(scores.values()):
+            left.text(place, 1, f"{score.percent:.0f}%\nn={score.n}", ha="center", color="white", fontsize=8)
+        left.set(ylabel="execution accuracy (%)", ylim=(0, 100))
+        left.set_title("Accuracy by hardness, 95% intervals", loc="left")
+        left.grid(axis="x", visible=False)
+        bars = right.barh(list(shown), list(shown.values()), color=COLOURS[1], height=0.65)
+        right.bar_label(bars, padding=3, fontsize=8)
+        right.invert_yaxis()
+        right.set_xlabel("wrong answers")
+        right.set_title("Why answers are wrong", loc="left")
+        right.grid(axis="y", visible=False)
+        plt.close(figure)
+    return figure
+
+
+def group_rewards(rollouts: pd.DataFrame) -> Figure:
+    """Draw how many rollouts of a group are right, for the groups of a training's first and last quarter of steps.
+
+    Args:
+        rollouts: `sqlbench_lab.rollouts.rollout_table` of a training.
+    """
+    part = rollouts[(rollouts["part"] == "training") & rollouts["correct"].notna()]
+    groups = part.groupby(["step", "key"])["correct"].sum().astype(int).reset_index()
+    steps = sorted(groups["step"].unique())
+    quarter = max(1, len(steps) // 4)
+    size = int(part.groupby(["step", "key"]).size().max())
+    with _style():
+        figure, axis = plt.subplots(figsize=(7.0, 2.8), layout="constrained")
+        for offset, chosen, colour, hatch in (
+            (-0.2, steps[:quarter], "#BBBBBB", ""),
+            (0.2, steps[-quarter:], "#0072B2", "//"),
+        ):
+            counts = groups.loc[groups["step"].isin(chosen), "correct"].value_counts(normalize=True).mul(100)
+            shares = counts.reindex(range(size + 1), fill_value=0.0)
+            label = f"steps {chosen[0]} to {chosen[-1]}"
+            places = [n + offset for n in shares.index]
+            axis.bar(places, shares, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label)
+        axis.set_xticks(range(size + 1))
+        axis.set_xlabel(f"right rollouts in a group of {size}")
+        axis.set_ylabel("groups (%)")
+        axis.grid(axis="x", visible=False)
+        axis.legend()
         plt.close(figure)
     return figure
 

@@ -153,7 +153,7 @@ class RunFacts:
             return cls(Path(config["data"]), _tokenizer(folder, config["model"]), config["rollout"]["strict"])
         ours, algorithm = config["config"]["sqlbench"], config["config"]["algorithm"]
         control = ours.get("control") or ours.get("random_reward")  # the older name
-        known = algorithm["adv_estimator"] == "grpo" and not control
+        known = algorithm["adv_estimator"] == "grpo" and not control and ours.get("credit", "rollout") == "rollout"
         by_std = bool(algorithm["norm_adv_by_std_in_grpo"]) if known else None
         return cls(Path(ours["data"]), _tokenizer(folder, ours["model"]), True, by_std)
 

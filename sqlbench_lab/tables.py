@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from itertools import permutations, product
+from itertools import permutations
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -218,16 +218,52 @@ def paired(first: Side, second: Side, names: tuple[str, str] = ("Initial", "Fina
     }
 
 
-def difference_table(results: Sequence[CellResult]) -> pd.DataFrame:
-    """Compare every cell before and after training, then trained cells that differ in one setting, task by task."""
-    pairs = [(r.cell.name, "before → after training", r.initial, r.final) for r in results]
-    for setting, (one, two) in product(("turns", "context", "agents"), permutations(results, 2)):
+def _matched(results: Sequence[CellResult], setting: str) -> list[tuple[CellResult, CellResult]]:
+    """Trained cells that differ in one setting only and were measured on the same tasks, the smaller value first."""
+    pairs = []
+    for one, two in permutations(results, 2):
         values = getattr(one.cell, setting), getattr(two.cell, setting)
         alike = one.cell.model_copy(update={setting: values[1]}) == two.cell and one.split == two.split
         if alike and values[0] < values[1] and len(one.final.outcomes) == len(two.final.outcomes):
-            pairs.append((two.cell.name, f"{setting} {values[0]} → {values[1]}", one.final, two.final))
+            pairs.append((one, two))
+    return pairs
+
+
+def difference_table(results: Sequence[CellResult]) -> pd.DataFrame:
+    """Compare every cell before and after training, then trained cells that differ in one setting, task by task."""
+    pairs = [(r.cell.name, "before → after training", r.initial, r.final) for r in results]
+    for setting in ("turns", "context", "agents"):
+        for one, two in _matched(results, setting):
+            change = f"{setting} {getattr(one.cell, setting)} → {getattr(two.cell, setting)}"
+            pairs.append((two.cell.name, change, one.final, two.final))
     names = ("First", "Second")
     return pd.DataFrame([{"Cell": cell, "Change": change} | paired(a, b, names) for cell, change, a, b in pairs])
+
+
+def answers(results: Sequence[CellResult]) -> str:
+    """Answer what turns, context and trained sub-agents change, one Markdown line each, from trained cells.
+
+    Only cells that differ in nothing else are compared, those with control rewards not at all.
+    """
+    trained, lines = [r for r in results if r.cell.control is None], []
+    names = {"turns": "with {} turns", "context": "with a context of {} characters", "agents": "with `{}` trained"}
+    for setting, name in names.items():
+        said = []
+        for one, two in _matched(trained, setting):
+            first, second = (
+                name.format(getattr(side.cell, setting)).replace("1 turns", "1 turn") for side in (one, two)
+            )
+            said.append(difference(one.final.right, two.final.right).sentence(first, second))
+        values = {getattr(r.cell, setting) for r in trained}
+        if len(values) == 1:
+            said = [f"Not asked here: every training is {name.format(values.pop())}."]
+        elif not said:
+            said = ["Not answered here: no two trainings differ in this alone."]
+            for r in trained:
+                if getattr(r.cell, setting) == max(values):
+                    said.append(f"`{r.cell.title}`: {r.gain.sentence('before training', 'after training')}")
+        lines.append(f"- **{setting.capitalize()}.** {' '.join(said)}")
+    return "\n".join(lines)
 
 
 def markdown(table: pd.DataFrame) -> str:

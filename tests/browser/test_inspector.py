@@ -125,6 +125,7 @@ def test_a_stored_notebook_that_is_not_trusted_keeps_gold_beside_predicted(lab, 
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("inspector")])
     data = {"text/html": str(inspector.html()), "text/plain": repr(inspector)}
     notebook.cells[0].outputs = [nbformat.v4.new_output("display_data", data)]
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, lab.folder / "stored.ipynb")
     lab.open(page, "stored.ipynb")
     page.set_viewport_size({"width": 1500, "height": 2000})

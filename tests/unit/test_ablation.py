@@ -22,6 +22,7 @@ from sqlbench_lab.tables import (
     CELL,
     accuracy_rows,
     accuracy_table,
+    answers,
     difference_table,
     efficiency_table,
     headline,
@@ -270,7 +271,7 @@ def test_differences_are_those_of_training_and_of_one_setting(bench: Workspace) 
     finished(bench, Experiment(seed=2), low, high[1:] + "1")
     finished(bench, Experiment(turns=1), low, high)
     finished(bench, Experiment(control="coin"), low, low)
-    table = difference_table(load_results(bench.folder)).set_index(["Cell", "Change"])
+    table = difference_table(load_results(bench.folder)).set_index(["Experiment", "Change"])
     training = table.xs("before → after training", level="Change")
     assert training["Gain"].to_dict() == {
         "t1_c2048_write-rewrite": 33.3,
@@ -282,6 +283,31 @@ def test_differences_are_those_of_training_and_of_one_setting(bench: Workspace) 
     others = table.drop(index="before → after training", level="Change")
     assert others.index.tolist() == [("t3_c2048_write-rewrite", "turns 1 → 3")]
     assert others[["Acc (First)", "Acc (Second)", "McNemar p"]].values.tolist() == [[66.7, 66.7, "1.000"]]
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ("0" * 100, "Accuracy with 3 turns is lower than with 1 turn by 50.0 points"),
+        ("1" * 100, "Accuracy with 3 turns is higher than with 1 turn by 50.0 points"),
+        ("01" * 50, "The same tasks are right with 3 turns as with 1 turn."),
+        ("10" + "01" * 49, "Accuracy with 3 turns is the same as with 1 turn"),
+        ("11" + "01" * 49, "Accuracy with 3 turns is higher than with 1 turn by 1.0 points"),
+    ],
+)
+def test_the_three_questions_are_answered_from_the_data(bench: Workspace, after: str, said: str) -> None:
+    finished(bench, Experiment(), "0" * 100, after)
+    finished(bench, Experiment(turns=1), "0" * 100, "01" * 50)
+    finished(bench, Experiment(agents=AGENTS_CHECK, steps=10), "0" * 100, "1" + "0" * 99)
+    finished(bench, Experiment(control="coin", turns=1), "0" * 100, "0" * 100)
+    turns, context, agents = answers(load_results(bench.folder)).splitlines()
+    assert turns.startswith(f"- **Turns.** {said}")
+    assert ("that is more than noise" in turns) == ("50.0 points" in turns)
+    assert ("that is not more than noise" in turns) == ("1.0 points" in turns)
+    assert context == "- **Context.** Not asked here: every training is with a context of 2048 characters."
+    assert "Not answered here" in agents and "higher than before training by 1.0 points" in agents
+    finished(bench, Experiment(agents=AGENTS_CHECK), "0" * 100, "0" * 100)
+    assert "with `write|rewrite` trained" in answers(load_results(bench.folder)).splitlines()[2]
 
 
 def test_seeds_of_one_configuration_are_drawn_as_one(bench: Workspace) -> None:

@@ -25,14 +25,16 @@ from sqlbench.cli import main
 from sqlbench.data.tasks import Task, write_split
 from sqlbench.errors import DataError, ModelError
 from sqlbench.evaluation import evaluate
+from sqlbench.results import Score
 from sqlbench.runs import METRICS, TRAJECTORIES, RunFolder
 from sqlbench.stats import mcnemar
 from sqlbench_lab import view
 from sqlbench_lab.comparison import Comparison
-from sqlbench_lab.figures import read_metrics
+from sqlbench_lab.display import advantage_example, query_table, training_settings
+from sqlbench_lab.figures import accuracy_and_causes, group_rewards, read_metrics
 from sqlbench_lab.inspector import Inspector
 from sqlbench_lab.monitor import Monitor
-from sqlbench_lab.rollouts import advantages
+from sqlbench_lab.rollouts import advantages, rollout_table
 from sqlbench_train.metrics import write_rows
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'"
@@ -352,6 +354,41 @@ def test_no_advantage_is_shown_where_it_is_not_known(tmp_path: Path) -> None:
         assert "card" in drawn.html() and "advantage" not in drawn.html()
     validation = Inspector(training(tmp_path / "run")).filter(part="validation")
     assert "advantage" not in validation.html()
+
+
+def test_an_advantage_is_worked_out_for_a_group_that_divides(tmp_path: Path) -> None:
+    found = advantage_example(training(tmp_path / "run"))
+    assert found["reward"].tolist() == [1.0, 0.0, 0.0, 0.0] and set(found["step"]) == {1}
+    assert set(found["group mean"]) == {0.25} and set(found["group deviation"]) == {0.5}
+    assert found["advantage"].tolist() == [1.5, -0.5, -0.5, -0.5]
+    for name, changed in (("coin", {"random_reward": True}), ("own", {"credit": "transition"})):
+        assert advantage_example(training(tmp_path / name, **changed)).empty, "it is not this group that is compared"
+
+
+def test_the_settings_are_those_that_ran(tmp_path: Path) -> None:
+    table = training_settings(training(tmp_path / "run", steps=7, max_turns=5)).set_index("setting")["value"]
+    assert (table["steps"], table["maximum turns"], table["learning rate"]) == ("7", "5", "not recorded")
+
+
+def test_groups_are_drawn_by_their_right_rollouts(tmp_path: Path) -> None:
+    early, late = group_rewards(rollout_table(training(tmp_path / "run"))).axes[0].containers
+    assert [bar.get_height() for bar in early] == [0, 100, 0, 0, 0]
+    assert [bar.get_height() for bar in late] == [0, 0, 0, 0, 100]
+
+
+def test_accuracy_and_causes_are_drawn() -> None:
+    scores = {"easy": Score.of(pd.Series([1.0, 1.0, 0.0, 0.0]), pd.Series(range(4)))}
+    left, right = accuracy_and_causes(scores, {"wrong join": 3, "syntax": 1}).axes
+    assert [bar.get_height() for bar in left.patches] == [50.0]
+    assert [bar.get_width() for bar in right.patches] == [3, 1]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["wrong join", "syntax"]
+    assert accuracy_and_causes(scores, {}).axes
+
+
+def test_a_table_of_queries_is_coloured_and_escaped() -> None:
+    shown = query_table(pd.DataFrame({"question": [HOSTILE], "gold": ["SELECT 1 < 2"], "pred": [None]})).data
+    assert Elements(shown).text.endswith(f"{HOSTILE}SELECT 1 < 2") and "&lt;span" not in shown
+    assert not Elements(shown).names & {"script", "img"} and f">{'SELECT'}</span>" in shown
 
 
 # ---- SQL, results, tokens
