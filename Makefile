@@ -1,4 +1,4 @@
-# make install | demo | test | test-vllm | soak | check | lab | reproduce | bench | clean
+# make install | demo | test | test-vllm | soak | check | docs | lab | reproduce | bench | clean
 # Variables: PYTHON (interpreter to use), TORCH_INDEX (a further index, for another build of torch), VENV, RUN (name of the run to write), SPIDER and PAIRS (for bench), SOAK_TRIALS and SOAK_OUT (for soak).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
@@ -33,7 +33,7 @@ $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check $(1)
    /^ERROR/ { print }' || { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
 endef
 
-.PHONY: help install demo test test-vllm soak check lab reproduce bench clean clean-venv
+.PHONY: help install demo test test-vllm soak check docs lab reproduce bench clean clean-venv
 help:
 	@sed -n 's/^# make /targets: /p' Makefile; sed -n 's/^#\( Variables\)/\1/p' Makefile
 
@@ -97,6 +97,22 @@ soak: export SOAK_OUT ?= build/soak.jsonl
 soak: $(INSTALLED)
 	@rm -f $(SOAK_OUT)
 	@$(BIN)/python -m pytest --timeout=7200 --durations=0 tests/soak
+
+# The documentation as a site in build/site, by tools in an environment of their own; a broken link ends it.
+docs: .venv-docs/.installed
+	@rm -rf build/pages build/site
+	@mkdir -p build/pages
+	@git ls-files -z --cached --others --exclude-standard -- ':!tests' ':!*.jsonl' ':!*.gz' ':!*.safetensors' | tar --null --ignore-failed-read -T - -cf - | tar -xf - -C build/pages
+	@.venv-docs/bin/mkdocs build --quiet
+	@echo "wrote build/site/index.html"
+
+.venv-docs/.installed: BIN := .venv-docs/bin
+.venv-docs/.installed: LOG := .venv-docs/install.log
+.venv-docs/.installed: constraints-docs.txt
+	@python=$$($(FIND_PYTHON)); test -x $(BIN)/python || $$python -m venv .venv-docs
+	@: > $(LOG)
+	@$(call PIP,-r constraints-docs.txt)
+	@touch $@
 
 # Rooted at the project, so that the folders of results are seen beside the notebooks.
 lab: $(INSTALLED)

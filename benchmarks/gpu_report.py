@@ -1,10 +1,10 @@
 """Makes the tables and the figure of trainings on a GPU from the small forms of their run folders.
 
-    python benchmarks/gpu_report.py [results/gpu] [--readme README.md]
+    python benchmarks/gpu_report.py [results/gpu] [--page docs/gpu.md]
 
 Every folder in it with a ``config.json`` and a ``metrics.jsonl`` is a run (`compact_run.py` makes such a folder). The
 tables replace what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->`` in the README of the folder and
-in ``--readme``; NAME is ``gpu-accuracy``, ``gpu-validation`` or ``gpu-time``. The figure is ``gpu.png`` in the folder.
+in ``--page``; NAME is ``gpu-accuracy``, ``gpu-validation`` or ``gpu-time``. The figure is ``gpu.png`` in the folder.
 """
 
 from __future__ import annotations
@@ -356,13 +356,13 @@ def main() -> None:
     """Write the tables and the figure, and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("results/gpu"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="a further page with the same marks")
+    parser.add_argument("--page", type=Path, default=Path("docs/gpu.md"), help="a further page with the same marks")
     options = parser.parse_args()
     runs = read_runs(options.folder)
     if not runs:
         parser.error(f"no run below {options.folder}; make one with compact_run.py")
     tables = tables_of(runs)
-    for page in (options.folder / "README.md", options.readme):
+    for page in (options.folder / "README.md", options.page):
         if page.is_file():
             page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
     (options.folder / "gpu.png").write_bytes(png(figure(runs), dpi=110))

@@ -3,4 +3,4 @@
 Importing the package is cheap (well under a second): heavy libraries are imported where they are used.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

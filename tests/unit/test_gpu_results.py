@@ -141,7 +141,7 @@ def test_the_pages_hold_the_tables_of_what_is_kept(repo: Path) -> None:
     listed = (repo / "results/gpu/README.md").read_text(encoding="utf-8")
     runs = [run for run in gpu_report.read_runs(repo / "results/gpu") if f"| `{run.name}` |" in listed]  # not one's own
     tables = gpu_report.tables_of(runs)
-    for page, names in (("results/gpu/README.md", set(tables)), ("README.md", {"gpu-accuracy", "gpu-time"})):
+    for page, names in (("results/gpu/README.md", set(tables)), ("docs/gpu.md", {"gpu-accuracy", "gpu-time"})):
         text = (repo / page).read_text(encoding="utf-8")
         assert gpu_report.fill(text, tables) == text, f"{page}: run python benchmarks/gpu_report.py"
         assert all(f"<!-- table:{name} -->\n{tables[name]}" in text for name in names)

@@ -169,16 +169,3 @@ def test_importing_the_package_pulls_in_nothing_heavy():
     code = f"import sys, sqlbench; print([m for m in {heavy} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
-
-
-def test_the_shipped_files_are_declared_as_package_data(repo):
-    import sqlbench
-
-    patterns = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    for package in PACKAGES:
-        data = {path for path in tracked(repo) if path.is_relative_to(repo / package) and path.suffix != ".py"}
-        for pattern in patterns.get(package, []):
-            data -= set((repo / package).glob(pattern))
-        data -= {path for path in data if any(path.match(pattern) for pattern in patterns["*"])}
-        assert not data, f"not in the wheel: {data}"
-    assert metadata.version("sqlbench") == sqlbench.__version__
