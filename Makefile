@@ -103,7 +103,7 @@ docs: .venv-docs/.installed
 	@rm -rf build/pages build/site
 	@mkdir -p build/pages
 	@git ls-files -z --cached --others --exclude-standard -- ':!tests' ':!*.jsonl' ':!*.gz' ':!*.safetensors' | tar --null --ignore-failed-read -T - -cf - | tar -xf - -C build/pages
-	@.venv-docs/bin/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build 2>&1 | { grep -v "^INFO" || true; }
 	@echo "wrote build/site/index.html"
 
 .venv-docs/.installed: BIN := .venv-docs/bin

@@ -48,11 +48,6 @@ def cells(folder: Path) -> dict[str, CellResult]:
     return {result.cell.name: result for result in load_results(folder)}
 
 
-def cell(value: str) -> str:
-    """Escape text for a cell of a Markdown table."""
-    return value.replace("|", "\\|")
-
-
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """Write a Markdown table."""
     names = list(head)
@@ -149,7 +144,7 @@ def ablation_table() -> str:
                 [
                     f"{r.cell.context:,} characters",
                     r.cell.turns,
-                    f"`{cell(r.cell.agents)}`",
+                    f"<code>{r.cell.agents.replace('|', '&#124;')}</code>",
                     f"{r.initial.score.percent:.1f}",
                     f"{after.percent:.1f} ({after.interval_text})",
                     calls[0] if calls[0] == calls[1] else " → ".join(calls),

@@ -65,6 +65,7 @@ def test_the_examples_of_a_page_run(place: Path, page: str) -> None:
         if block["file"]:
             (place / block["file"]).write_text(code)
             continue
+        code = f"trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{code}" if block["language"] == "sh" else code
         command = ["bash", "-euc", code] if block["language"] == "sh" else [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
