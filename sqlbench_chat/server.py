@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ from voila.tornado.handler import TornadoVoilaHandler
 ABANDONED = 180
 WARM = 60
 """Seconds after which the address is told though no kernel is warm; a page that comes earlier gets a cold one."""
-PING = 30_000
-"""Milliseconds; Jupyter's own default is over the interval of its pings, of which Tornado warns in the terminal."""
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss:"
 """What the page may load: nothing from elsewhere (Voila's template would ask a CDN for icons and wait for it)."""
 
@@ -79,11 +78,13 @@ def serve_notebook(page: Path, host: str, port: int, token: str, pages: int, ann
             "token": token,
             "open_browser": False,
             "log_level": "ERROR",
-            "tornado_settings": {"headers": {"Content-Security-Policy": POLICY}, "ws_ping_timeout": PING},
+            "tornado_settings": {"headers": {"Content-Security-Policy": POLICY}},
         },
         "VoilaConfiguration": {"preheat_kernel": True, "default_pool_size": 1},
         "MappingKernelManager": {"cull_idle_timeout": ABANDONED, "cull_interval": 30, "cull_connected": False},
         "KernelManager": {"transport": "ipc"},  # between server and kernels: files of this user, no open ports
     }
+    # Tornado warns of Jupyter's settings for pings: they are in milliseconds, and it takes them for seconds.
+    logging.getLogger("tornado.general").setLevel(logging.ERROR)
     Server.announce, Server.pages = staticmethod(announce), pages
     Server.launch_instance([str(page)], config=Config(settings))

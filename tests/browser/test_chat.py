@@ -382,6 +382,15 @@ def test_where_others_reach_the_address_a_browser_needs_its_token(page: Page, se
     open_page(page, address)
 
 
+def test_a_page_keeps_its_connection(page: Page, serve, tmp_path: Path) -> None:
+    closed: list[str] = []
+    page.on("websocket", lambda socket: socket.on("close", lambda _: closed.append(socket.url)))
+    open_page(page, serve())
+    page.wait_for_timeout(65_000)  # Jupyter pings every 30 s, and closes what has not answered
+    assert not closed
+    assert (tmp_path / "voila.log").read_text() == ""
+
+
 def test_no_more_pages_are_open_than_the_limit(page: Page, serve) -> None:
     address = serve("--pages", "1")
     open_page(page, address)
