@@ -2,10 +2,11 @@
 
     python benchmarks/baselines.py --out DIR [--data DATA_SET] [--seeds N] [--turns N] [--only ARM ...]
 
-Every arm starts from nano and sees at most ``steps x 16 x 8`` rollouts, or the tasks of as many steps:
+Every arm but ``dynamic`` starts from nano and sees at most ``steps x 16 x 8`` rollouts, or the tasks of as many steps:
 
-- ``grpo``: the profile's defaults; ``dynamic`` and ``success-rate``: the same with other tasks per step
-  (`sqlbench_train.sampling`); ``positive_only``, ``token_mean`` and ``transition``: with another loss, or credit.
+- ``dynamic``: the profile's defaults; ``grpo``: uniform sampling, as in all arms below, so that the numbers of rollouts
+  are equal; ``success-rate``: with other tasks per step (`sqlbench_train.sampling`); ``positive_only``, ``token_mean``
+  and ``transition``: with another loss, or credit.
 - ``permuted``: rewards of each task's rollouts, shuffled among them; ``runs``: a reward for queries that run.
 - ``sft``: the gold queries of the training split, as many answers as GRPO sees rollouts.
 - ``rejection``: rollouts of nano on as many training tasks as GRPO sees, of which the right ones are imitated.
@@ -38,16 +39,17 @@ from sqlbench_train.sft import sft
 TASKS, GROUP = 16, 8
 """Tasks per step, and rollouts per task, of the laptop profile."""
 LEARNED = "dev_unseen_pretrain"
+UNIFORM = "sqlbench.sampling=uniform"
 ARMS: dict[str, tuple[str, ...]] = {
     "before": (),
-    "grpo": (),
-    "dynamic": ("sqlbench.sampling=dynamic",),
+    "grpo": (UNIFORM,),
+    "dynamic": (),
     "success-rate": ("sqlbench.sampling=success-rate",),
-    "positive_only": ("actor_rollout_ref.actor.policy_loss.loss_mode=positive_only",),
-    "token_mean": ("actor_rollout_ref.actor.policy_loss.loss_mode=token_mean",),
-    "transition": ("sqlbench.credit=transition",),
-    "permuted": ("sqlbench.control=permuted",),
-    "runs": ("sqlbench.reward=runs",),
+    "positive_only": ("actor_rollout_ref.actor.policy_loss.loss_mode=positive_only", UNIFORM),
+    "token_mean": ("actor_rollout_ref.actor.policy_loss.loss_mode=token_mean", UNIFORM),
+    "transition": ("sqlbench.credit=transition", UNIFORM),
+    "permuted": ("sqlbench.control=permuted", UNIFORM),
+    "runs": ("sqlbench.reward=runs", UNIFORM),
     "sft": (),
     "rejection": (),
 }

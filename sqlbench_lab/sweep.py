@@ -138,6 +138,7 @@ SMALLEST = (
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
     "actor_rollout_ref.rollout.n=2",
     "sqlbench.validation_tasks=8",
+    "sqlbench.sampling=uniform",
 )
 """Overrides for the smallest training."""
 

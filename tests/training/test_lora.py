@@ -27,6 +27,7 @@ LORA = [
     "sqlbench.max_turns=1",
     "sqlbench.drop_useless_groups=false",
     "sqlbench.validation_tasks=2",
+    "sqlbench.sampling=uniform",
     "trainer.total_training_steps=2",
     "trainer.save_freq=1",
     "trainer.test_freq=2",

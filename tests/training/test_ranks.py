@@ -42,6 +42,7 @@ OVERRIDES = (
     "sqlbench.trained_agents=write|rewrite|check",
     "sqlbench.max_failed_share=0.9",
     "sqlbench.validation_tasks=1",
+    "sqlbench.sampling=uniform",
     "trainer.total_training_steps=2",
     "trainer.save_freq=2",
     "trainer.test_freq=-1",

@@ -42,6 +42,7 @@ TINY = [
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
     "actor_rollout_ref.rollout.n=4",
     "sqlbench.validation_tasks=4",
+    "sqlbench.sampling=uniform",
     "trainer.total_training_steps=3",
     "trainer.save_freq=1",
     "trainer.test_freq=3",

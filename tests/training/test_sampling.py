@@ -64,7 +64,6 @@ def test_a_training_samples_until_its_batch_is_full_of_tasks_that_divide(pocket:
         "trainer.save_freq=2",
         "trainer.test_freq=-1",
         "trainer.val_before_train=False",
-        "sqlbench.sampling=dynamic",
         f"sqlbench.most_sampled={MOST}",
         "sqlbench.validation_tasks=1",
     ]

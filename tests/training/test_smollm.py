@@ -83,6 +83,7 @@ def test_it_is_trained_for_two_steps(smollm: Path, pocket: DataSet, tmp_path: Pa
         "actor_rollout_ref.rollout.n=2",
         "sqlbench.max_turns=1",
         "sqlbench.validation_tasks=2",
+        "sqlbench.sampling=uniform",
         "trainer.total_training_steps=2",
         "trainer.save_freq=2",
         "trainer.test_freq=2",
