@@ -14,6 +14,7 @@ import nbformat
 from sqlbench.errors import ServerError
 from sqlbench_chat.settings import ChatConfig
 from sqlbench_lab.home import ensure_folders
+from sqlbench_train.serve import LOCAL
 
 
 def serve_chat(settings: ChatConfig, folder: Path) -> None:
@@ -22,7 +23,7 @@ def serve_chat(settings: ChatConfig, folder: Path) -> None:
     Raises:
         ServerError: Voila is not installed, or the address cannot be used.
     """
-    from sqlbench_train.serve import LOCAL, listen
+    from sqlbench_train.serve import listen
 
     try:
         from sqlbench_chat.server import serve_notebook
@@ -51,7 +52,7 @@ def serve_chat(settings: ChatConfig, folder: Path) -> None:
 
 def _notebook(settings: ChatConfig, folder: Path, model: str) -> nbformat.NotebookNode:
     options = settings.model_dump(mode="json", include={"data", "reflection", "every", "agent", "prompts"})
-    options["folder"] = str(folder)
+    options |= {"folder": str(folder), "private": settings.host not in LOCAL and not settings.shared}
     code = (
         f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench_chat.hosted import HostedModel\n"
         f"from sqlbench_chat.view import ChatView\nChatView(model={model}, **{options!r})"

@@ -122,7 +122,20 @@ class ChatSession:
             max_turns=MAX_ATTEMPTS, **BUDGETS.get(model.family, {"table_info_truncate": LARGE})
         ).decided(model.family)
         self._databases: dict[str, Database] = {}
-        self._saved = self.folder / "bandit.json"
+        self.refresh()
+
+    def move_to(self, folder: Path) -> None:
+        """Turn to another folder, with what is kept there.
+
+        Raises:
+            DataError: what is kept in it cannot be read.
+            RunError: it cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"Cannot write {folder}: {error.strerror}. Make it writable and try again.") from error
+        self.folder = folder
         self.refresh()
 
     def refresh(self) -> None:
@@ -143,6 +156,10 @@ class ChatSession:
 
     def _bandit(self) -> LinUCBRepair:
         return LinUCBRepair.load(self._saved) if self._saved.is_file() else LinUCBRepair()
+
+    @property
+    def _saved(self) -> Path:
+        return self.folder / "bandit.json"
 
     def _database(self, name: str) -> Database:
         if name not in self._databases and self.builtin is not None and name in self.builtin.names:

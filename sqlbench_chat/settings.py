@@ -43,6 +43,10 @@ class ChatConfig(Settings):
     host: Host = "127.0.0.1"
     token: str | None = Field(None, description="What a browser has to know; made up where others reach --host.")
     pages: int = Field(20, ge=1, description="Pages open at a time, each with a process of its own.")
+    shared: bool = Field(
+        False,
+        description="Share conversations and what is learned where others reach --host; else each browser has its own.",
+    )
     run: Run = "chat"
     results: Results = RESULTS
     reflection: str | None = Field(None, description="Endpoint for prompt evolution, openai:NAME; or else --model's.")

@@ -8,6 +8,7 @@ and databases is escaped.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from sqlbench_chat.turn import HTML, LiveTranscript, Turn
 from sqlbench_lab import view
 
 SHOWN_CARDS = 30
+BROWSERS = "browsers"
 TABS = ("Chat", "ER diagram", "Benchmark")
 
 
@@ -50,6 +52,7 @@ class ChatView(Panel):
         every: questions between two evolutions.
         agent: the built-in one, or ``module:attribute``.
         prompts: family or TOML file to start from, if not the model's own.
+        private: keep what each browser asks and teaches in a folder of its own, for a page that several people reach.
         session: a session that is already open, in place of all the above.
     """
 
@@ -63,9 +66,11 @@ class ChatView(Panel):
         every: int = 4,
         agent: str = "self-correcting",
         prompts: str | None = None,
+        private: bool = False,
         session: ChatSession | None = None,
     ) -> None:
         self.session = session
+        self._private, self._greeting = private, ""
         self.connection: Connection | None = None
         self._opened: dict[str, Connection] = {}
         self._task: asyncio.Task[None] | None = None
@@ -135,10 +140,27 @@ class ChatView(Panel):
         return super()._repr_mimebundle_(**options) | {"text/plain": "chat", "text/html": static}
 
     def _do(self, action: str, argument: str) -> None:
-        if action == "open" and self.session is not None:  # a browser has the page: what was kept may be newer than it
-            self.guarded(self.session.refresh)
-            self.guarded(lambda: self.conversations.turn_to(argument))
-            self._show_learned()
+        if action == "open":  # a browser has the page: what was kept may be newer than it
+            self._greeting = argument
+            self.guarded(self._greet)
+
+    def _greet(self) -> None:
+        """Open the conversation that the browser names, ``browser/conversation``, once there is a session."""
+        browser, _, name = self._greeting.rpartition("/")
+        if self.session is None or not self._ready:
+            return
+        folder = self.session.folder
+        if self._private and folder.parent.name != BROWSERS:
+            folder = folder / BROWSERS / browser
+        self.session.move_to(folder)
+        self.conversations.turn_to(name, folder / "conversations")
+        self._show_model()
+        self._enable()
+
+    @property
+    def _ready(self) -> bool:
+        """Whether it is known whose conversations are to be shown; the name that a browser gives itself is secret."""
+        return not self._private or re.match(r"[0-9a-f]{32}/", self._greeting) is not None
 
     def stop(self) -> None:
         """Give up the question or benchmark that is running."""
@@ -183,7 +205,7 @@ class ChatView(Panel):
     def _enable(self) -> None:
         for control in (self._databases, self._connect):
             control.disabled = self.session is None or self.busy
-        self._ask.disabled = self.session is None or self.connection is None
+        self._ask.disabled = self.session is None or self.connection is None or not self._ready
         self._ask.description, self._ask.button_style = ("Stop", "warning") if self.busy else ("Ask", "primary")
         run = self.bench.run
         run.disabled = self.session is None
@@ -197,6 +219,8 @@ class ChatView(Panel):
             self.session = await in_thread(_open_session, data, model, *how)
         self.conversations.turn_to("", self.session.folder / "conversations")
         self._show_model()
+        if self._greeting:
+            self._greet()
         if self.session.builtin is not None:
             self._databases.options = self.session.builtin.names
             self._databases.value = self.session.builtin.names[0]
@@ -315,7 +339,7 @@ class ChatView(Panel):
             remark: what the user said about the last of these queries.
         """
         question = " ".join(clean(question).split())
-        if self.busy or self.session is None or (database is None and self.connection is None):
+        if self.busy or self.session is None or not self._ready or (database is None and self.connection is None):
             return
         if not self.guarded(lambda: database and self.opened(database)):
             return

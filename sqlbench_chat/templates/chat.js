@@ -79,6 +79,14 @@
 
   // What appears: links to follow, the name for the address, the newest turn, fields without a name.
   let greeted = false, newest = true;
+  const browser = () => { // a secret name, by which this browser finds its own conversations again
+    const made = () => [...crypto.getRandomValues(new Uint8Array(16))].map((n) => n.toString(16).padStart(2, "0")).join("");
+    try {
+      return (localStorage.sqlbenchBrowser ||= made());
+    } catch {
+      return made(); // where nothing may be stored
+    }
+  };
   document.addEventListener("scroll", (event) => {
     const list = event.target;
     if (list.classList?.contains("sqlbench-turns"))
@@ -105,7 +113,7 @@
     if (list && newest) list.scrollTop = list.scrollHeight;
     if (!page) return;
     const chat = document.querySelector(".sqlbench-chat");
-    if (chat && !greeted) greeted = tell(chat, `open:${location.hash.slice(1)}`);
+    if (chat && !greeted) greeted = tell(chat, `open:${browser()}/${location.hash.slice(1)}`);
     const name = document.querySelector("[data-conversation]")?.dataset.conversation;
     if (greeted && name && location.hash.slice(1) !== name) history.replaceState(null, "", `#${name}`);
   }

@@ -386,7 +386,7 @@ def test_a_table_of_500_columns_is_announced_and_asked(tmp_path: Path) -> None:
     async def steps(view: ChatView) -> None:
         view.connect(str(tmp_path / "wide.sqlite"))
         await view.wait()
-        assert "has 500 columns" in view._message.value and "more columns" in view.diagram.picture.value
+        assert "(1 table, 500 columns)" in view._message.value and "more columns" in view.diagram.picture.value
         assert "measurement_499" in (await ask(view, "Everything?")).html()
 
     drive(tmp_path, steps, lambda system, user: RIGHT if "You review" in system else "SELECT * FROM wide")
@@ -460,9 +460,9 @@ def test_databases_of_a_data_set_have_a_benchmark_and_own_ones_do_not(
         view.benchmark()
         await view.wait()
         scores = view.bench.scores.value
-        assert "48 of 48 questions" in scores and "<td>47 of 48</td><td>97.9% (95% " in scores
-        assert "<td>19 of 20</td><td>95.0% (95% " in scores and scores.count("✗ wrong") == 1
-        assert gold[wrong].split()[-1] in scores and "<th>gold</th>" in scores
+        assert "48 of 48 questions" in scores and ">47 of 48</td>" in scores and ">97.9% (95% " in scores
+        assert ">19 of 20</td>" in scores and ">95.0% (95% " in scores and scores.count("✗ wrong") == 1
+        assert gold[wrong].split()[-1] in scores and ">gold</th>" in scores
         view.bench.level.value = "hard"
         view.benchmark()
         await view.wait()
@@ -709,7 +709,7 @@ def test_conversations_are_kept_reopened_renamed_deleted_and_exported(tmp_path: 
         names = {title: name for title, name in row.chosen.options}
         assert set(names) == {"New conversation", "Mine", "Who are | the <b>first</b>?"} and not view.cards
         first = names["Who are | the <b>first</b>?"]
-        view._do("open", first)  # as a page does that was reloaded
+        view._do("open", f"{'a' * 32}/{first}")  # as a page does that was reloaded
         await view.wait()
         assert view.cards[-1].turn.remark == "all of them"
         view.cards[-1].retry()
@@ -722,11 +722,41 @@ def test_conversations_are_kept_reopened_renamed_deleted_and_exported(tmp_path: 
         row.delete()
         assert not view.cards and not (folder / f"{first}.jsonl").exists()
         for name in ("../../etc/passwd", "x" * 99, "<b>"):
-            view._do("open", name)
+            view._do("open", f"/{name}")
             assert row.conversation.name != name and not view.cards
 
     drive(tmp_path, later)
     assert sorted(p.suffix for p in folder.iterdir()) == [".jsonl"]
+
+
+def test_where_others_reach_the_page_each_browser_has_its_own(tmp_path: Path, shop: Path) -> None:
+    one, other = "1" * 32, "2" * 32
+
+    async def seen_by(browser: str, question: str) -> list[str]:
+        view = ChatView(None, Scripted(lambda *_: FIRST), tmp_path / "state", private=True)
+        await view.wait()
+        view.connect(str(shop))
+        await view.wait()
+        for unknown in ("", "/", f"../{browser}/", "<b>/"):
+            view._do("open", unknown)
+            view.ask(question)
+            await view.wait()
+            assert not view.cards and view._ask.disabled
+        view._do("open", f"{browser}/")
+        view._do("open", f"{other}/")  # a page stays with its browser
+        assert not view._ask.disabled
+        view.ask(question)
+        await view.wait()
+        view.cards[-1].judge(False, "not this")
+        await view.wait()
+        return [title for title, _ in view.conversations.chosen.options]
+
+    assert asyncio.run(seen_by(one, "Mine?")) == ["Mine?"]
+    assert asyncio.run(seen_by(other, "Yours?")) == ["Yours?"]
+    assert asyncio.run(seen_by(one, "Again?")) == ["Again?", "Mine?"]
+    state = tmp_path / "state"
+    assert sorted(path.name for path in (state / "browsers").iterdir()) == [one, other]
+    assert not list((state / "conversations").glob("*")) and not (state / "bandit.json").exists()
 
 
 def test_a_benchmark_can_be_cancelled_and_what_was_answered_is_kept(tmp_path: Path, pocket: DataSet) -> None:
