@@ -33,7 +33,7 @@ from sqlbench.clauses import HARDNESS
 from sqlbench.results import difference
 from sqlbench.runs import CONFIG, METRICS, RunFolder
 from sqlbench_lab.figures import COLOURS, DASHES, MARKERS, STYLE, png
-from sqlbench_lab.tables import Side, markdown
+from sqlbench_lab.tables import EvalStats, markdown
 from sqlbench_train.metrics import read_rows
 
 PARTS = {
@@ -104,11 +104,11 @@ def share(values: Sequence[bool]) -> float:
     return 100 * sum(values) / len(values) if values else float("nan")
 
 
-def side(records: list[dict[str, Any]]) -> Side:
+def side(records: list[dict[str, Any]]) -> EvalStats:
     """The outcome of every task, for a comparison task by task."""
     ordered = sorted(records, key=lambda r: (r["task_key"], r["task_id"]))
     calls = [call for r in records for call in r["calls"]]
-    return Side(
+    return EvalStats(
         outcomes="".join({None: "x", False: "0", True: "1"}[r["right"]] for r in ordered),
         transitions=len(calls) / len(records),
         prompt_tokens=statistics.fmean(call["prompt"] for call in calls),

@@ -18,7 +18,7 @@ import pandas as pd
 
 from sqlbench.results import difference
 from sqlbench.runs import read_jsonl
-from sqlbench_lab.tables import CellResult, Side, load_results
+from sqlbench_lab.tables import CellResult, EvalStats, load_results
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "results"
@@ -55,7 +55,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def change(name: str, before: Side, after: Side) -> list[str]:
+def change(name: str, before: EvalStats, after: EvalStats) -> list[str]:
     """Write one row of a paired comparison."""
     found = difference(before.right, after.right)
     scores = [f"{side.score.percent:.1f}% ({side.score.interval_text})" for side in (before, after)]

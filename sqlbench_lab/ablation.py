@@ -38,7 +38,7 @@ from sqlbench_lab.sweep import GRIDS, Experiment, Sweep, slug
 from sqlbench_lab.tables import (
     CELL,
     CellResult,
-    measure,
+    eval_stats,
     model_size,
     paired,
     seed_comparison,
@@ -201,8 +201,8 @@ def run_cell(cell: Experiment, bench: Workspace, grid: Sweep) -> CellResult:
         cell=cell,
         size=model_size(cell.model),
         split=grid.split,
-        initial=measure(checks[0], cell.agents),
-        final=measure(checks[1], cell.agents),
+        initial=eval_stats(checks[0], cell.agents),
+        final=eval_stats(checks[1], cell.agents),
         gpus=0 if trainer["device"] == "cpu" else trainer["n_gpus_per_node"] * trainer["nnodes"],
         steps=int(metrics.index.max()),
         hours=metrics.filter(["timing_s/step", "timing_s/testing"]).sum().sum() / 3600,
@@ -296,7 +296,7 @@ def compare_splits(cell: Experiment, bench: Workspace, splits: Iterable[str], li
     for split in splits:
         grid = Sweep((cell,), split=split, limit=limit)
         before, after = (
-            measure(Rollouts.of(make(cell, bench, grid).trajectories()), cell.agents)
+            eval_stats(Rollouts.of(make(cell, bench, grid).trajectories()), cell.agents)
             for make in (evaluate_before, evaluate_after)
         )
         rows.append({"Split": split} | paired(before, after))

@@ -36,7 +36,7 @@ class Correction(Settings):
     """95% interval of ``last - first``, by bootstrap over tasks."""
     p: float
     """McNemar's test of first against last, over tasks."""
-    flagged: int
+    rejected: int
     """Checks that called a query wrong."""
     precision: float
     """Of the queries called wrong, how many were."""
@@ -92,7 +92,7 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
         gain_low=low,
         gain_high=high,
         p=mcnemar(first, last),
-        flagged=(~says).sum(),
+        rejected=(~says).sum(),
         precision=mean(~correct[~says]) or 0.0,
         recall=mean(~says[~correct]),
         recall_ran=mean(~says[~correct & checks["ran"]]),
@@ -125,7 +125,7 @@ def row(found: Correction) -> dict[str, object]:
         "Gain": round(100 * (found.last - found.first), 1),
         "By turn": " / ".join(f"{100 * (b - a):+.1f}" for a, b in pairwise(found.by_turn)),
         "95% CI (Gain)": f"{100 * found.gain_low:+.1f} to {100 * found.gain_high:+.1f}",
-        "Check: precision (%)": _percent(found.precision if found.flagged else None),
+        "Check: precision (%)": _percent(found.precision if found.rejected else None),
         "Check: recall (%)": _percent(found.recall),
         "Check: recall, ran (%)": _percent(found.recall_ran),
         "Check: balanced (%)": _percent(found.balanced_accuracy),

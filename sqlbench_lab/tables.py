@@ -26,7 +26,7 @@ from sqlbench_lab.sweep import GRIDS, Experiment
 CELL = "cell.json"
 
 
-class Side(Settings):
+class EvalStats(Settings):
     """One evaluation as a cell needs it."""
 
     outcomes: str
@@ -54,8 +54,8 @@ class CellResult(Settings):
     cell: Experiment
     size: str
     split: str
-    initial: Side
-    final: Side
+    initial: EvalStats
+    final: EvalStats
     gpus: int
     steps: int
     hours: float
@@ -69,13 +69,13 @@ class CellResult(Settings):
         return difference(self.initial.right, self.final.right)
 
 
-def measure(found: Rollouts, agents: str) -> Side:
+def eval_stats(found: Rollouts, agents: str) -> EvalStats:
     """Measure one evaluation for the tables, counting the transitions of sub-agents that `agents` matches."""
     frame = found.rollouts.sort_values(["task_key", "task_id"], kind="stable")
     scored = frame.index[frame["correct"].notna()]
     counted = found.calls["agent"].map(re.compile(agents).search).notna()
     calls = found.calls[counted & found.calls["rollout"].isin(scored)]
-    return Side(
+    return EvalStats(
         outcomes="".join(frame["correct"].map({1.0: "1", 0.0: "0"}).fillna("x")),
         transitions=len(calls) / len(scored) if len(scored) else math.nan,
         prompt_tokens=calls["prompt"].mean(),
@@ -204,7 +204,7 @@ def headline(results: Sequence[CellResult]) -> str:
     )
 
 
-def paired(first: Side, second: Side, names: tuple[str, str] = ("Initial", "Final")) -> dict[str, Any]:
+def paired(first: EvalStats, second: EvalStats, names: tuple[str, str] = ("Initial", "Final")) -> dict[str, Any]:
     """Return two evaluations over the same tasks and their difference as columns of a table."""
     row: dict[str, Any] = {"Tasks": second.score.n}
     for name, score in zip(names, (first.score, second.score), strict=True):

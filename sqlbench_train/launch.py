@@ -307,7 +307,7 @@ def describe(step: int, data: dict[str, float]) -> str:
     if "sqlbench/rows" in data:
         parts.append(f"rows {data['sqlbench/rows']:.0f}")
         parts.append(f"failed {data['sqlbench/failed_rollouts']:.0f}")
-        parts.append(f"no signal {100 * data['sqlbench/zero_variance_groups']:.0f}%")
+        parts.append(f"zero variance {100 * data['sqlbench/zero_variance_groups']:.0f}%")
         parts.append(f"{data['sqlbench/seconds']:.1f} s (rollout {data['sqlbench/rollout_percent']:.0f}%")
         parts[-1] += f", update {data['sqlbench/update_percent']:.0f}%)"
     return "  ".join(parts)

@@ -25,10 +25,10 @@ from sqlbench_lab.tables import (
     answers,
     difference_table,
     efficiency_table,
+    eval_stats,
     headline,
     load_results,
     markdown,
-    measure,
     model_size,
     training_runs,
     write_tables,
@@ -134,15 +134,15 @@ def test_the_full_grid_is_the_factorial_with_seeds_and_control() -> None:
 
 def test_measure_counts_trained_transitions_of_scored_rollouts_only() -> None:
     found = Rollouts.of(rollouts("110x", agents="write,check,rewrite"))
-    with_check, without = measure(found, AGENTS_CHECK), measure(found, AGENTS)
+    with_check, without = eval_stats(found, AGENTS_CHECK), eval_stats(found, AGENTS)
     assert (with_check.transitions, without.transitions) == (3.0, 2.0)
     assert (without.score.n, without.score.correct, without.outcomes) == (3, 2, "110x")
-    assert measure(found, "write").transitions == 2.0, "write finds rewrite, as in the seed experiment"
+    assert eval_stats(found, "write").transitions == 2.0, "write finds rewrite, as in the seed experiment"
 
 
 def test_measure_does_not_depend_on_the_order_of_rollouts() -> None:
     records = rollouts("1100x1")
-    assert measure(Rollouts.of(records[::-1]), AGENTS) == measure(Rollouts.of(records), AGENTS)
+    assert eval_stats(Rollouts.of(records[::-1]), AGENTS) == eval_stats(Rollouts.of(records), AGENTS)
 
 
 def test_tables_have_the_columns_of_the_seed_experiment(bench: Workspace) -> None:
@@ -260,7 +260,7 @@ def test_a_gain_is_paired_and_leaves_failed_tasks_out(bench: Workspace) -> None:
     (result,) = load_results(bench.folder)
     assert (result.gain.gained, result.gain.lost, result.gain.points) == (5, 0, 62.5)
     assert result.gain.p == pytest.approx(2 * 0.5**5)
-    other = result.model_copy(update={"final": measure(Rollouts.of(rollouts("1")), AGENTS)})
+    other = result.model_copy(update={"final": eval_stats(Rollouts.of(rollouts("1")), AGENTS)})
     with pytest.raises(DataError, match="9 and 1 tasks"):
         other.gain
 
@@ -271,7 +271,7 @@ def test_differences_are_those_of_training_and_of_one_setting(bench: Workspace) 
     finished(bench, Experiment(seed=2), low, high[1:] + "1")
     finished(bench, Experiment(turns=1), low, high)
     finished(bench, Experiment(control="coin"), low, low)
-    table = difference_table(load_results(bench.folder)).set_index(["Experiment", "Change"])
+    table = difference_table(load_results(bench.folder)).set_index(["Cell", "Change"])
     training = table.xs("before → after training", level="Change")
     assert training["Gain"].to_dict() == {
         "t1_c2048_write-rewrite": 33.3,

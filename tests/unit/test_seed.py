@@ -16,7 +16,7 @@ from sqlbench.errors import RunError, TrainingError
 from sqlbench.profiles import PROFILES
 from sqlbench_lab.ablation import Workspace, ablate
 from sqlbench_lab.sweep import GRIDS, Experiment
-from sqlbench_lab.tables import CELL, SEED_FIGURES, CellResult, Side, seed_comparison, write_seed_tables
+from sqlbench_lab.tables import CELL, SEED_FIGURES, CellResult, EvalStats, seed_comparison, write_seed_tables
 from sqlbench_train.compose import TRACKERS, compose
 from sqlbench_train.launch import train
 from sqlbench_train.preflight import needs
@@ -137,7 +137,7 @@ def test_a_cluster_that_does_not_answer_is_refused(address: str, pocket: DataSet
 
 
 def result(cell: Experiment, split: str = "dev_500") -> CellResult:
-    side = Side(outcomes="1" * 300 + "0" * 200, transitions=1.5, prompt_tokens=800.0, response_tokens=30.0)
+    side = EvalStats(outcomes="1" * 300 + "0" * 200, transitions=1.5, prompt_tokens=800.0, response_tokens=30.0)
     return CellResult(
         cell=cell, size="3B", split=split, initial=side, final=side, gpus=1, steps=436, hours=9.0, step_seconds=70.0,
         rollout_percent=60.0, update_percent=30.0,

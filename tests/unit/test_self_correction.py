@@ -38,7 +38,7 @@ def test_known_rollouts(pocket: DataSet) -> None:
     ]
     found = correction(rollouts, pocket.root)
     assert (found.tasks, found.first, found.last) == (5, 2 / 5, 3 / 5)
-    assert (found.flagged, found.precision) == (4, 3 / 4)
+    assert (found.rejected, found.precision) == (4, 3 / 4)
     assert (found.recall, found.recall_ran) == (3 / 4, 1 / 2)
     assert found.balanced_accuracy == (3 / 4 + 1 / 2) / 2  # of two right queries one was called so
     assert found.by_turn == [2 / 5, 2 / 5, 3 / 5]  # one gained, one lost; then one gained
@@ -68,7 +68,7 @@ def test_several_rollouts_of_a_task_are_one_task(pocket: DataSet) -> None:
     one = [record(tasks[0], [OTHER, tasks[0].gold], [WRONG]), record(tasks[1], [OTHER], [RIGHT])]
     four = [t.model_copy(update={"sample": sample}) for t in one for sample in range(4)]
     alone, found = correction(one, pocket.root), correction(four, pocket.root)
-    assert (found.rewrites, found.fixed, found.flagged) == (4, 4, 4)
+    assert (found.rewrites, found.fixed, found.rejected) == (4, 4, 4)
     counted = {"flagged", "fixed", "rewrites"}
     assert found.model_dump(exclude=counted) == alone.model_dump(exclude=counted)
     assert (found.tasks, found.first, found.last, found.p) == (2, 0.0, 0.5, 1.0)
