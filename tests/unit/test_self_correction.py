@@ -69,7 +69,7 @@ def test_several_rollouts_of_a_task_are_one_task(pocket: DataSet) -> None:
     four = [t.model_copy(update={"sample": sample}) for t in one for sample in range(4)]
     alone, found = correction(one, pocket.root), correction(four, pocket.root)
     assert (found.rewrites, found.fixed, found.rejected) == (4, 4, 4)
-    counted = {"flagged", "fixed", "rewrites"}
+    counted = {"rejected", "fixed", "rewrites"}
     assert found.model_dump(exclude=counted) == alone.model_dump(exclude=counted)
     assert (found.tasks, found.first, found.last, found.p) == (2, 0.0, 0.5, 1.0)
 
