@@ -213,9 +213,28 @@ def _drive(config: Any, modules: list[str]) -> None:
     signal.signal(signal.SIGTERM, _end)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     try:
-        run_ppo(config, task_runner_class=_InThisProcess(TaskRunnerV1.__ray_metadata__.modified_class))
+        start_patiently(
+            lambda: run_ppo(config, task_runner_class=_InThisProcess(TaskRunnerV1.__ray_metadata__.modified_class))
+        )
     finally:
         ray.shutdown()
+
+
+def start_patiently(run: Callable[[], None], tries: int = 4) -> None:
+    """Run something that starts Ray first, and again where that was too slow.
+
+    Ray gives its own processes 30 seconds to answer, which cannot be set and is too little on a busy machine.
+    """
+    import ray
+
+    for left in reversed(range(tries)):
+        try:
+            return run()
+        except Exception as error:
+            if "timed out during startup" not in str(error) or not left:
+                raise
+            _say("Ray did not start in time: it is started again")
+            ray.shutdown()
 
 
 def _number_job() -> None:

@@ -801,6 +801,25 @@ def test_a_trainer_of_ones_own_gets_the_run_and_leaves_its_summary(
     assert folder.config()["config"]["sqlbench"]["trainer"] == "own:Trainer"
 
 
+def test_ray_that_is_slow_to_start_is_started_again() -> None:
+    from verl_cpu.forkserver import start_patiently
+
+    left = ["The current node timed out during startup. This could happen because ..."] * 2 + [""]
+
+    def run() -> None:
+        if text := left.pop(0):
+            raise Exception(text)
+
+    start_patiently(run)
+    assert not left
+    with pytest.raises(Exception, match="another"):
+        start_patiently(lambda: (_ for _ in ()).throw(Exception("another")))
+    left[:] = ["The current node timed out during startup."] * 9
+    with pytest.raises(Exception, match="timed out"):
+        start_patiently(run)
+    assert len(left) == 5
+
+
 def test_forkserver_stub_stands_for_the_process_that_was_forked(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text("import os, sys; print('hello', sys.argv[1], os.environ['WORD']); sys.exit(3)")
