@@ -178,6 +178,7 @@ def minutes(run: Path, steps: int) -> float:
 def sentences() -> dict[str, list[str]]:
     """Return, by page, the pieces of prose that quote numbers, with the numbers of the stored files."""
     laptop, shipped, found = seeds(), demo(), cells(GRID)
+    single = difference(cells(RESULTS / "laptop/demo")["t1_c2048_write-rewrite"].final.right, shipped.final.right)
     gains = statistics.fmean(result.gain.points for result in laptop)
     after = ", ".join(f"{result.final.score.percent:.1f}" for result in laptop)
     runs = sampling()
@@ -223,7 +224,11 @@ def sentences() -> dict[str, list[str]]:
             f"{three.initial.score.percent:.1f}% before, {after}% after: {gains:+.1f} points on average",
             f"falls to {found[f'{MAIN}_random-reward'].final.score.percent:.1f}%",
             f"{turns.points:+.1f} points ({turns.interval_text})",
-            f"{shipped.initial.score.percent:.1f}% before and {shipped.final.score.percent:.1f}% after",
+            f"{shipped.initial.score.percent:.1f}% before and {shipped.final.score.percent:.1f}% after "
+            f"({shipped.gain.interval_text} points)",
+            f"three turns are worth {single.points:+.1f} points ({single.interval_text}), "
+            f"at {loop['Calls per rollout']} model calls",
+            f"rejects {loop['Check: recall, ran (%)']}% of the wrong queries that ran",
             f"{loop['Gain']:+.1f} points to the first query ({loop['95% CI (Gain)']}; {fixed} queries fixed, "
             f"{broken} broken)",
             f"from {base[3]} to {both[3]}%, and one turn from {base[2]} to {both[2]}%",

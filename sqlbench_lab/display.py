@@ -28,6 +28,7 @@ SQL = {"gold", "pred", "predicted", "before", "after", "query"}
 SETTINGS = {
     "group size": "actor_rollout_ref.rollout.n",
     "tasks per step": "data.train_batch_size",
+    "sampling of tasks": "sqlbench.sampling",
     "tasks per optimizer step": "actor_rollout_ref.actor.ppo_mini_batch_size",
     "steps": "trainer.total_training_steps",
     "learning rate": "actor_rollout_ref.actor.optim.lr",
