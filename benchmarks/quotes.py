@@ -97,7 +97,7 @@ def summary_table() -> str:
     arms = {arm: 100 * rows["ex"] for arm, rows in runs.groupby("arm")} | {"permuted": pd.Series(permuted())}
     names = {
         "dynamic": "nano, laptop, one turn, 40 steps, 3 seeds",
-        "dynamic-120": "the same, 120 steps, 2 seeds",
+        "dynamic-120": "the same, 120 steps, 3 seeds",
         "grpo": "the same, 40 steps with uniform sampling, 3 seeds",
         "permuted": "control: rewards permuted within each task, uniform sampling, 2 seeds",
     }
