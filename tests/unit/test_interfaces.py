@@ -33,7 +33,7 @@ from sqlbench_chat.turn import Turn
 from sqlbench_lab.display import story
 from sqlbench_lab.inspector import Inspector
 from sqlbench_lab.rollouts import advantages
-from sqlbench_lab.tables import measure
+from sqlbench_lab.tables import eval_stats
 from sqlbench_train.metrics import step_metrics
 
 GOLD = "SELECT name FROM singer WHERE age > 20"
@@ -383,8 +383,8 @@ def records() -> list[Trajectory]:
 def test_whatever_reads_rewards_copes_with_half_a_one():
     made = records()
     assert (summary := summarise(Rollouts.of(made))).score.ex == 0.25 and summary.reward == 0.5
-    assert measure(Rollouts.of(made), "write").outcomes == "0001"
-    assert difference(*(measure(Rollouts.of(some), "write").right for some in (made[:1], made[3:]))).gained == 1
+    assert eval_stats(Rollouts.of(made), "write").outcomes == "0001"
+    assert difference(*(eval_stats(Rollouts.of(some), "write").right for some in (made[:1], made[3:]))).gained == 1
     values = step_metrics(made, "")
     assert (values["ex"], values["reward"]) == (0.25, 0.5)
     assert "wrong, reward 0.5" in story(made[0]).data and "right, reward 0.75" in story(made[3]).data
@@ -397,7 +397,7 @@ def test_whatever_reads_rewards_copes_with_half_a_one():
 
 def test_a_reward_of_a_half_without_a_match_counts_as_not_right():
     made = [t.model_copy(update={"match": None}) for t in records()]
-    assert summarise(Rollouts.of(made)).score.correct == 0 and measure(Rollouts.of(made), "").outcomes == "0000"
+    assert summarise(Rollouts.of(made)).score.correct == 0 and eval_stats(Rollouts.of(made), "").outcomes == "0000"
     assert "wrong" in story(made[0]).data
 
 
