@@ -173,7 +173,7 @@ def test_the_static_form_is_complete_without_a_kernel(page, runs, tmp_path: Path
     file = tmp_path / "static.html"
     file.write_text(f"<!doctype html><meta charset='utf-8'>{inspector.html()!s}", encoding="utf-8")
     page.goto(file.as_uri())
-    assert page.locator("ins", has_text="surplus").first.is_visible()
+    assert page.locator("pre b", has_text="surplus").first.is_visible()
     assert page.locator("mark").first.is_visible()
     assert page.get_by_text(inspector.selected.question).count() >= 2  # in the list and as the title
     page.locator("summary", has_text="prompt").first.click()
