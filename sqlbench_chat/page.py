@@ -16,6 +16,9 @@ from sqlbench_chat.settings import ChatConfig
 from sqlbench_lab.home import ensure_folders
 from sqlbench_train.serve import LOCAL
 
+READY = 10.0
+"""Seconds in which a page gets ready before it is shown; what changes while a browser loads it may not reach it."""
+
 
 def serve_chat(settings: ChatConfig, folder: Path) -> None:
     """Serve the chat until it is interrupted.
@@ -55,7 +58,8 @@ def _notebook(settings: ChatConfig, folder: Path, model: str) -> nbformat.Notebo
     options |= {"folder": str(folder), "private": settings.host not in LOCAL and not settings.shared}
     code = (
         f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench_chat.hosted import HostedModel\n"
-        f"from sqlbench_chat.view import ChatView\nChatView(model={model}, **{options!r})"
+        f"from sqlbench_chat.view import ChatView\nview = ChatView(model={model}, **{options!r})\n"
+        f"await view.wait({READY})\nview"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}

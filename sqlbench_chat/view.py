@@ -8,8 +8,10 @@ and databases is escaped.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,7 @@ class ChatView(Panel):
     ) -> None:
         self.session = session
         self._private, self._greeting = private, ""
+        self._offered: Sequence[Example] = ()
         self.connection: Connection | None = None
         self._opened: dict[str, Connection] = {}
         self._task: asyncio.Task[None] | None = None
@@ -122,10 +125,11 @@ class ChatView(Panel):
         """Whether a question or the benchmark is running."""
         return self._task is not None and not self._task.done()
 
-    async def wait(self) -> None:
-        """Until everything that was started is over."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+    async def wait(self, seconds: float = math.inf) -> None:
+        """Wait until everything that was started is over, or so long."""
+        end = time.monotonic() + seconds
+        while self._tasks and (left := end - time.monotonic()) > 0:
+            await asyncio.wait(self._tasks, timeout=None if math.isinf(left) else left)
             await asyncio.sleep(0)
 
     @property
@@ -155,7 +159,10 @@ class ChatView(Panel):
         self.session.move_to(folder)
         self.conversations.turn_to(name, folder / "conversations")
         self._show_model()
-        self._enable()
+        self._offer(self._offered)
+        for part in _leaves(self):  # what changed while the browser loaded the page may not have reached it
+            if not isinstance(part, w.Text):  # which may be typed into already
+                part.send_state()
 
     @property
     def _ready(self) -> bool:
@@ -319,6 +326,7 @@ class ChatView(Panel):
             self._offer(examples)
 
     def _offer(self, examples: Sequence[Example]) -> None:
+        self._offered = examples
         buttons = [w.Button(description=example.question, tooltip="Ask this") for example in examples]
         for made in buttons:
             made.on_click(lambda pressed: self.ask(pressed.description))
@@ -427,6 +435,14 @@ class ChatView(Panel):
         assert self.session is not None
         dialect = DIALECTS[self.connection.schema.dialect] if self.connection else "SQL"
         self.prompts.show(self.session, dialect)
+
+
+def _leaves(widget: w.Widget) -> Iterator[w.Widget]:
+    children = getattr(widget, "children", ())
+    for child in children:
+        yield from _leaves(child)
+    if not children:
+        yield widget
 
 
 def _refuse_code(name: str, what: str) -> None:

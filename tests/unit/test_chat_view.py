@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import ipywidgets
 import psycopg
 import pytest
 
@@ -759,6 +760,25 @@ def test_where_others_reach_the_page_each_browser_has_its_own(tmp_path: Path, sh
     assert not list((state / "conversations").glob("*")) and not (state / "bandit.json").exists()
 
 
+def test_a_page_that_opens_is_sent_what_it_may_have_missed(tmp_path: Path, shop: Path, monkeypatch) -> None:
+    sent: list[Any] = []
+
+    async def steps(view: ChatView) -> None:
+        view.connect(str(shop))
+        await view.wait()
+        examples = view._examples.children
+        send = type(view).send_state
+        monkeypatch.setattr(
+            ipywidgets.Widget, "send_state", lambda self, key=None: (key is None and sent.append(self), send(self, key))
+        )
+        view._do("open", "/")
+        assert {view._message, view._title, view._ask, view._databases} <= set(sent)
+        assert view._question not in sent, "somebody may be typing"
+        assert not set(view._examples.children) & set(examples)
+
+    drive(tmp_path, steps)
+
+
 def test_a_benchmark_can_be_cancelled_and_what_was_answered_is_kept(tmp_path: Path, pocket: DataSet) -> None:
     async def steps(view: ChatView) -> None:
         view.benchmark()
@@ -789,7 +809,7 @@ def test_the_fields_of_the_page_never_name_code(tmp_path, monkeypatch, what) -> 
 
 def test_the_page_is_opened_with_the_settings_of_the_command(pocket: DataSet, tmp_path: Path) -> None:
     cell = _notebook(ChatConfig(data=pocket.root, every=7), tmp_path / "state", "Model()").cells[0].source
-    opened = ast.parse(cell).body[-1].value
+    opened = next(node.value for node in ast.parse(cell).body if isinstance(node, ast.Assign))
     (options,) = [ast.literal_eval(keyword.value) for keyword in opened.keywords if keyword.arg is None]
 
     async def seen() -> tuple[int, int]:
