@@ -214,7 +214,11 @@ def test_a_run_stays_below_its_profile_and_runs_something(tmp_path: Path) -> Non
 def test_make_lab_shows_the_results_beside_the_notebooks(repo: Path) -> None:
     app = pytest.importorskip("jupyterlab.labapp").LabApp
     recipe = subprocess.run(
-        ["make", "-n", "-o", ".venv/.installed", "lab"], cwd=repo, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", "lab"],
+        cwd=repo,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     options = shlex.split(recipe.stdout.replace("\\\n", " "))[3:]
     lab = app()
