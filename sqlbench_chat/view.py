@@ -8,9 +8,8 @@ and databases is escaped.
 from __future__ import annotations
 
 import asyncio
-import math
+import contextlib
 import re
-import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,12 +124,13 @@ class ChatView(Panel):
         """Whether a question or the benchmark is running."""
         return self._task is not None and not self._task.done()
 
-    async def wait(self, seconds: float = math.inf) -> None:
-        """Wait until everything that was started is over, or so long."""
-        end = time.monotonic() + seconds
-        while self._tasks and (left := end - time.monotonic()) > 0:
-            await asyncio.wait(self._tasks, timeout=None if math.isinf(left) else left)
-            await asyncio.sleep(0)
+    async def wait(self, seconds: float | None = None) -> None:
+        """Wait until everything that was started is over, at most so many seconds; what still runs is not stopped."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+                    await asyncio.sleep(0)
 
     @property
     def cards(self) -> tuple[TurnCard, ...]:
