@@ -86,22 +86,22 @@ def write_mistakes(path: Path, seed: int) -> None:
     drawn, requests = [], []
     for number in range(QUESTIONS):
         domain = source.inventor.domain(source.rng, 2) if rng.random() < 0.7 else rng.choice(source.seen)
-        draft = source.draft(domain, 2, True)
-        question = disturb(draft.question, domain, draft.sql, words, rng)
-        schema = source.shown_schema(domain, draft.sql, 0.4)
-        drawn.append((question, schema, draft.sql, domain))
-        ids = tuple(encode_chat(tokenizer, [m.model_dump() for m in prompts.write(question, schema, "sqlite")]))
+        question = source.question(domain, 2, True)
+        text = disturb(question.text, domain, question.sql, words, rng)
+        schema = source.shown_schema(domain, question.sql, 0.4)
+        drawn.append((text, schema, question.sql, domain))
+        ids = tuple(encode_chat(tokenizer, [m.model_dump() for m in prompts.write(text, schema, "sqlite")]))
         requests += [GenerationRequest(ids, 128, float(k), seed=2 * number + k) for k in (0, 1)]
     rows = []
     for start in tqdm(range(0, len(requests), 256), desc="answers", unit="batch"):
         for offset, answer in enumerate(engine.generate(requests[start : start + 256])):
-            question, schema, gold, domain = drawn[(start + offset) // 2]
+            text, schema, gold, domain = drawn[(start + offset) // 2]
             sql = tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
             with closing(connect(domain)) as connection:
                 result = render_execution(execute(connection, sql), "nano", 2048, schema_of(domain))
                 right = sql == gold or same_result(connection, sql, gold)
             rows.append(
-                {"question": question, "schema": schema, "sql": sql, "gold": gold, "result": result, "right": right}
+                {"question": text, "schema": schema, "sql": sql, "gold": gold, "result": result, "right": right}
             )
     building = path.with_suffix(".new")
     building.write_text("".join(json.dumps(r) + "\n" for r in {(r["question"], r["sql"]): r for r in rows}.values()))

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from pocket.domains import Domain, SchemaGenerator, fill, read_domains
 from pocket.phrasing import EVERYDAY, Skip
 from pocket.pretraining import connect, held_out
-from pocket.questions import WEIGHTS, Draft, draw
+from pocket.questions import WEIGHTS, Question, draw
 from sqlbench.clauses import hardness
 from sqlbench.data.mutation import unchanged_by
 from sqlbench.data.tasks import DataSet, Task, write_split
@@ -57,7 +57,7 @@ SEALED_TASKS = 800
 
 
 class _Bench:
-    """A filled domain with its open database, and the drafts it accepts."""
+    """A filled domain with its open database, and the questions it accepts."""
 
     def __init__(self, domain: Domain, path: Path) -> None:
         self.domain = domain
@@ -68,32 +68,32 @@ class _Bench:
         self._verdicts: dict[str, bool] = {}
 
     def draw(
-        self, rng: Random, family: str, construct: str, everyday: float, fresh: Callable[[Draft], bool]
-    ) -> Draft | None:
-        """Draw a fresh and accepted draft of a construct; None after 20 failed attempts."""
+        self, rng: Random, family: str, construct: str, everyday: float, fresh: Callable[[Question], bool]
+    ) -> Question | None:
+        """Draw a fresh and accepted question of a construct; None after 20 failed attempts."""
         for _ in range(20):
             try:
-                draft = draw(self.domain, rng, family, construct, everyday=everyday, telling=True)
+                question = draw(self.domain, rng, family, construct, everyday=everyday, telling=True)
             except Skip:
                 return None
-            if not fresh(draft):
+            if not fresh(question):
                 continue
-            if draft.sql not in self._verdicts:
-                self._verdicts[draft.sql] = self.accepts(draft)
-            if self._verdicts[draft.sql]:
-                return draft
+            if question.sql not in self._verdicts:
+                self._verdicts[question.sql] = self.accepts(question)
+            if self._verdicts[question.sql]:
+                return question
         return None
 
-    def accepts(self, draft: Draft) -> bool:
+    def accepts(self, question: Question) -> bool:
         """Tell whether the gold result is worth asking for, has no ties, and differs from that of every mutant."""
-        rows = self.database.execute(draft.sql).rows
+        rows = self.database.execute(question.sql).rows
         if not rows or (len(rows) == 1 and all(cell in (None, 0) for cell in rows[0])):
             return False
-        if draft.keys:
-            keys = self.database.execute(draft.keys).rows
+        if question.keys:
+            keys = self.database.execute(question.keys).rows
             if len(set(keys)) < len(keys):
                 return False
-        return next(unchanged_by(draft.sql, self.database), None) is None
+        return next(unchanged_by(question.sql, self.database), None) is None
 
 
 def _skeleton(sql: str) -> str:
@@ -111,9 +111,9 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
     seen: set[tuple[str, str]] = set()
     tasks: list[Task] = []
 
-    def fresh(db_id: str, draft: Draft) -> bool:
-        kept_apart = "unseen" in split or split == SEALED or held_out(db_id, draft.sql) == dev
-        return kept_apart and (db_id, draft.sql if dev else draft.question) not in seen
+    def fresh(db_id: str, question: Question) -> bool:
+        kept_apart = "unseen" in split or split == SEALED or held_out(db_id, question.sql) == dev
+        return kept_apart and (db_id, question.sql if dev else question.text) not in seen
 
     for family, size in families.items():
         start = len(tasks)
@@ -122,23 +122,23 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
             for turn in range(_TURNS):  # drawing another construct at once would change their shares
                 bench = benches[(len(tasks) - start + turn) % len(benches)]
                 db_id = bench.domain.name
-                draft = bench.draw(rng, family, construct, everyday, partial(fresh, db_id))
-                if draft:
+                question = bench.draw(rng, family, construct, everyday, partial(fresh, db_id))
+                if question:
                     break
-            if draft is None:
+            if question is None:
                 continue
-            seen.add((db_id, draft.sql if dev else draft.question))
+            seen.add((db_id, question.sql if dev else question.text))
             tasks.append(
                 Task(
                     task_id=f"{split}-{len(tasks):04d}",
                     db_id=db_id,
-                    question=draft.question,
-                    gold=draft.sql,
+                    question=question.text,
+                    gold=question.sql,
                     split=split,
-                    hardness=_hardness(_skeleton(draft.sql)),
-                    kind=draft.construct,
+                    hardness=_hardness(_skeleton(question.sql)),
+                    kind=question.construct,
                     phrasing=family,
-                    needs_order="order by" in draft.sql.lower(),
+                    needs_order="order by" in question.sql.lower(),
                 )
             )
     return tasks

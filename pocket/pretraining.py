@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 
 from pocket.domains import Domain, SchemaGenerator, fill, read_domains, read_toml
-from pocket.questions import Draft, draw
+from pocket.questions import Question, draw
 from sqlbench.agent.prompts import CORRECT, INCORRECT, prompts_for, render_execution
 from sqlbench.agent.trajectory import Execution, Message
 from sqlbench.database.schema import schema_text
@@ -134,37 +134,37 @@ class Examples:
                 fill(domain, rng)
         else:
             domain = self.inventor.domain(rng, level)
-        draft = self.draft(domain, level, late)
-        schema = self.shown_schema(domain, draft.sql, 0.4 if level == 2 else 0.9)
+        question = self.question(domain, level, late)
+        schema = self.shown_schema(domain, question.sql, 0.4 if level == 2 else 0.9)
         if agent == "write":
-            return Example(agent, self.prompts.write(draft.question, schema, "sqlite"), draft.sql)
+            return Example(agent, self.prompts.write(question.text, schema, "sqlite"), question.sql)
         connection = connect(domain)
 
         def shown(sql: str) -> str:
             return render_execution(execute(connection, sql), "nano", 2048, schema_of(domain))
 
-        (sql, strategy), answer = self._corrupt(domain, draft), draft.sql
+        (sql, strategy), answer = self._corrupt(domain, question), question.sql
         if agent == "check":
-            sql = draft.sql if rng.random() < 0.5 else sql
-            answer = CORRECT if sql == draft.sql or same_result(connection, sql, draft.sql) else INCORRECT
-            messages = self.prompts.check(draft.question, schema, "sqlite", sql, shown(sql))
+            sql = question.sql if rng.random() < 0.5 else sql
+            answer = CORRECT if sql == question.sql or same_result(connection, sql, question.sql) else INCORRECT
+            messages = self.prompts.check(question.text, schema, "sqlite", sql, shown(sql))
         else:
-            earlier = [self._corrupt(domain, draft)[0] for _ in range(rng.choice((0, 0, 0, 1, 2)))]
+            earlier = [self._corrupt(domain, question)[0] for _ in range(rng.choice((0, 0, 0, 1, 2)))]
             share = rng.random()
             told = None if share < 0.5 else strategy if share < 0.85 else "rewrite_full"
             messages = self.prompts.rewrite(
-                draft.question, schema, "sqlite", sql, shown(sql), INCORRECT, [(q, shown(q)) for q in earlier], told
+                question.text, schema, "sqlite", sql, shown(sql), INCORRECT, [(q, shown(q)) for q in earlier], told
             )
         connection.close()
         return Example(agent, messages, answer)
 
-    def draft(self, domain: Domain, level: int, late: bool = False) -> Draft:
+    def question(self, domain: Domain, level: int, late: bool = False) -> Question:
         """Draw a question of family A and its query, which is not held out."""
         while True:
             filler = self.inventor.word if self.rng.random() < self.disturbed else None
-            draft = draw(domain, self.rng, "A", level=level, filler=filler, late=late)
-            if not held_out(domain.name, draft.sql) or domain.name == "made_up":
-                return draft
+            question = draw(domain, self.rng, "A", level=level, filler=filler, late=late)
+            if not held_out(domain.name, question.sql) or domain.name == "made_up":
+                return question
 
     def shown_schema(self, domain: Domain, sql: str, drop: float) -> str:
         """Write the schema in declared or shuffled order, sometimes without some of the tables that are not needed."""
@@ -176,13 +176,13 @@ class Examples:
             self.rng.shuffle(tables)
         return schema_text(schema_of(domain, tables), "compact")
 
-    def _corrupt(self, domain: Domain, draft: Draft) -> tuple[str, str]:
+    def _corrupt(self, domain: Domain, question: Question) -> tuple[str, str]:
         for _ in range(20):
-            sql, strategy = self._damage(domain, draft.sql)
+            sql, strategy = self._damage(domain, question.sql)
             sql = sql.strip()
-            if sql and sql != draft.sql and (domain.name == "made_up" or not held_out(domain.name, sql)):
+            if sql and sql != question.sql and (domain.name == "made_up" or not held_out(domain.name, sql)):
                 return sql, strategy
-        return draft.sql + " LIMIT", "fix_syntax"
+        return question.sql + " LIMIT", "fix_syntax"
 
     def _damage(self, domain: Domain, sql: str) -> tuple[str, str]:
         """Make one mistake of a small model (a wrong name or operator, a lost part); return it with what fixes it."""
@@ -225,5 +225,5 @@ class Examples:
             return "".join(tokens[:i] + tokens[i + 1 :]).replace("  ", " "), "fix_syntax"
         else:  # the answer to another question
             nested = sql.count("SELECT") > 1
-            return self.draft(domain, 2).sql, "rewrite_cte" if nested else "rewrite_full"
+            return self.question(domain, 2).sql, "rewrite_cte" if nested else "rewrite_full"
         return "".join(tokens), mend

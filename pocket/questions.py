@@ -25,10 +25,10 @@ _PLURAL_ONLY = re.compile(r"\b(that (have|are|do|cost|weigh|stand)|which|who|the
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A question with its gold query, before anything was executed."""
+class Question:
+    """A question with its gold query, not yet executed."""
 
-    question: str
+    text: str
     sql: str
     construct: str
     keys: str = ""
@@ -433,7 +433,7 @@ def draw(
     filler: Filler | None = None,
     late: bool = False,
     telling: bool = False,
-) -> Draft:
+) -> Question:
     """Draw one question on a filled domain.
 
     Args:
@@ -464,5 +464,5 @@ def draw(
         new = family == "A" or all(frame not in frames[f] for f in earlier)
         text = _sentence(scope, frame)
         if new or scope.own_words_in(text):
-            return Draft(text, kind.sql.format(**slots), kind.name, kind.keys.format(**slots))
+            return Question(text, kind.sql.format(**slots), kind.name, kind.keys.format(**slots))
     raise Skip

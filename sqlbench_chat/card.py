@@ -11,7 +11,7 @@ from sqlbench.database.engine import in_thread
 from sqlbench.database.types import QueryResult
 from sqlbench_chat.parts import WIDE, button, html
 from sqlbench_chat.result import ResultView
-from sqlbench_chat.session import Exchange
+from sqlbench_chat.session import ChatTurn
 from sqlbench_chat.turn import HTML, Turn
 from sqlbench_lab import view
 
@@ -24,7 +24,7 @@ class TurnCard(w.VBox):
 
     def __init__(self, chat: ChatView, turn: Turn) -> None:
         self._chat, self.turn = chat, turn
-        self.exchange: Exchange | None = None
+        self.chat_turn: ChatTurn | None = None
         self._body, self._verdict = w.HTML(layout=WIDE), w.HTML()
         self.result = ResultView()
         self.sql = w.Textarea(placeholder="SQL to run, read-only", layout=w.Layout(width="100%", height="90px"))
@@ -54,15 +54,15 @@ class TurnCard(w.VBox):
         """Show what has come so far."""
         self._body.value = html(self.turn.html())
 
-    async def ready(self, exchange: Exchange | None = None) -> None:
+    async def ready(self, chat_turn: ChatTurn | None = None) -> None:
         """It is over: show the rows, and offer what fits."""
-        self.exchange = exchange
+        self.chat_turn = chat_turn
         self.draw()
         if not self.turn.sql:
             self.children = (self._body, self._retry)
             return
         self.sql.value = view.pretty(self.turn.sql)
-        result, found = exchange.result if exchange else None, self.turn.found
+        result, found = chat_turn.result if chat_turn else None, self.turn.found
         if result is None and found is not None:  # of an earlier conversation: what was kept of it
             result = QueryResult(found.status, tuple(found.columns), [tuple(r) for r in found.rows], found.error)
             more = found.n_rows > len(found.rows)
@@ -111,7 +111,8 @@ class TurnCard(w.VBox):
 
     def say(self) -> None:
         """Say the answer in words, by the model."""
-        self._chat.in_background(self._say())
+        if self._chat.may_ask(1):
+            self._chat.in_background(self._say())
 
     async def _say(self) -> None:
         assert self._chat.session is not None

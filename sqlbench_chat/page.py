@@ -55,7 +55,8 @@ def serve_chat(settings: ChatConfig, folder: Path) -> None:
 
 def _notebook(settings: ChatConfig, folder: Path, model: str) -> nbformat.NotebookNode:
     options = settings.model_dump(mode="json", include={"data", "reflection", "every", "agent", "prompts"})
-    options |= {"folder": str(folder), "private": settings.host not in LOCAL and not settings.shared}
+    private = settings.host not in LOCAL and not settings.shared
+    options |= {"folder": str(folder), "private": private, "hourly": settings.hourly if private else None}
     code = (
         f"import os\nos.chdir({os.getcwd()!r})\nfrom sqlbench_chat.hosted import HostedModel\n"
         f"from sqlbench_chat.view import ChatView\nview = ChatView(model={model}, **{options!r})\n"

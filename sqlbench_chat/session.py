@@ -45,7 +45,7 @@ _OPTION = re.compile(r" [A-Z][^.]*(--[a-z]|_truncate)[^.]*\.")
 
 
 @dataclass
-class Exchange:
+class ChatTurn:
     """A turn with what is only known while its session is open."""
 
     turn: Turn
@@ -195,7 +195,7 @@ class ChatSession:
         right = await asyncio.gather(*map(answered, connection.examples))
         return [example for example, fine in zip(connection.examples, right, strict=True) if fine][:EXAMPLES]
 
-    async def ask(self, turn: Turn, connection: Connection, changed: Callable[[], None] = lambda: None) -> Exchange:
+    async def ask(self, turn: Turn, connection: Connection, changed: Callable[[], None] = lambda: None) -> ChatTurn:
         """Answer the question of a turn; what breaks stands in the turn.
 
         Args:
@@ -206,8 +206,8 @@ class ChatSession:
         started, evolution = time.perf_counter(), self.evolution
         self._databases[connection.name] = connection.database
         turn.model, turn.generation = self.model.name, evolution.generation
-        exchange, transcript, config = Exchange(turn), LiveTranscript(turn, changed), self.config
-        policy, database = _Watched(self.bandit, transcript, exchange.choices), _Kept(connection.database)
+        chat_turn, transcript, config = ChatTurn(turn), LiveTranscript(turn, changed), self.config
+        policy, database = _Watched(self.bandit, transcript, chat_turn.choices), _Kept(connection.database)
         task = Task(task_id="", db_id=connection.name, question=turn.question, gold="", split="")
         while True:
             prompts, earlier = evolution.prompts, turn.earlier
@@ -220,12 +220,12 @@ class ChatSession:
                 break
             config = config.model_copy(update={budget: less})  # less of the schema may fit
             turn.attempts.clear()
-            exchange.choices.clear()
-        exchange.context = context
+            chat_turn.choices.clear()
+        chat_turn.context = context
         executions, seconds = context.executions, time.perf_counter() - started
         final = next((e for e in executions[::-1] if e.sql == context.sql), executions[-1] if executions else None)
         turn.sql = final.sql if final else ""
-        exchange.result = database.results.get(turn.sql)
+        chat_turn.result = database.results.get(turn.sql)
         text, error = f"{len(executions)} attempt{'s' * (len(executions) != 1)}, {seconds:.1f} s", ""
         if context.error is not None:
             text, error = f"stopped; {text}", self._explain(context.error)
@@ -233,13 +233,13 @@ class ChatSession:
             for attempt in turn.attempts[len(executions) :]:
                 attempt.repeats = True
             if final is None or not final.answered:
-                self._learn(exchange, 0.0)
+                self._learn(chat_turn, 0.0)
                 text, error = f"gave up; {text}", "None of the queries ran. Put the question in other words."
         feedback = turn.feedback()
         if feedback and feedback.key not in {f.key for f in evolution.store.all()}:
             evolution.record(feedback)
         transcript.conclude(text, error)
-        return exchange
+        return chat_turn
 
     def _explain(self, error: str) -> str:
         """Say what broke a rollout in words that fit the page."""
@@ -250,14 +250,14 @@ class ChatSession:
             )
         return re.sub(r"^(\w+): \w+: ", r"The \1 failed: ", _OPTION.sub("", clean(error)))
 
-    def judge(self, turn: Turn, right: bool, remark: str = "", exchange: Exchange | None = None) -> None:
+    def judge(self, turn: Turn, right: bool, remark: str = "", chat_turn: ChatTurn | None = None) -> None:
         """Take in the user's verdict on an answer: the bandit learns from it, prompt evolution reads it.
 
         Args:
             turn: the answer.
             right: the verdict.
             remark: what is wrong with it.
-            exchange: what is known while the session is open; the bandit learns from nothing else.
+            chat_turn: what is known while the session is open; the bandit learns from nothing else.
 
         Raises:
             SqlbenchError: it cannot be kept.
@@ -265,22 +265,22 @@ class ChatSession:
         before = turn.verdict, turn.remark
         turn.verdict, turn.remark = "right" if right else "wrong", clean(remark).strip()
         try:
-            if exchange is not None:
-                self._learn(exchange, float(right))
+            if chat_turn is not None:
+                self._learn(chat_turn, float(right))
             if feedback := turn.feedback():
                 self.evolution.record(feedback)
         except SqlbenchError:
             turn.verdict, turn.remark = before  # it can be given again
             raise
 
-    def _learn(self, exchange: Exchange, solved: float) -> None:
-        context = exchange.context
-        if exchange.learned or context is None or context.error is not None or not exchange.choices:
+    def _learn(self, chat_turn: ChatTurn, solved: float) -> None:
+        context = chat_turn.context
+        if chat_turn.learned or context is None or context.error is not None or not chat_turn.choices:
             return
         classes = [failure_class(e) for e in context.executions]
         if context.transitions[0].strategy:  # the first query, too, followed a choice: it was a retry
-            classes = [exchange.choices[0][0].error_class, *classes]
-        if len(exchange.choices) == len(classes):  # the last rewrite only repeated: it changed nothing
+            classes = [chat_turn.choices[0][0].error_class, *classes]
+        if len(chat_turn.choices) == len(classes):  # the last rewrite only repeated: it changed nothing
             classes.append(classes[-1])
         try:
             lock = open(self.folder / ".bandit.lock", "a")  # noqa: SIM115
@@ -290,10 +290,10 @@ class ChatSession:
             fcntl.flock(lock, fcntl.LOCK_EX)
             bandit = self._bandit()  # with what other pages of the chat learned meanwhile
             bandit.choices = max(bandit.choices, self.bandit.choices)
-            for (situation, strategy), reward in zip(exchange.choices, shaped(classes, solved)[1:], strict=True):
+            for (situation, strategy), reward in zip(chat_turn.choices, shaped(classes, solved)[1:], strict=True):
                 bandit.learn(situation, strategy, reward)
             bandit.save(self._saved)
-        self.bandit, exchange.learned = bandit, True
+        self.bandit, chat_turn.learned = bandit, True
 
     def learned_html(self) -> Markup:
         """What the bandit has learned: by failure class and strategy, how often and with which mean reward."""

@@ -47,6 +47,11 @@ class ChatConfig(Settings):
         False,
         description="Share conversations and what is learned where others reach --host; else each browser has its own.",
     )
+    hourly: int = Field(
+        100,
+        ge=1,
+        description="Questions per hour of a browser that has its own conversations, each of a benchmark too.",
+    )
     run: Run = "chat"
     results: Results = RESULTS
     reflection: str | None = Field(None, description="Endpoint for prompt evolution, openai:NAME; or else --model's.")

@@ -24,6 +24,7 @@ from sqlbench.errors import DatabaseError, SqlbenchError
 from sqlbench.interfaces import Model, is_plugin, load_plugin
 from sqlbench.models import open_model
 from sqlbench.text import clean
+from sqlbench_chat.allowance import spend
 from sqlbench_chat.benchmark import Benchmark
 from sqlbench_chat.builtin import BuiltIn
 from sqlbench_chat.card import TurnCard
@@ -54,6 +55,7 @@ class ChatView(Panel):
         agent: the built-in one, or ``module:attribute``.
         prompts: family or TOML file to start from, if not the model's own.
         private: keep what each browser asks and teaches in a folder of its own, for a page that several people reach.
+        hourly: questions per hour that a browser may ask; None is no limit.
         session: a session that is already open, in place of all the above.
     """
 
@@ -68,10 +70,11 @@ class ChatView(Panel):
         agent: str = "self-correcting",
         prompts: str | None = None,
         private: bool = False,
+        hourly: int | None = None,
         session: ChatSession | None = None,
     ) -> None:
         self.session = session
-        self._private, self._greeting = private, ""
+        self._private, self._hourly, self._greeting = private, hourly, ""
         self._offered: Sequence[Example] = ()
         self.connection: Connection | None = None
         self._opened: dict[str, Connection] = {}
@@ -215,7 +218,7 @@ class ChatView(Panel):
         self._ask.disabled = self.session is None or self.connection is None or not self._ready
         self._ask.description, self._ask.button_style = ("Stop", "warning") if self.busy else ("Ask", "primary")
         run = self.bench.run
-        run.disabled = self.session is None
+        run.disabled = self.session is None or not self._ready
         run.description, run.button_style = ("Cancel", "warning") if self.busy else ("Run the benchmark", "")
         for example in self._examples.children:
             example.disabled = self.busy
@@ -356,6 +359,8 @@ class ChatView(Panel):
         if not question or not connection.schema.tables:
             self.say(connection.notice if question else "type a question first", bad=True)
             return
+        if not self.may_ask(1):
+            return
         if self.session.evolution.due:
             self.in_background(self._evolve())
         self._question.value = ""
@@ -366,17 +371,24 @@ class ChatView(Panel):
         self._task = self.in_background(self._answer(card, connection))
         self._enable()
 
+    def may_ask(self, questions: int) -> bool:
+        """Count questions that the model is about to answer; says whether so many are left of this hour."""
+        session, hourly = self.session, self._hourly
+        return hourly is None or (
+            session is not None and self.guarded(lambda: spend(session.folder, questions, hourly))
+        )
+
     async def _answer(self, card: TurnCard, connection: Connection) -> None:
         assert self.session is not None
         turn, conversation = card.turn, self.conversations.conversation
         try:
-            exchange = await self.session.ask(turn, connection, card.draw)
+            chat_turn = await self.session.ask(turn, connection, card.draw)
         except BaseException as error:
             stopped = isinstance(error, asyncio.CancelledError)
             LiveTranscript(turn).conclude("stopped", "" if stopped else str(error))
             await card.ready()
             raise
-        await card.ready(exchange)
+        await card.ready(chat_turn)
         if conversation is self.conversations.conversation:
             self.keep(turn)
         self._show_learned()
@@ -396,7 +408,7 @@ class ChatView(Panel):
         """Take in a verdict; says whether that went well."""
         assert self.session is not None
         session, turn = self.session, card.turn
-        if not self.guarded(lambda: session.judge(turn, right, remark, card.exchange)):
+        if not self.guarded(lambda: session.judge(turn, right, remark, card.chat_turn)):
             return False
         self.keep(turn)
         self._show_learned()
@@ -408,10 +420,18 @@ class ChatView(Panel):
 
     def benchmark(self) -> None:
         """Measure the agent on the database's own questions of the chosen level."""
-        if self.busy or self.session is None or self.session.builtin is None or self.connection is None:
+        if (
+            self.busy
+            or self.session is None
+            or self.session.builtin is None
+            or self.connection is None
+            or not self._ready
+        ):
             return
         questions = self.session.builtin.benchmark(self.connection.name)
         chosen = [task for task in questions if self.bench.level.value in (task.hardness, "all")]
+        if not self.may_ask(len(chosen)):
+            return
         self._task = self.in_background(self.bench.measure(chosen))
         self._enable()
 

@@ -229,11 +229,11 @@ def test_5_chats_on_one_folder_keep_apart_and_lose_nothing(model, tmp_path, note
             for i in range(questions):
                 mark = number * 1000 + i
                 turn, began = Turn(question=f"what is #{mark}?", database=shop.name), time.perf_counter()
-                exchange = await session.ask(turn, shop)
+                chat_turn = await session.ask(turn, shop)
                 waited.append(time.perf_counter() - began)
                 assert [sql for sql, _ in turn.history] == [f"SELECT nonsense{mark}", f"SELECT {mark}"]
-                assert exchange.context.executions[-1].rows == [[mark]] and f"SELECT {mark}" in turn.html()
-                session.judge(turn, i % 2 == 0, exchange=exchange)
+                assert chat_turn.context.executions[-1].rows == [[mark]] and f"SELECT {mark}" in turn.html()
+                session.judge(turn, i % 2 == 0, chat_turn=chat_turn)
 
         asyncio.run(use())
 

@@ -18,7 +18,8 @@ import pytest
 from sqlbench.agent.prompts import STRATEGIES
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.data.tasks import DataSet, Task, write_split
-from sqlbench.errors import DataError, ModelError, PromptTooLongError
+from sqlbench.errors import DataError, ModelError, PromptTooLongError, RunError
+from sqlbench_chat.allowance import spend
 from sqlbench_chat.builtin import BuiltIn
 from sqlbench_chat.card import TurnCard
 from sqlbench_chat.offer import ollama_models
@@ -758,6 +759,44 @@ def test_where_others_reach_the_page_each_browser_has_its_own(tmp_path: Path, sh
     state = tmp_path / "state"
     assert sorted(path.name for path in (state / "browsers").iterdir()) == [one, other]
     assert not list((state / "conversations").glob("*")) and not (state / "bandit.json").exists()
+
+
+def test_a_browser_may_ask_so_many_questions_an_hour(tmp_path: Path, shop: Path, monkeypatch) -> None:
+    now = 1_800_000_000.0
+    monkeypatch.setattr("sqlbench_chat.allowance.time.time", lambda: now)
+
+    async def asked_by(browser: str, questions: int) -> tuple[int, str]:
+        view = ChatView(None, Scripted(lambda *_: FIRST), tmp_path / "state", private=True, hourly=3)
+        await view.wait()
+        view.connect(str(shop))
+        view._do("open", f"{browser}/")
+        await view.wait()
+        for i in range(questions):
+            view.ask(f"Question {i}?")
+            await view.wait()
+        return len(view.cards), view._message.value
+
+    one, other = "1" * 32, "2" * 32
+    assert asyncio.run(asked_by(one, 2))[0] == 2
+    now += 600
+    cards, message = asyncio.run(asked_by(one, 2))  # another page, or the same one reloaded
+    assert cards == 1
+    assert "Questions left this hour: 0 of 3, needed: 1. Try again in 50 min." in message
+    assert asyncio.run(asked_by(other, 3))[0] == 3
+    now += 3001
+    assert asyncio.run(asked_by(one, 3))[0] == 2
+
+
+def test_what_a_browser_asks_at_once_has_to_fit_into_its_hour(tmp_path: Path, monkeypatch) -> None:
+    now = 1_800_000_000.0
+    monkeypatch.setattr("sqlbench_chat.allowance.time.time", lambda: now)
+    spend(tmp_path, 4, 10)
+    now += 60
+    spend(tmp_path, 5, 10)
+    for questions, advice in ((2, "Try again in 59 min"), (6, "Try again in 60 min"), (11, "Choose fewer questions")):
+        with pytest.raises(RunError, match=f"^Questions left this hour: 1 of 10, needed: {questions}. {advice}.$"):
+            spend(tmp_path, questions, 10)
+    spend(tmp_path, 1, 10)
 
 
 def test_a_page_that_opens_is_sent_what_it_may_have_missed(tmp_path: Path, shop: Path, monkeypatch) -> None:

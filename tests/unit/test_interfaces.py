@@ -437,10 +437,10 @@ def test_the_chat_answers_with_ones_own_agent(mine, database):
         session = ChatSession(Says(GOLD), mine / "chat", agent=agent_of(look_then_answer))
         connection = connect(database.target)
         turn = Turn(question="Who?", database=connection.name)
-        exchange = await session.ask(turn, connection)
+        chat_turn = await session.ask(turn, connection)
         assert [sql for sql, _ in turn.history] == [OTHER, GOLD]
         assert "2 attempts" in turn.conclusion and "2 rows" in turn.html()
-        session.judge(turn, True, exchange=exchange)  # there was no repair to learn from
+        session.judge(turn, True, chat_turn=chat_turn)  # there was no repair to learn from
         assert turn.verdict == "right" and session.bandit.lessons == []
 
     asyncio.run(talk())

@@ -163,9 +163,9 @@ def test_there_are_four_hardness_levels_and_thirty_constructs_in_every_family(ta
 
 def test_no_question_is_worded_the_same_in_two_families() -> None:
     domain = fill(read_domains("seen")[0], Random(0))
-    said = {f: {draw(domain, Random(f"{i}"), f).question for i in range(1500)} for f in FAMILIES}
+    wordings = {f: {draw(domain, Random(f"{i}"), f).text for i in range(1500)} for f in FAMILIES}
     for f, g in itertools.combinations(FAMILIES, 2):
-        assert not said[f] & said[g]
+        assert not wordings[f] & wordings[g]
 
 
 def test_an_operation_has_words_of_all_families_or_of_a_alone_and_a_form_of_sentence_has_frames_of_all() -> None:
