@@ -1,1 +1,1 @@
-"""The chat: a question in, every attempt visible while it is made, a verdict back, and what was learned."""
+"""Chat on one database: a question, its attempts as they happen, the user's verdict, and learning from it."""

@@ -1,6 +1,6 @@
-"""Questions that one browser may ask per hour, where several people reach the chat.
+"""Limit of questions per hour and browser, for a chat that several people reach.
 
-A browser that forgets its name starts anew: this shares a model among users, and keeps no attacker out.
+A browser that forgets its name starts anew: the limit shares a model among users, but does not stop attackers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def spend(folder: Path, questions: int, hourly: int) -> None:
     """Count questions that the model is about to answer.
 
     Args:
-        folder: that of the browser, shared by its pages.
-        questions: their number.
-        hourly: most questions within an hour.
+        folder: folder of the browser, shared by its pages.
+        questions: number of questions.
+        hourly: maximum number of questions within an hour.
 
     Raises:
-        RunError: they are more than what is left of this hour, or cannot be counted.
+        RunError: the limit would be exceeded, or the count cannot be stored.
     """
     now = time.time()
     recent = [(row["at"], row["questions"]) for row in read_jsonl(folder / _FILE) if now - HOUR < row["at"] <= now]

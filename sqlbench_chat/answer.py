@@ -1,4 +1,4 @@
-"""Questions on one database without a gold query: what ``sqlbench ask`` and ``sqlbench api`` have in common."""
+"""Answers to questions without gold on one database, for ``sqlbench ask`` and ``sqlbench api``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sqlbench_lab.terminal import Printer
 
 
 class Answerer:
-    """A database, a model and an agent, opened once; several questions may be answered at a time.
+    """A database, a model and an agent, opened once. Several questions can be answered concurrently.
 
     Raises:
         DatabaseError: the database cannot be opened.
@@ -37,10 +37,10 @@ class Answerer:
             self.config = self.config.model_copy(update=budget)
 
     async def answer(self, question: str, observer: RolloutCallback) -> RolloutContext:
-        """Answer one question; the `sql` of what is returned is the answer, a query that ran.
+        """Answer one question; the answer is the `sql` of the returned context, a query that ran.
 
         Raises:
-            ModelError: something broke, or no query ran.
+            ModelError: the rollout failed, or no query ran.
         """
         task = Task(task_id="ask", db_id=self.connection.name, question=clean(question), gold="", split="")
         database, model, prompts = self.connection.database, self.model, self.prompts
@@ -60,7 +60,7 @@ def ask(settings: AskConfig) -> None:
 
     Raises:
         DatabaseError: the database cannot be opened.
-        ModelError: the model cannot be used, or broke.
+        ModelError: the model cannot be used, the rollout failed, or no query ran.
     """
     answerer = Answerer(settings)
     if notice := answerer.connection.notice:

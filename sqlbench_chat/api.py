@@ -1,8 +1,8 @@
-"""Questions over HTTP, for front ends that others write: one request a question, its rollout streamed as events.
+"""HTTP interface for third-party front ends: one request per question, its rollout streamed as events.
 
-The database, the model and the agent are those that the server was started with. A request is refused before any work
-where it lacks the token, is too long, or finds too many others running. A client that leaves ends its rollout: no
-further model call or query is begun.
+The database, the model and the agent are set when the server starts. A request is refused before any work if it lacks
+the token, is too long, or exceeds the limits on concurrent questions. A client that disconnects ends its rollout: no
+further model call or query starts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sqlbench_train.serve import LOCAL, listen
 
 TOKEN = "SQLBENCH_TOKEN"
 LONGEST, LARGEST = 2000, 16_384
-"""Characters of a question; bytes of a request."""
+"""Maximum length of a question in characters, and of a request in bytes."""
 EVENTS = """Answers a question on the server's database. The answer is a stream of events, each with JSON as its data:
 
 | event | when | data |
@@ -75,12 +75,12 @@ class _Stream:
         self.put("text", agent=agent, turn=turn, text=piece)
 
     def transition(self, transition: Transition) -> None:
-        said = transition.completion.text
+        text = transition.completion.text
         if transition.agent == "check":
-            self.put("verdict", turn=transition.turn, correct=parse_verdict(said), text=said)
+            self.put("verdict", turn=transition.turn, correct=parse_verdict(text), text=text)
         else:
             about = {"turn": transition.turn, "strategy": transition.strategy}
-            self.put("query", agent=transition.agent, sql=extract_sql(said), **about)
+            self.put("query", agent=transition.agent, sql=extract_sql(text), **about)
 
     def execution(self, execution: Execution, execution_text: str) -> None:
         self.put("result", **_shown(execution))
@@ -91,7 +91,7 @@ def _shown(execution: Execution) -> dict[str, Any]:
 
 
 class _Guard:
-    """Middleware that refuses a request by its head, before its body is read."""
+    """Middleware that refuses requests by their headers, before the body is read."""
 
     def __init__(self, app: Any, token: str | None) -> None:
         self.app, self.token = app, token
@@ -104,11 +104,11 @@ class _Guard:
         length = headers.get("content-length", "0" if scope["method"] in ("GET", "HEAD", "OPTIONS") else "none")
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]")
         if self.token is None and host not in LOCAL:
-            # A page elsewhere whose name was made to mean this machine.
+            # DNS rebinding: a page elsewhere whose name resolves to this machine.
             return 403, f"Not a name of this machine: {host[:80]}. Use 127.0.0.1, or start the server with {TOKEN} set."
         if scope["path"].startswith("/api/") and self.token is not None:
-            given = headers.get("authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+            authorization = headers.get("authorization", "").encode()
+            if not hmac.compare_digest(authorization, f"Bearer {self.token}".encode()):
                 return 401, "No valid token. Send the header Authorization: Bearer TOKEN."
         if not length.isdecimal():
             return 411, "Request of unknown length. Send Content-Length."
@@ -123,10 +123,10 @@ def _problem(status: int, error: str) -> Response:
 
 
 def create(answerer: Answerer, settings: ApiConfig, token: str | None) -> FastAPI:
-    """Make the application: ``POST /api/ask`` and ``GET /api/info``, described at ``/openapi.json`` and ``/docs``."""
-    made = FastAPI(title="sqlbench", version=sqlbench.__version__, description="Questions on one database.")
-    made.add_middleware(_Guard, token=token)
-    made.add_middleware(  # outside the guard: a browser asks it first, without the token
+    """Create the application: ``POST /api/ask`` and ``GET /api/info``, described at ``/openapi.json`` and ``/docs``."""
+    app = FastAPI(title="sqlbench", version=sqlbench.__version__, description="Questions on one database.")
+    app.add_middleware(_Guard, token=token)
+    app.add_middleware(  # outside the guard: a browser's preflight request carries no token
         CORSMiddleware, allow_origins=settings.origin, allow_methods=["POST"], allow_headers=["*"]
     )
     running = Counter[str]()
@@ -150,7 +150,7 @@ def create(answerer: Answerer, settings: ApiConfig, token: str | None) -> FastAP
         for status in (401, 403, 411, 413, 422, 429, 503)
     }
 
-    @made.post(
+    @app.post(
         "/api/ask",
         response_class=EventSourceResponse,
         description=EVENTS,
@@ -176,9 +176,9 @@ def create(answerer: Answerer, settings: ApiConfig, token: str | None) -> FastAP
         finally:
             rollout.cancel()
 
-    @made.get("/api/info", responses=problems)
+    @app.get("/api/info", responses=problems)
     async def info() -> dict[str, Any]:
-        """Say which database and model answer, and give some questions that can be asked."""
+        """Describe the database and the model, with example questions."""
         connection = answerer.connection
         about = {"database": connection.name, "dialect": connection.database.dialect, "model": answerer.model.name}
         tables = {table.label: [column.name for column in table.columns] for table in connection.schema.tables}
@@ -195,9 +195,9 @@ def create(answerer: Answerer, settings: ApiConfig, token: str | None) -> FastAP
             return _problem(422, f'Invalid request: {where}: {first["msg"]}. Send {{"question": "..."}}.')
         return _problem(error.status_code, str(error.detail))
 
-    made.add_exception_handler(RequestValidationError, refuse)
-    made.add_exception_handler(StarletteHTTPException, refuse)
-    return made
+    app.add_exception_handler(RequestValidationError, refuse)
+    app.add_exception_handler(StarletteHTTPException, refuse)
+    return app
 
 
 def serve(settings: ApiConfig) -> None:
@@ -214,9 +214,9 @@ def serve(settings: ApiConfig) -> None:
         if token is None and host not in LOCAL:
             token = secrets.token_urlsafe(24)
             print(f"Token of this start: {token}. Set {TOKEN} for one of your own.", file=sys.stderr)
-        made = create(answerer, settings, token)
+        app = create(answerer, settings, token)
         url = f"http://{host}:{listener.getsockname()[1]}"
         what = f"Serving questions on {answerer.connection.name} at {url}/api/ask (described at {url}/docs)"
         print(f"{what}. Press Ctrl-C to stop.", file=sys.stderr, flush=True)
-        config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         uvicorn.Server(config).run(sockets=[listener])

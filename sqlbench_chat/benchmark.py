@@ -1,4 +1,4 @@
-"""The benchmark tab: how many of a database's own questions the agent answers, and how many it answered before."""
+"""Benchmark tab: the agent's accuracy on a database's own questions, now and in earlier runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from sqlbench_chat.view import ChatView
 
 SHOWN = 20
-"""Earlier benchmarks that are shown, the newest."""
+"""Maximum number of earlier benchmarks shown, newest first."""
 
 
 class Measured(Record):
-    """One benchmark."""
+    """Record of one benchmark."""
 
     at: str
     model: str
@@ -36,22 +36,22 @@ class Measured(Record):
     database: str
     level: str
     of: int
-    """Questions that were to be answered."""
+    """Number of questions planned."""
     failed: int
     scores: dict[str, Score]
-    """By level, and overall."""
+    """Scores by level, and overall."""
 
 
 def scores(rollouts: Sequence[Trajectory]) -> dict[str, Score]:
-    """Score rollouts by level and overall; levels without a verdict are left out."""
+    """Score rollouts by level and overall, leaving out levels without a verdict."""
     frame = Rollouts.of(rollouts).rollouts
     parts = {level: frame[frame["hardness"] == level] for level in LEVELS} | {"overall": frame}
-    found = {name: Score.of(part["correct"], part["task"]) for name, part in parts.items()}
-    return {name: score for name, score in found.items() if score.n}
+    by_level = {name: Score.of(part["correct"], part["task"]) for name, part in parts.items()}
+    return {name: score for name, score in by_level.items() if score.n}
 
 
 def benchmark_html(rollouts: Sequence[Trajectory], of: int) -> Markup:
-    """Accuracy by level and overall, and every question with its verdict, its last query and gold."""
+    """Render accuracy by level and overall, and every question with its verdict, its last query and gold."""
     levels = [[name, f"{s.correct} of {s.n}", str(s)] for name, s in scores(rollouts).items()]
     order = sorted(rollouts, key=lambda t: (LEVELS.index(t.hardness), t.question))
     rows = [[t.hardness, _verdict(t), t.turns, t.question, t.pred or "", t.gold] for t in order]
@@ -64,7 +64,7 @@ def _verdict(rollout: Trajectory) -> str:
 
 
 class Benchmark(w.VBox):
-    """The tab."""
+    """The benchmark tab."""
 
     def __init__(self, chat: ChatView) -> None:
         self._chat = chat
@@ -77,7 +77,7 @@ class Benchmark(w.VBox):
         self._chat.stop() if self._chat.busy else self._chat.benchmark()
 
     def clear(self) -> None:
-        """Show nothing but the earlier ones: another database was chosen."""
+        """Remove the scores of the previous database, and show the earlier benchmarks."""
         self.scores.value = ""
         self.show_history()
 
@@ -86,16 +86,16 @@ class Benchmark(w.VBox):
         session = self._chat.session
         if session is None:
             return
-        kept = []
+        records = []
         for line in read_jsonl(session.folder / "benchmarks.jsonl"):
             try:
-                kept.append(Measured.model_validate(line))
-            except ValidationError:  # of another version
+                records.append(Measured.model_validate(line))
+            except ValidationError:  # written by another version
                 continue
-        self._history.value = html(HTML.benchmarks(kept[: -SHOWN - 1 : -1])) if kept else ""
+        self._history.value = html(HTML.benchmarks(records[: -SHOWN - 1 : -1])) if records else ""
 
     async def measure(self, tasks: Sequence[Task]) -> None:
-        """Run it; what was answered until it is cancelled is shown and kept too."""
+        """Run the benchmark; if it is cancelled, keep the questions scored so far."""
         session, connection = self._chat.session, self._chat.connection
         assert session is not None and connection is not None
         done: list[Trajectory] = []

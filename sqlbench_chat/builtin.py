@@ -1,4 +1,4 @@
-"""The databases of a data set, whose questions have known answers."""
+"""Databases of a data set, with questions that have known answers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sqlbench_chat.connection import Connection, Example, connect
 
 LEVELS = ("easy", "medium", "hard")
 PER_LEVEL = 20
-"""Benchmark questions of each level, at most."""
+"""Maximum number of benchmark questions per level."""
 CANDIDATES = 12
-"""Questions of a database that may become examples."""
+"""Maximum number of questions per database that may become examples."""
 
 
 class BuiltIn:
@@ -40,11 +40,11 @@ class BuiltIn:
         self.names = sorted(self._tasks)
 
     def tasks(self) -> list[Task]:
-        """All questions."""
-        return [task for some in self._tasks.values() for task in some.values()]
+        """Return all questions."""
+        return [task for tasks in self._tasks.values() for task in tasks.values()]
 
     def connect(self, name: str) -> Connection:
-        """Open a database; its examples are questions of the data set, of all levels in turn.
+        """Open a database, with questions of the data set as examples, alternating between levels.
 
         Raises:
             DatabaseError: its file is missing or damaged.
@@ -58,6 +58,6 @@ class BuiltIn:
         return replace(connect(self.data.database(name)), examples=examples)
 
     def benchmark(self, name: str) -> list[Task]:
-        """The benchmark of a database: always the same questions of each level."""
+        """Return the benchmark of a database: always the same questions per level."""
         tasks = [self._tasks[name][key] for key in sorted(self._tasks[name])]
         return [t for level in LEVELS for t in [t for t in tasks if t.hardness == level][:PER_LEVEL]]

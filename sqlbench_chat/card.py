@@ -1,4 +1,4 @@
-"""One turn on the page: its transcript, its rows, and what can be done with them."""
+"""One turn on the page: its transcript, its rows, and the actions on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TurnCard(w.VBox):
-    """A turn: being answered, answered, or taken from an earlier conversation."""
+    """Card of one turn: in progress, answered, or from an earlier conversation."""
 
     def __init__(self, chat: ChatView, turn: Turn) -> None:
         self._chat, self.turn = chat, turn
@@ -45,28 +45,28 @@ class TurnCard(w.VBox):
         self.draw()
 
     def html(self) -> Markup:
-        """Transcript, first rows and verdict, for places without a kernel."""
-        found = self.turn.found
-        rows = view.HTML.values(found.columns, found.rows) if found and found.answered else Markup("")
+        """Render the transcript, first rows and verdict for display without a kernel."""
+        final = self.turn.found
+        rows = view.HTML.values(final.columns, final.rows) if final and final.answered else Markup("")
         return self.turn.html() + rows + HTML.verdict(self.turn)
 
     def draw(self) -> None:
-        """Show what has come so far."""
+        """Show the transcript so far."""
         self._body.value = html(self.turn.html())
 
     async def ready(self, chat_turn: ChatTurn | None = None) -> None:
-        """It is over: show the rows, and offer what fits."""
+        """Show the rows of the finished turn, and offer the actions that fit."""
         self.chat_turn = chat_turn
         self.draw()
         if not self.turn.sql:
             self.children = (self._body, self._retry)
             return
         self.sql.value = view.pretty(self.turn.sql)
-        result, found = chat_turn.result if chat_turn else None, self.turn.found
-        if result is None and found is not None:  # of an earlier conversation: what was kept of it
-            result = QueryResult(found.status, tuple(found.columns), [tuple(r) for r in found.rows], found.error)
-            more = found.n_rows > len(found.rows)
-            note = f"kept from {found.n_rows} rows; run the query again for all" if more else ""
+        result, final = chat_turn.result if chat_turn else None, self.turn.found
+        if result is None and final is not None:  # from an earlier conversation, which kept the first rows
+            result = QueryResult(final.status, tuple(final.columns), [tuple(r) for r in final.rows], final.error)
+            more = final.n_rows > len(final.rows)
+            note = f"kept from {final.n_rows} rows; run the query again for all" if more else ""
             await self.result.show(result, note)
         elif result is not None:
             await self.result.show(result)
@@ -79,7 +79,7 @@ class TurnCard(w.VBox):
         self.children = (self._body, self.result, self._tools, self._by_hand, self._judging, *judged)
 
     def judge(self, right: bool, remark: str = "") -> None:
-        """Give the verdict on the answer, once; a remark on a wrong one may follow."""
+        """Record the verdict on the answer, once; a remark on a wrong answer may follow."""
         turn = self.turn
         if not turn.sql or (turn.verdict and (right or turn.verdict == "right" or turn.remark or not remark.strip())):
             return
@@ -87,7 +87,7 @@ class TurnCard(w.VBox):
             self._show_verdict()
 
     def retry(self) -> None:
-        """Ask again; queries that were not the answer are shown to the model, with what the user said about them."""
+        """Ask again, showing the model the earlier queries with the user's remark."""
         remark = self.remark.value.strip()
         if self.turn.sql and remark:
             self.judge(False, remark)
@@ -97,12 +97,12 @@ class TurnCard(w.VBox):
         self._chat.ask(self.turn.question, history, self.turn.database, remark)
 
     def edit(self) -> None:
-        """Show or hide the query for editing."""
+        """Show or hide the query editor."""
         layout = self._by_hand.layout
         layout.display = "" if layout.display == "none" else "none"
 
     def run(self) -> None:
-        """Run the edited query, read-only like those of the model."""
+        """Run the edited query, read-only like the model's queries."""
         self._chat.in_background(self._run(self.sql.value))
 
     async def _run(self, sql: str) -> None:
@@ -110,17 +110,17 @@ class TurnCard(w.VBox):
         await self.result.show(await in_thread(database.execute, sql), "of the query as edited by hand")
 
     def say(self) -> None:
-        """Say the answer in words, by the model."""
+        """Let the model put the answer into words."""
         if self._chat.may_ask(1):
             self._chat.in_background(self._say())
 
     async def _say(self) -> None:
         assert self._chat.session is not None
-        self.turn.summary = "..."
+        summary, self.turn.summary = self.turn.summary, "..."
         self.draw()
         try:
-            self.turn.summary = await self._chat.session.summarise(self.turn)
-            self._chat.keep(self.turn)
+            summary = await self._chat.session.summarise(self.turn)
         finally:
-            self.turn.summary = self.turn.summary.removeprefix("...")
+            self.turn.summary = summary
             self.draw()
+        self._chat.keep(self.turn)

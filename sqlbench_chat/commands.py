@@ -43,7 +43,7 @@ def _chat(settings: ChatConfig, request: Request = None) -> None:
     load_plugin("agent", settings.agent)
     if settings.model.startswith("openai:") or is_plugin(settings.model):
         open_model(settings.model)
-    else:  # the page loads it; whether it is there can be said now
+    else:  # the page loads it later; a missing one is reported now
         check_checkpoint(policy_folder(settings.model))
     folder = run_path(settings.results, "laptop", settings.run)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""A database of the user's own: opened read-only, introspected, with example questions whose queries run.
+"""The user's own database: opened read-only, introspected, with example questions whose queries run.
 
-Every fault of the target raises a `DatabaseError` of one line that never shows a password. A merely unusual database
-(no tables, a schema longer than a prompt shows) opens, and `Connection.notice` says so.
+Every fault of the target raises a one-line `DatabaseError` that never shows a password. A database that is merely
+unusual (no tables, a schema longer than a prompt shows) opens, and `Connection.notice` says so.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from sqlbench.text import clean
 
 EXAMPLES = 5
 SMALL, LARGE = RolloutConfig().table_info_truncate, 12_000
-"""Characters of a schema above which it is large for the nano policy, and for any other model."""
+"""Schema size in characters above which a schema is large for the nano policy, and for any other model."""
 BUDGETS = {"nano": {"schema_tokens": 512}}
-"""Of the schema in prompts: nano takes 1,024 tokens, and names that it does not know are one for two characters."""
+"""Schema budgets in prompts: nano reads 1,024 tokens, and an unknown name takes one token per two characters."""
 _LIMITS = Limits(seconds=1.0, rows=1000)
 _SECONDS = 5.0
-"""Seconds after which no further example is tried."""
+"""Time limit for trying examples, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Connection:
     """An open database with its schema and examples."""
 
     name: str
-    """For people: without path, user or password."""
+    """Display name, without path, user or password."""
     database: Database
     schema: Schema
     examples: tuple[Example, ...]
-    """Up to five, made from the schema."""
+    """Questions generated from the schema, or those of a data set."""
     notice: str = ""
-    """One line on limits of this database; empty if it has none."""
+    """One line about limits of this database; empty if it has none."""
 
 
 def connect(target: str | Path | Database) -> Connection:
-    """Open a database for reading: whatever `sqlbench.database.target.TARGETS` names, or an object.
+    """Open a database for reading: a target of `sqlbench.database.target.TARGETS`, or a database object.
 
     Raises:
         DatabaseError: the target is not an address or a database, does not exist, or cannot be reached.
@@ -101,23 +101,23 @@ def _notice(name: str, schema: Schema) -> str:
 
 
 def schema_examples(database: Database, schema: Schema) -> list[Example]:
-    """Make up to five questions from the schema alone, of different kinds and on different tables where possible."""
+    """Generate up to five questions from the schema alone, of different kinds and on different tables if possible."""
     deadline = time.monotonic() + _SECONDS
     tables = [_questions(table) for table in schema.tables if table.columns]
     kinds = [[tables[(kind + i) % len(tables)][kind] for i in range(len(tables))] for kind in range(EXAMPLES)]
-    found: list[Example] = []
+    examples: list[Example] = []
     for choices in [*kinds, *([example] for questions in tables for example in questions)]:
         for example in choices:
-            if example and example not in found and time.monotonic() < deadline and _answers(database, example):
-                found.append(example)
+            if example and example not in examples and time.monotonic() < deadline and _answers(database, example):
+                examples.append(example)
                 break
-        if len(found) == EXAMPLES:
+        if len(examples) == EXAMPLES:
             break
-    return found
+    return examples
 
 
 async def model_examples(connection: Connection, model: Model) -> list[Example]:
-    """Ask the model for five questions, and keep those whose queries give rows.
+    """Ask the model for five questions, and keep those whose queries return rows.
 
     Raises:
         ModelError: the model cannot be reached.
@@ -174,14 +174,14 @@ _NUMBERS, _TEXT = ("INT", "REAL", "NUM", "DEC", "DOUBLE", "FLOA", "MONEY"), ("CH
 
 
 def _questions(table: Table) -> list[Example | None]:
-    """Make one question of each kind; None where the table has no columns for it."""
+    """Generate one question of each kind; None if the table has no columns for it."""
     one, many, name = _words(table.name), _plural(_words(table.name)), quote(table.name, table.schema)
-    found: list[Example | None] = [Example(f"How many {many} are there?", f"SELECT count(*) FROM {name}")]
+    examples: list[Example | None] = [Example(f"How many {many} are there?", f"SELECT count(*) FROM {name}")]
     labels, numbers = _columns(table, *_TEXT), _columns(table, *_NUMBERS)
     parent = next((k for k in table.foreign_keys if k.ref_column and k.ref_label != table.label), None)
     label, label_words = (quote(labels[0].name), _words(labels[0].name)) if labels else ("", "")
     number, number_words = (quote(numbers[0].name), _words(numbers[0].name)) if numbers else ("", "")
-    found += [
+    examples += [
         Example(f"List the {label_words} of all {many}.", f"SELECT {label} FROM {name}") if label else None,
         Example(f"What is the average {number_words} of all {many}?", f"SELECT avg({number}) FROM {name}")
         if number
@@ -197,5 +197,5 @@ def _questions(table: Table) -> list[Example | None]:
         key, other = quote(parent.ref_column), quote(parent.ref_table, parent.ref_schema)
         joined = f"{name} c JOIN {other} p ON c.{quote(parent.column)} = p.{key}"
         sql = f"SELECT p.{key}, count(*) FROM {joined} GROUP BY p.{key}"
-        return [*found, Example(f"How many {many} are there for each {_words(parent.ref_table)}?", sql)]
-    return [*found, None]
+        return [*examples, Example(f"How many {many} are there for each {_words(parent.ref_table)}?", sql)]
+    return [*examples, None]

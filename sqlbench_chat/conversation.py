@@ -1,4 +1,4 @@
-"""Conversations on disk: a file each, to which a line is appended for every turn, verdict and new name."""
+"""Conversations on disk: one file each, with a line appended for every turn, verdict and new name."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _TITLE = 60
 
 
 class Conversation:
-    """One conversation; its file is made with its first turn.
+    """One conversation; its file is created with its first turn.
 
     Args:
-        folder: where conversations are kept.
-        name: of one that is kept there; a new one without it, or where the name cannot be one.
+        folder: folder of the conversations.
+        name: name of a stored conversation; an empty or invalid name starts a new one.
 
     Raises:
         DataError: its file is damaged.
@@ -40,40 +40,40 @@ class Conversation:
                     self._title = str(line["title"])
                 else:
                     turn = Turn.model_validate(line["turn"])
-                    self._turns[turn.key] = turn  # the last word on a turn counts
+                    self._turns[turn.key] = turn  # the last line about a turn counts
         except (ValidationError, KeyError) as error:
             raise DataError(f"Damaged conversation: {self.path}. Move it away.") from error
 
     @property
     def path(self) -> Path:
-        """Its file."""
+        """File of the conversation."""
         return self.folder / f"{self.name}.jsonl"
 
     @property
     def turns(self) -> list[Turn]:
-        """The turns, the newest last."""
+        """Turns of the conversation, newest last."""
         return list(self._turns.values())
 
     @property
     def title(self) -> str:
-        """The name it was given, else its first question."""
+        """Name given by the user, else the first question."""
         title = self._title or next((turn.question for turn in self.turns), "New conversation")
         return title if len(title) <= _TITLE else title[: _TITLE - 1] + "…"
 
     def keep(self, turn: Turn) -> None:
-        """Keep a turn, also one that has changed.
+        """Store a turn, new or changed.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: the file cannot be written.
         """
         self._turns[turn.key] = turn
         self._append({"turn": turn.model_dump(mode="json")})
 
     def rename(self, title: str) -> None:
-        """Give it a name.
+        """Rename the conversation.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: the file cannot be written.
         """
         self._title = " ".join(title.split())
         self._append({"title": self._title})
@@ -86,32 +86,32 @@ class Conversation:
         append_line(self.path, line)
 
     def delete(self) -> None:
-        """Remove its file; what was learned from it stays."""
+        """Delete the file, but not the feedback and lessons from it."""
         self.path.unlink(missing_ok=True)
 
     def markdown(self) -> str:
-        """The conversation as a document: questions, queries, first rows, verdicts."""
+        """Render the conversation as a document: questions, queries, first rows, verdicts."""
         parts = [f"# {_line(self.title)}"]
         for turn in self.turns:
-            found = turn.found
+            final = turn.found
             parts += [
                 f"## {_line(turn.question)}",
                 f"{turn.database}, {turn.model}, prompt generation {turn.generation}",
             ]
             parts += [f"````sql\n{turn.sql}\n````"] if turn.sql else []
-            parts += [found.size, _grid(found.columns, found.rows)] if found and found.answered else []
+            parts += [final.size, _grid(final.columns, final.rows)] if final and final.answered else []
             parts += [_line(turn.summary)] if turn.summary else []
             parts += [f"No answer: {_line(turn.error)}"] if turn.error else []
             parts += [f"Marked {turn.verdict}. {_line(turn.remark)}".strip()] if turn.verdict else []
         return "\n\n".join(parts) + "\n"
 
     def jsonl(self) -> str:
-        """The turns, one a line."""
+        """Render the turns as JSON, one per line."""
         return "".join(turn.model_dump_json() + "\n" for turn in self.turns)
 
 
 def _line(value: object) -> str:
-    """A value within a line of Markdown or a cell of its table."""
+    """Escape a value for a line of Markdown or a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("<", "&lt;").replace("|", "\\|")
 
 
@@ -121,11 +121,11 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def conversations(folder: Path) -> dict[str, str]:
-    """Titles of all conversations by their names, the newest first; a damaged one is left out."""
-    found = {}
+    """Return the titles of all conversations by name, newest first; damaged ones are left out."""
+    titles = {}
     for path in sorted(folder.glob("*.jsonl"), reverse=True):
         try:
-            found[path.stem] = Conversation(folder, path.stem).title
+            titles[path.stem] = Conversation(folder, path.stem).title
         except DataError:
             continue
-    return found
+    return titles

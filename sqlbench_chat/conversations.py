@@ -1,4 +1,4 @@
-"""The row of conversations: which one is open, and what can be done with it."""
+"""Row of controls for conversations: choose, create, rename, delete and export them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Conversations(w.HBox):
-    """The row."""
+    """The row of controls."""
 
     def __init__(self, chat: ChatView) -> None:
         self._chat, self._folder = chat, Path()
@@ -43,7 +43,7 @@ class Conversations(w.HBox):
         widget.layout.display = "" if widget.layout.display == "none" else "none"
 
     def turn_to(self, name: str, folder: Path | None = None) -> None:
-        """Open a conversation; a new one without a name."""
+        """Open a conversation; an empty name starts a new one."""
         self._folder = folder or self._folder
         self.conversation = Conversation(self._folder, name)
         self._list()
@@ -64,14 +64,14 @@ class Conversations(w.HBox):
         self._name.layout.display = self._sure.layout.display = "none"
 
     def keep(self, turn: Turn) -> None:
-        """Keep a turn of the open conversation."""
+        """Store a turn in the open conversation."""
         assert self.conversation is not None
         self.conversation.keep(turn)
         if len(self.conversation.turns) == 1:
             self._list()
 
     def rename(self, title: str) -> None:
-        """Name the open conversation."""
+        """Rename the open conversation."""
         if (conversation := self.conversation) and title.strip():
             self._chat.guarded(lambda: conversation.rename(title))
             self._name.value = ""
@@ -84,7 +84,7 @@ class Conversations(w.HBox):
             self.turn_to("")
 
     def export(self, kind: str) -> None:
-        """Offer the open conversation as a file."""
+        """Offer the open conversation as a download."""
         if self.conversation:
             text = self.conversation.markdown() if kind == "md" else self.conversation.jsonl()
             media = "text/markdown" if kind == "md" else "application/jsonl"

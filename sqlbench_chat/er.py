@@ -1,4 +1,4 @@
-"""The diagram tab: the schema as a picture that is dragged, zoomed, searched and narrowed to a table's neighbours."""
+"""Diagram tab: the schema as a picture to drag, zoom, search and narrow to a table's neighbours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqlbench_lab.diagram import er_svg
 
 
 def neighbours(schema: Schema, name: str) -> tuple[Table, ...]:
-    """A table with those that it refers to and those that refer to it."""
+    """Return a table with the tables that it refers to and those that refer to it."""
     here = name.lower()
     refers = {t.label.lower(): {key.ref_label.lower() for key in t.foreign_keys} for t in schema.tables}
     near = {here} | refers.get(here, set()) | {label for label, targets in refers.items() if here in targets}
@@ -23,13 +23,13 @@ def neighbours(schema: Schema, name: str) -> tuple[Table, ...]:
 
 
 def matching(schema: Schema, text: str) -> tuple[Table, ...]:
-    """The tables whose name, or the name of one of whose columns, contains a text."""
+    """Return the tables with a text in their name or in a column's name."""
     part = text.strip().lower()
     return tuple(t for t in schema.tables if any(part in n.lower() for n in (t.label, *(c.name for c in t.columns))))
 
 
 class Diagram(Panel):
-    """The tab."""
+    """The diagram tab."""
 
     def __init__(self) -> None:
         self._schema = Schema(())

@@ -1,12 +1,12 @@
-"""Generations of the chat's prompts: feedback on its answers, and every few queries one cycle of GEPA over it.
+"""Generations of the chat's prompts: feedback on its answers, and a cycle of GEPA over it every few queries.
 
 A cycle reflects on the newest failures and remarks. A rewrite becomes the next generation if it answers more of the
-questions with known answers (of the data set, or marked right). Where the data set has too few of these, the rejected
-queries decide too: there a query counts that runs and gives another result, and `Evolution.outcome` says so. A user's
-"right" is gold unchecked. A killed cycle resumes, and so does the next one while the same questions decide.
+questions with known answers (of the data set, or marked right). If the data set has too few of these, the rejected
+queries decide too: a query counts there if it runs and gives another result, and `Evolution.outcome` says so. A query
+marked right is gold, unchecked. A killed cycle resumes. The next one reuses its run while the same questions decide.
 
-A folder holds ``feedback.jsonl`` and, for each set of prompts that evolution started from, ``history.jsonl``, GEPA's
-``run-*`` and, while a cycle is under way, ``cycle.json``.
+A folder holds ``feedback.jsonl`` and one subfolder per set of initial prompts. The subfolder holds ``history.jsonl``,
+GEPA's ``run-*`` and, during a cycle, ``cycle.json``.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from sqlbench.text import Text
 from sqlbench_train.evolve import Example, Trial, digest, improve, open_reflection
 
 TRAIN, HELD_OUT = 20, 20
-"""Failures that a cycle reflects on, and questions with known answers that decide, at most."""
+"""Maximum number of failures to reflect on, and of questions with known answers that decide, per cycle."""
 MIN_HELD_OUT = 3
-"""With fewer questions of the data set, failures decide too."""
+"""Number of questions of the data set below which failures decide too."""
 PROPOSALS = 3
-"""Rewrites that a cycle tries."""
+"""Number of rewrites that a cycle tries."""
 
 
 class Feedback(Record):
-    """One query of the user's and its outcome; recorded again when the user says more about it."""
+    """One query and its outcome; recorded again when the user judges it or adds a remark."""
 
     question: Text
     db: str
     sql: Text
     execution: Text = ""
-    """The result as the prompts show it; ``error: ...`` where the query failed."""
+    """The result as the prompts show it; ``error: ...`` if the query failed."""
     verdict: Literal["right", "wrong"] | None = None
     remark: Text = ""
     generation: int = 0
@@ -55,12 +55,12 @@ class Feedback(Record):
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """Return the key by which two records are the same query."""
+        """Key that all records of the same query share."""
         return self.db, self.question, self.sql, self.generation
 
     @property
     def failed(self) -> bool:
-        """Tell whether there is something to learn from it."""
+        """Return whether the query failed or the user objected to it."""
         unhappy = bool(self.remark.strip()) or self.execution.startswith("error")
         return self.verdict == "wrong" or (self.verdict is None and unhappy)
 
@@ -76,7 +76,7 @@ class FeedbackStore:
         append_line(self.path, feedback)
 
     def all(self) -> list[Feedback]:
-        """Return every query once, in order, as it was recorded last."""
+        """Return the last record of every query, in the order of first records."""
         return list({f.key: f for f in _read(self.path, Feedback)}.values())
 
 
@@ -86,9 +86,9 @@ class Generation(Record):
     number: int
     components: dict[str, str]
     parent: int | None = None
-    """The generation that it replaced."""
+    """Number of the generation that it replaced."""
     score: float | None = None
-    """Share of the questions with known answers that it answers right; None where there are none."""
+    """Share of right answers to the questions with known answers; None if there are none."""
     baseline: float | None = None
     """The parent's score on the same questions."""
     held_out: int = 0
@@ -125,18 +125,18 @@ class Evolution:
     """The prompts in use and their history.
 
     Args:
-        folder: where everything is kept; one process at a time evolves.
-        prompts: what to start from. Another start in the same folder has a history of its own.
+        folder: folder of all state; only one process at a time evolves.
+        prompts: initial prompts. Each set of initial prompts has its own history in the folder.
         reflection: the endpoint that rewrites prompts, as ``openai:NAME``, or None.
-        every: queries between two cycles.
-        model: answers the questions while candidates are tried: a name, or an object that nothing else uses meanwhile;
-            by default the reflecting endpoint.
-        database: gives the open database of a name in feedback or tasks, or raises a `KeyError` or `SqlbenchError`.
+        every: number of queries between two cycles.
+        model: model that answers questions while candidates are tried: a name, or an object that nothing else uses
+            meanwhile; the reflection endpoint by default.
+        database: returns the open database of a name in feedback or tasks, or raises a `KeyError` or `SqlbenchError`.
         tasks: questions with gold. For a database without any, the user's questions marked right are held out instead.
-        config: of the rollouts.
-        repair: chooses the strategy of rewrites in the rollouts.
-        agent: whose rollouts they are; the self-correcting one by default.
-        seed: decides which questions are held out.
+        config: settings of the rollouts.
+        repair: policy that chooses the strategy of rewrites in the rollouts.
+        agent: agent of the rollouts; the self-correcting one by default.
+        seed: seed that selects the held-out questions.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Evolution:
 
     @property
     def history(self) -> list[Generation]:
-        """Return every generation, those that were rolled back included."""
+        """All generations, including those rolled back."""
         return [step.generation for step in self._steps if step.generation is not None]
 
     @property
@@ -194,12 +194,12 @@ class Evolution:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Return the queries since the last cycle, and how many make the next one due."""
+        """Number of queries since the last cycle, and the number that makes the next one due."""
         return len(self.store.all()) - self._steps[-1].seen, self.every
 
     @property
     def due(self) -> bool:
-        """Tell whether it is time for `evolve`."""
+        """Return whether a cycle is due and can run."""
         return self.progress[0] >= self.every and self.unavailable is None
 
     @property
@@ -220,11 +220,11 @@ class Evolution:
         return None
 
     def record(self, feedback: Feedback) -> None:
-        """Keep the outcome of a query; recorded again, it counts once."""
+        """Record the outcome of a query; repeated records of a query count once."""
         self.store.append(feedback)
 
     def rollback(self, generation: int) -> None:
-        """Use another generation again; the next cycle starts from there.
+        """Return to another generation, from which the next cycle starts.
 
         Raises:
             DataError: the generation does not exist.
@@ -238,10 +238,10 @@ class Evolution:
             self._add(self._next(current=generation, outcome=outcome, held_out=""))
 
     def evolve(self) -> Generation | None:
-        """Run one cycle, or resume the interrupted one, and return the new generation, or None with an `outcome`.
+        """Run one cycle or resume an interrupted one; return the new generation, or None with an `outcome`.
 
         Raises:
-            ModelError: evolution is unavailable, or an endpoint broke; call again to resume.
+            ModelError: evolution is unavailable, or an endpoint failed; call again to resume.
             RunError: another process is evolving, or the folder cannot be written.
         """
         if reason := self.unavailable:
@@ -265,17 +265,17 @@ class Evolution:
 
     def _cycle(self) -> _Cycle:
         if self._pending.is_file():
-            with suppress(ValidationError):  # of another version: start over
+            with suppress(ValidationError):  # written by another version: start over
                 cycle = _Cycle.model_validate_json(self._pending.read_bytes())
                 if cycle.after == len(self._steps) and self._open({x.db for x in (*cycle.train, *cycle.held_out)}):
                     return cycle
-        asked = self.store.all()
-        train, deciding = self._examples(asked)
+        records = self.store.all()
+        train, deciding = self._examples(records)
         last, now = self._steps[-1], digest(*deciding)
-        # GEPA's candidates survive while they are measured on the same questions.
+        # GEPA's candidates stay comparable while the same questions decide.
         same = last.held_out == now
         run, tried = (last.run, last.proposals) if same else (f"run-{len(self._steps):03d}-{now}", 0)
-        step = self._next(seen=len(asked), run=run, held_out=now, proposals=tried + PROPOSALS)
+        step = self._next(seen=len(records), run=run, held_out=now, proposals=tried + PROPOSALS)
         return _Cycle(after=len(self._steps), step=step, train=train, held_out=deciding)
 
     def _run(self, cycle: _Cycle) -> _Step:
@@ -283,39 +283,39 @@ class Evolution:
         trial = Trial(model, open_reflection(self.reflection), self.database, self.config, self.agent, self.repair)
         now, proposals = self.prompts.components, cycle.step.proposals
         folder, train, deciding = self.folder / cycle.step.run, cycle.train, cycle.held_out
-        found = improve(folder, self.start, now, train, deciding, trial, proposals=proposals, seed=self.seed)
-        known = [x.gold is not None for x in deciding]
-        n, rejected = sum(known), len(known) - sum(known)
+        improvement = improve(folder, self.start, now, train, deciding, trial, proposals=proposals, seed=self.seed)
+        has_gold = [x.gold is not None for x in deciding]
+        n, rejected = sum(has_gold), len(has_gold) - sum(has_gold)
         right, instead = (
-            [sum(s for s, k in zip(scores, known, strict=True) if k == with_gold) for scores in found[1:3]]
+            [sum(s for s, k in zip(scores, has_gold, strict=True) if k == with_gold) for scores in improvement[1:3]]
             for with_gold in (True, False)
         )
         before, after = [right[0] / n, right[1] / n] if n else (None, None)
         held_out = f" of {n} held-out questions" if n else ""
         judged = f"{', and' * bool(n)} on {rejected} rejected queries, where another result counts" * bool(rejected)
-        if found.components == now:
-            why = "".join(f"; refused: {reason}" for reason in found.refused)
+        if improvement.components == now:
+            why = "".join(f"; refused: {reason}" for reason in improvement.refused)
             better = f" answered more than {before:.1%}{held_out}" if n else " did better"
             return cycle.step.model_copy(update={"outcome": f"no rewrite{better}{judged}{why}"})
-        made = Generation(
+        successor = Generation(
             number=len(self.history),
-            components=found.components,
+            components=improvement.components,
             parent=self.generation,
             score=after,
             baseline=before,
             held_out=n,
         )
-        outcome = f"generation {made.number}:" + (f" {before:.1%} -> {after:.1%}{held_out}" if n else " judged")
+        outcome = f"generation {successor.number}:" + (f" {before:.1%} -> {after:.1%}{held_out}" if n else " judged")
         outcome += f"{judged} ({instead[0]:g} -> {instead[1]:g})" if rejected else ""
-        return cycle.step.model_copy(update={"current": made.number, "outcome": outcome, "generation": made})
+        return cycle.step.model_copy(update={"current": successor.number, "outcome": outcome, "generation": successor})
 
     def _examples(self, asked: list[Feedback]) -> tuple[list[Example], list[Example]]:
-        """Split what is known into examples to reflect on and examples that decide."""
+        """Split feedback and tasks into examples to reflect on and examples that decide."""
         usable = {db for db in {f.db for f in asked} if self._open({db})}
-        known = [f for f in asked if f.db in usable]
-        right = {(f.db, f.question): f.sql for f in known if f.verdict == "right"}
+        records = [f for f in asked if f.db in usable]
+        right = {(f.db, f.question): f.sql for f in records if f.verdict == "right"}
         failed: dict[tuple[str, str], Example] = {}
-        for f in known:
+        for f in records:
             if f.failed:
                 key = (f.db, f.question)
                 remarks = [failed[key].remark] if key in failed else []
@@ -331,7 +331,7 @@ class Evolution:
         ]
         held_out.sort(key=lambda x: digest(self.seed, x.db, x.question))
         train, held_out = list(failed.values())[-TRAIN:], held_out[:HELD_OUT]
-        # What was marked right is answered right already: alone it could only refuse a rewrite.
+        # Questions marked right are answered right already: alone they could only reject a rewrite.
         enough = sum((x.db, x.question) in self.tasks for x in held_out) >= MIN_HELD_OUT
         return train, held_out if enough else held_out + train
 

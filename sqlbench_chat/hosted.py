@@ -1,6 +1,6 @@
-"""One model for several processes: a process that holds it, and a stand-in that asks it over a socket.
+"""One model shared by several processes: a host process, and a client that calls it over a socket.
 
-A line of JSON is a message. The socket is a file of this user; the process ends with the one that started it.
+Each message is a line of JSON. The socket is a file of this user. The host process ends with its parent.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.interfaces import Model
 
 LINE = 1 << 26
-"""Bytes of a message at most."""
+"""Maximum size of a message in bytes."""
 PATIENCE = 60.0
-"""Seconds within which the process has opened its socket."""
+"""Seconds that a client waits for the host process to open its socket."""
 
 
 class HostedModel:
-    """A model of another process, as a `sqlbench.interfaces.Model`."""
+    """A model in another process, as a `sqlbench.interfaces.Model`."""
 
     def __init__(self, path: str, name: str, family: str) -> None:
         self.path, self.name, self.family = path, name, family
@@ -71,13 +71,13 @@ class HostedModel:
 
 
 def start_host(path: Path, spec: str) -> subprocess.Popen:
-    """Start the process that holds a model; it ends when its standard input does."""
+    """Start the host process of a model; it ends when its standard input closes."""
     command = [sys.executable, "-m", "sqlbench_chat.hosted", str(path), spec]
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"TQDM_DISABLE": "1"})
 
 
 async def host(path: str, spec: str) -> None:
-    """Answer on a socket, from the start; the first answers wait until the model is loaded."""
+    """Serve a model on a socket; requests are accepted at once and wait until the model is loaded."""
     from sqlbench.models import open_model
 
     loading: asyncio.Future[Model] = asyncio.ensure_future(asyncio.to_thread(open_model, spec))
@@ -111,7 +111,7 @@ async def host(path: str, spec: str) -> None:
 
 
 async def _gone(reader: asyncio.StreamReader, answering: asyncio.Future) -> None:
-    """Wait until the other side has hung up."""
+    """Wait until the client has disconnected or is answered."""
     while not reader.at_eof() and not answering.done():
         await asyncio.sleep(0.1)
 

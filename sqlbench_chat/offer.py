@@ -1,4 +1,4 @@
-"""The banner over a database that the model was not made for, and the way to another model."""
+"""Banner for a database that the model was not trained for, with a choice of other models."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ OLLAMA = "http://127.0.0.1:11434"
 
 
 async def ollama_models(address: str = OLLAMA) -> list[str]:
-    """The models of the Ollama of this machine; none where it does not run."""
+    """Return the models of this machine's Ollama; empty if it does not run."""
     try:
         async with httpx.AsyncClient(timeout=1.0, trust_env=False) as client:
-            found = (await client.get(f"{address}/api/tags")).raise_for_status().json()
-        return [str(model["name"]) for model in found["models"]]
+            reply = (await client.get(f"{address}/api/tags")).raise_for_status().json()
+        return [str(model["name"]) for model in reply["models"]]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return []
 
 
 class Offer(w.VBox):
-    """The banner; empty where the model fits."""
+    """The banner; empty if the model fits."""
 
     def __init__(self, chat: ChatView) -> None:
         self._chat = chat
@@ -42,24 +42,24 @@ class Offer(w.VBox):
         super().__init__()
 
     async def show(self, model: str, database: str) -> None:
-        """Say that the model does not know the database, and offer others."""
+        """Say that the model does not know the database, and offer other models."""
         self._text.value = html(HTML.foreign(model, database))
         self._found.value = ""
         self.children = self._parts
-        found = await ollama_models()
-        self._found.value = html(HTML.ollama(len(found)))
-        self.ollama.children = [button(name, partial(self.use_ollama, name)) for name in found[:12]]
+        names = await ollama_models()
+        self._found.value = html(HTML.ollama(len(names)))
+        self.ollama.children = [button(name, partial(self.use_ollama, name)) for name in names[:12]]
 
     def hide(self) -> None:
-        """The model fits."""
+        """Hide the banner, because the model fits."""
         self.children = []
 
     def use(self, model: str) -> None:
-        """Turn to another model."""
+        """Switch to another model."""
         if model.strip():
             self._chat.use_model(model.strip())
 
     def use_ollama(self, name: str) -> None:
-        """Turn to a model of the Ollama of this machine."""
-        os.environ["OPENAI_BASE_URL"] = f"{OLLAMA}/v1"  # of this page alone: each has a process of its own
+        """Switch to a model of this machine's Ollama."""
+        os.environ["OPENAI_BASE_URL"] = f"{OLLAMA}/v1"  # for this page alone: each page has its own process
         self.use(f"openai:{name}")

@@ -1,4 +1,4 @@
-"""The chat as a web page: one Voila server, one process with the model, and one kernel for each page that is open."""
+"""The chat as a web page: one Voila server, one process with the model, and one kernel per open page."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sqlbench_lab.home import ensure_folders
 from sqlbench_train.serve import LOCAL
 
 READY = 10.0
-"""Seconds in which a page gets ready before it is shown; what changes while a browser loads it may not reach it."""
+"""Seconds that a page may prepare before it is shown; changes while a browser loads it may not reach it."""
 
 
 def serve_chat(settings: ChatConfig, folder: Path) -> None:
-    """Serve the chat until it is interrupted.
+    """Serve the chat until interrupted.
 
     Raises:
         ServerError: Voila is not installed, or the address cannot be used.
@@ -70,7 +70,7 @@ def _notebook(settings: ChatConfig, folder: Path, model: str) -> nbformat.Notebo
 
 @contextlib.contextmanager
 def _model(spec: str, home: Path) -> Iterator[str]:
-    """Give the expression for the model in a page; a checkpoint is held by one process for all of them."""
+    """Yield the expression for the model in a page; one process holds a checkpoint for all pages."""
     from sqlbench.interfaces import is_plugin
     from sqlbench.models import policy_folder
     from sqlbench.models.checkpoint import checkpoint_family

@@ -1,4 +1,4 @@
-"""What the parts of the page share: HTML, a download, and commands that come from its HTML."""
+"""Shared elements of the page's parts: HTML, a download, and commands sent by the HTML."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ WIDE = {"width": "100%"}
 
 
 def html(*parts: Markup) -> str:
-    """Put parts into the frame that the style sheet knows."""
+    """Wrap parts in the frame that the style sheet formats."""
     return str(view.box(*parts))
 
 
 def download(name: str, text: str, kind: str) -> Markup:
-    """A link that saves a text as a file; the page follows it by itself."""
+    """Return a link that saves a text as a file; the page follows it automatically."""
     data = base64.b64encode(text.encode()).decode()
     return HTML.download(name, f"data:{kind};base64,{data}")
 
 
 def button(text: str, act: Callable[[], object], **options: str) -> w.Button:
-    """A button that does one thing."""
-    made = w.Button(description=text, layout={"width": "auto"}, **options)
-    made.on_click(lambda _: act())
-    return made
+    """Create a button that calls a function."""
+    widget = w.Button(description=text, layout={"width": "auto"}, **options)
+    widget.on_click(lambda _: act())
+    return widget
 
 
 class Panel(w.VBox):
-    """A part of the page whose HTML has elements with ``data-do="action:argument"``; clicked, they call `do`."""
+    """A part of the page. A click on an element with ``data-do="action:argument"`` in its HTML calls `do`."""
 
     def __init__(self, children: list[w.Widget], do: Callable[[str, str], None], name: str = "") -> None:
         self._bridge = w.Text(layout={"display": "none"})
@@ -46,6 +46,6 @@ class Panel(w.VBox):
 
     @staticmethod
     def _called(text: str, do: Callable[[str, str], None]) -> None:
-        action, _, argument = text.rpartition("#")[0].partition(":")  # what follows the last # makes the call unique
+        action, _, argument = text.rpartition("#")[0].partition(":")  # the part after the last # makes the call unique
         if action:
             do(action, argument)

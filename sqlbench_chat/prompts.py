@@ -1,4 +1,4 @@
-"""The prompt panel: the generation in use, its components, what changed in it, and how the generations scored."""
+"""Prompt panel: the generation in use, its components, their changes, and the scores of all generations."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sqlbench_chat.session import ChatSession
 from sqlbench_chat.turn import HTML
 
 MOST_WORDS = 4000
-"""Longer texts are shown without marks: difflib can take the cube of their length."""
+"""Maximum number of words compared; longer texts are shown without marks, as difflib can take cubic time."""
 _WORD = re.compile(r"\s+|\w+|.", re.DOTALL)
 
 
 def text_diff(before: str, after: str) -> Markup:
-    """One text with the words that are gone and the words that are new marked; both in full where they are too long."""
+    """Mark the deleted and the inserted words of a text; show both versions in full if they are too long."""
     old, new = _WORD.findall(before), _WORD.findall(after)
     if max(len(old), len(new)) > MOST_WORDS:
         return HTML.words([("delete", before), ("insert", after)])
@@ -34,7 +34,7 @@ def text_diff(before: str, after: str) -> Markup:
 
 
 def diff_html(before: Mapping[str, str], after: Mapping[str, str]) -> Markup:
-    """The prompt components that differ."""
+    """Render the prompt components that differ."""
     changed = [
         (name, text_diff(before.get(name, ""), text)) for name, text in after.items() if before.get(name) != text
     ]
@@ -42,7 +42,7 @@ def diff_html(before: Mapping[str, str], after: Mapping[str, str]) -> Markup:
 
 
 def curve_html(history: Sequence[Generation]) -> Markup:
-    """How many of the held-out questions each generation answered, as a small curve; nothing before there are any."""
+    """Render the generations' scores on held-out questions as a small curve; empty before the first score."""
     scored = [(g.number, g.score) for g in history if g.score is not None]
     if not scored:
         return Markup("")
@@ -65,7 +65,7 @@ class PromptPanel(w.VBox):
         self.add_class("sqlbench-side")
 
     def show(self, session: ChatSession, dialect: str) -> None:
-        """Show where a session stands; prompts are shown for a dialect of SQL."""
+        """Show a session's generation, progress and lessons, with the prompts for a dialect of SQL."""
         evolution = session.evolution
         seen, every = evolution.progress
         now = evolution.history[evolution.generation]

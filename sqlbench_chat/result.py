@@ -1,4 +1,4 @@
-"""The rows of an answer: in pages, in the order of any column, as CSV, and as a chart where they invite one."""
+"""Rows of an answer: in pages, sorted by any column, as CSV, and as a chart if suitable."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from sqlbench_chat.turn import HTML
 
 PAGE = 20
 LONG = 160
-"""Characters of a text above which a cell folds it."""
+"""Length in characters above which a cell folds a text."""
 BARS, POINTS = 30, 2000
-"""Most rows of a bar chart, and of a line chart."""
+"""Maximum number of rows of a bar chart, and of a line chart."""
 _DATE = re.compile(r"\d{4}-\d{2}(-\d{2}([ T]\d{2}:\d{2}(:\d{2})?)?)?")
 
 
 def cell(value: Any) -> Any:
-    """A database value as a cell of the chat shows it: floats without their binary tail, long texts folded."""
+    """Format a database value for a cell of the chat: floats without binary noise, long texts folded."""
     if value is None:
         return Markup("<i>NULL</i>")
     if isinstance(value, float):
-        return f"{value:.15g}"  # more digits than that say nothing
+        return f"{value:.15g}"  # further digits are noise
     if isinstance(value, bytes | memoryview):
         raw = bytes(value)
         return HTML.fold(f"BLOB, {len(raw):,} bytes", raw[:256].hex(" "))
@@ -44,17 +44,19 @@ def cell(value: Any) -> Any:
 
 
 def order(value: Any) -> tuple:
-    """The key by which a column of any values is sorted: numbers, then by kind, NULL last."""
+    """Return the sort key of a value in a column of mixed types: numbers, then by type, then NaN, NULL last."""
     if value is None:
+        return (3, "", "")
+    if value != value:  # NaN, of which a Decimal cannot be compared
         return (2, "", "")
     if isinstance(value, Real | Decimal):
         return (0, "", value)
-    known = isinstance(value, str | bytes | date | datetime | time)
-    return (1, type(value).__name__, value if known else str(value))
+    comparable = isinstance(value, str | bytes | date | datetime | time)
+    return (1, type(value).__name__, value if comparable else str(value))
 
 
 def as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The rows as CSV; bytes are hexadecimal digits, NULL is empty."""
+    """Format the rows as CSV; bytes are hexadecimal digits, NULL is empty."""
     out = io.StringIO()
     write = csv.writer(out)
     write.writerow(columns)
@@ -63,7 +65,7 @@ def as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def chart_kind(rows: Sequence[Sequence[Any]]) -> str:
-    """``bar`` for a category and a number, ``line`` for a date and a number, else nothing."""
+    """Return ``bar`` for a category and a number, ``line`` for a date and a number, else an empty text."""
     if len(rows) < 2 or any(len(row) != 2 or None in row for row in rows):
         return ""
     labels, values = zip(*rows, strict=True)
@@ -76,7 +78,7 @@ def chart_kind(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def chart(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
-    """Draw the chart as a picture."""
+    """Draw the chart as a PNG image."""
     from matplotlib.figure import Figure
 
     kind, labels, values = chart_kind(rows), [clean(str(row[0]))[:40] for row in rows], [float(row[1]) for row in rows]
@@ -95,15 +97,15 @@ def chart(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
         axes.set_ylabel(clean(columns[1])[:60])
     axes.spines[["top", "right"]].set_visible(False)
     for text in [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.yaxis.label]:
-        text.set_parse_math(False)  # a dollar sign is a dollar sign
+        text.set_parse_math(False)  # a dollar sign does not start a formula
     out = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
+    with warnings.catch_warnings(action="ignore"):  # about letters that the font lacks
         figure.savefig(out, format="png", dpi=110)
     return HTML.chart(base64.b64encode(out.getvalue()).decode(), f"{columns[1]} by {columns[0]}")
 
 
 class ResultView(Panel):
-    """A result, from the first page on."""
+    """View of a result in pages."""
 
     def __init__(self) -> None:
         self.head, self.table, self._chart, self._saved = (w.HTML() for _ in range(4))
@@ -117,7 +119,7 @@ class ResultView(Panel):
         self._page, self._sorted, self._down = 0, -1, False
 
     async def show(self, result: QueryResult, note: str = "") -> None:
-        """Show a result, or why there is none."""
+        """Show a result, or the reason for its absence."""
         self.columns, self.rows, self._all = result.columns, list(result.rows), list(result.rows)
         self._page, self._sorted, self._saved.value, self._chart.value = 0, -1, "", ""
         self._cut = result.error if result.status == "too_large" else ""
@@ -150,7 +152,7 @@ class ResultView(Panel):
             self.sort(int(argument))
 
     def sort(self, column: int) -> None:
-        """Sort by a column; once more: the other way round; a third time: as the database gave them."""
+        """Sort by a column: first ascending, then descending, then in the database's order."""
         if column != self._sorted:
             self._sorted, self._down = column, False
         elif not self._down:

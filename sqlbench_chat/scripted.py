@@ -1,9 +1,9 @@
-"""An OpenAI-compatible endpoint that follows a script: what a capable endpoint does for the chat, without any network.
+"""OpenAI-compatible endpoint that follows a script, in place of a capable endpoint on the network.
 
-It is not a language model: it looks the queries up. As real models do, it makes two mistakes. In the first query for
-one question in four it misspells a table, and mends that when it sees the database's error. To most queries it adds an
-id that nobody asked for, until a rule in its prompt forbids that. Asked to improve a prompt, it adds the user's remarks
-as rules, so only a remark can bring that rule about.
+It is not a language model: it looks the queries up. Like real models, it makes two mistakes. In the first query for
+one question in four it misspells a table, and corrects that after the database's error. To most queries it adds an id
+that was not asked for, until a rule in its prompt forbids that. Asked to improve a prompt, it adds the user's remarks
+as rules, so only a remark can introduce that rule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sqlbench.agent.prompts import CORRECT
 from sqlbench.data.tasks import Task
 
 RULE = "Leave out ids"
-"""What a prompt must say, in any case of letters."""
+"""Text of the rule in a prompt, in any letter case."""
 
 
 class ScriptedEndpoint(ThreadingHTTPServer):
@@ -49,8 +49,8 @@ class ScriptedEndpoint(ThreadingHTTPServer):
             return f"```\n{part[1]}{rules}\n```"
         if "You review" in system:
             return f"The query names the columns and tables of the schema. {CORRECT}"
-        found = re.search(r"^Question: (.*)$", user, re.MULTILINE)
-        question = found[1] if found else ""
+        match = re.search(r"^Question: (.*)$", user, re.MULTILINE)
+        question = match[1] if match else ""
         sql, number = self.gold.get(question, "SELECT 'not in the script'"), zlib.crc32(question.encode())
         if number % 3 and RULE.lower() not in system.lower():
             sql = _with_id(sql, user)
@@ -60,7 +60,7 @@ class ScriptedEndpoint(ThreadingHTTPServer):
 
 
 def _with_id(sql: str, prompt: str) -> str:
-    """Select the first column of the query's first table, too."""
+    """Add the first column of the query's first table to its SELECT."""
     source = re.search(r"\bFROM (\w+)(?: AS (\w+))?", sql)
     column = source and re.search(rf'CREATE TABLE "?{source[1]}"? *\(\s*"?(\w+)', prompt)
     if not source or not column or re.search(r"\b(UNION|EXCEPT|INTERSECT)\b", sql):
@@ -84,4 +84,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write((f"data: {body}\n\ndata: [DONE]\n\n" if stream else body).encode())
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""

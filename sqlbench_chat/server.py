@@ -1,7 +1,7 @@
-"""Voila as the chat needs it: a warm kernel for the next page, none left of a page that is gone, the address told once.
+"""Voila server of the chat: keeps a kernel warm for the next page, ends those of closed pages, announces itself once.
 
-A page that closes asks to end its kernel, which Voila refuses with 403 unless the page was given a cookie for it.
-Kernels of pages that could not ask (a crash, a network that is gone) end after `ABANDONED` seconds.
+A closing page asks to end its kernel, which Voila refuses with 403 unless the page was given a cookie for it.
+Kernels of pages that could not ask (a crash, a lost network) end after `ABANDONED` seconds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from voila.tornado.handler import TornadoVoilaHandler
 
 ABANDONED = 180
 WARM = 60
-"""Seconds after which the address is told though no kernel is warm; a page that comes earlier gets a cold one."""
+"""Seconds to wait for a warm kernel before the address is announced; an earlier page gets a cold kernel."""
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss:"
-"""What the page may load: nothing from elsewhere (Voila's template would ask a CDN for icons and wait for it)."""
+"""Content security policy of the page: it loads nothing from elsewhere (Voila's template would wait for a CDN)."""
 
 
 class _Page(TornadoVoilaHandler):
@@ -38,20 +38,20 @@ class _Page(TornadoVoilaHandler):
 
 
 class Server(Voila):
-    """One notebook as a page."""
+    """Server of one notebook as a page."""
 
     announce: Callable[[], None] = staticmethod(lambda: None)
     pages = 20
 
     async def _wait_and_announce(self) -> None:
-        with contextlib.suppress(Exception):  # what keeps a kernel from starting is for the page to say
+        with contextlib.suppress(Exception):  # the page reports why a kernel does not start
             async with asyncio.timeout(WARM):
                 for pool in self.kernel_manager._pools.values():
                     await asyncio.shield((await asyncio.shield(pool[0]))["task"])
         type(self).announce()
 
     def init_handlers(self) -> list:
-        """Voila's handlers, with the page that gives its cookie; whoever started it hears when a page is ready."""
+        """Return Voila's handlers, with a page that sets the cookie, and start the task that calls `announce`."""
         self._announcing = asyncio.get_event_loop().create_task(self._wait_and_announce())
         return [
             (path, _Page if handler is TornadoVoilaHandler else handler, *more)
@@ -65,9 +65,9 @@ def serve_notebook(page: Path, host: str, port: int, token: str, pages: int, ann
     Args:
         page: the notebook.
         host: address to listen on.
-        port: a free one.
-        token: what a browser has to know; empty for nothing.
-        pages: open at a time.
+        port: a free port.
+        token: token that a browser must send; empty for none.
+        pages: maximum number of open pages.
         announce: called when the first page is ready.
     """
     settings: dict[str, Any] = {
@@ -84,7 +84,7 @@ def serve_notebook(page: Path, host: str, port: int, token: str, pages: int, ann
         "MappingKernelManager": {"cull_idle_timeout": ABANDONED, "cull_interval": 30, "cull_connected": False},
         "KernelManager": {"transport": "ipc"},  # between server and kernels: files of this user, no open ports
     }
-    # Tornado warns of Jupyter's settings for pings: they are in milliseconds, and it takes them for seconds.
+    # Tornado warns about Jupyter's ping settings, because it reads their milliseconds as seconds.
     logging.getLogger("tornado.general").setLevel(logging.ERROR)
     Server.announce, Server.pages = staticmethod(announce), pages
     Server.launch_instance([str(page)], config=Config(settings))

@@ -1,7 +1,7 @@
-"""What a chat does, without any widget: ask, judge, evolve, measure. The view and the notebook both run this.
+"""Chat session without widgets: ask, judge, evolve, measure. The view and the notebook both use it.
 
-One session belongs to one folder, which holds the state of the repair bandit, the feedback and the generations of the
-prompt. The bandit learns from an answer once: at once where its last query failed, else from the user's verdict.
+A session belongs to one folder, which holds the state of the repair bandit, the feedback and the prompt generations.
+The bandit learns from an answer once: immediately if its last query failed, else from the user's verdict.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from sqlbench_chat.turn import HTML, LiveTranscript, Turn
 
 MAX_ATTEMPTS = 5
 LEAST_SCHEMA = 100
-"""Characters, or tokens, of schema below which a prompt is not made shorter."""
+"""Schema size in characters, or tokens, below which a prompt is not shortened further."""
 _TOO_LONG = re.compile(r"PromptTooLongError|context[ _](length|window)|maximum context|too many tokens", re.IGNORECASE)
 _OPTION = re.compile(r" [A-Z][^.]*(--[a-z]|_truncate)[^.]*\.")
-"""A sentence of advice about options that the page does not have."""
+"""Pattern of a sentence that advises options, which the page does not have."""
 
 
 @dataclass
 class ChatTurn:
-    """A turn with what is only known while its session is open."""
+    """A turn with the state that exists only while its session is open."""
 
     turn: Turn
     context: RolloutContext | None = None
     """The rollout that answered it."""
     choices: list[tuple[BanditContext, str]] = field(default_factory=list)
-    """The repair strategies that were followed, each with the situation it was chosen in."""
+    """Repair strategies that were followed, each with the situation in which it was chosen."""
     result: QueryResult | None = None
-    """All rows of the query that stands."""
+    """All rows of the final query."""
     learned: bool = False
 
 
 @dataclass
 class _Watched:
-    """A repair policy whose choices are seen and kept."""
+    """A repair policy that records its choices and shows them in the transcript."""
 
     policy: RepairPolicy
     transcript: LiveTranscript
@@ -74,7 +74,7 @@ class _Watched:
 
 
 class _Kept:
-    """A database whose results stay at hand: a transcript has only the first rows."""
+    """A database that keeps its full results, because a transcript has only the first rows."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -89,19 +89,19 @@ class _Kept:
 
 
 class ChatSession:
-    """The agent with what it has learned so far.
+    """The agent with its learned state.
 
     Args:
-        model: who writes the queries.
-        folder: where everything learned is kept.
+        model: model that writes the queries.
+        folder: folder of the learned state.
         builtin: databases whose questions have known answers.
         reflection: the endpoint for prompt evolution, as ``openai:NAME``, or None.
-        every: questions between two evolutions.
-        agent: who answers; the self-correcting one by default.
+        every: number of questions between two evolutions.
+        agent: agent that answers; the self-correcting one by default.
         prompts: family or TOML file to start from, if not the model's own.
 
     Raises:
-        DataError: what is kept in the folder cannot be read.
+        DataError: the state in the folder cannot be read.
         RunError: the folder cannot be written.
     """
 
@@ -125,11 +125,11 @@ class ChatSession:
         self.refresh()
 
     def move_to(self, folder: Path) -> None:
-        """Turn to another folder, with what is kept there.
+        """Switch to another folder and its state.
 
         Raises:
-            DataError: what is kept in it cannot be read.
-            RunError: it cannot be written.
+            DataError: the state in the folder cannot be read.
+            RunError: the folder cannot be written.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -139,14 +139,14 @@ class ChatSession:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what is kept in the folder, with what other pages of the chat learned meanwhile."""
+        """Read the state in the folder, including lessons of other pages of the chat."""
         self.bandit, trial = self._bandit(), self._bandit()
         self.evolution = Evolution(
             self.folder,
             prompts_for(self.start or self.model.family),
             self.reflection,
             self.every,
-            model=self.model.name,  # one of its own: this one may be answering a question meanwhile
+            model=self.model.name,  # a separate instance: this one may be answering a question meanwhile
             database=self._database,
             tasks=self.builtin.tasks() if self.builtin else (),
             config=self.config,
@@ -167,15 +167,15 @@ class ChatSession:
         return self._databases[name]
 
     def foreign(self, connection: Connection) -> bool:
-        """Whether the model was never trained for databases such as this one."""
-        known = self.builtin.names if self.builtin else ()
-        return self.model.family == "nano" and connection.name not in known
+        """Return whether the model was never trained for databases like this one."""
+        names = self.builtin.names if self.builtin else ()
+        return self.model.family == "nano" and connection.name not in names
 
     async def examples(self, connection: Connection) -> list[Example]:
-        """Find questions that this model has just answered with rows.
+        """Return questions that this model has just answered with rows.
 
-        A model that was trained on few databases answers those at hand, and the right ones are kept; any other makes
-        its own, each with its query.
+        The nano policy answers the connection's examples, and those answered right are kept. Any other model writes its
+        own questions, each with its query.
         """
         if not connection.schema.tables:
             return []
@@ -196,10 +196,10 @@ class ChatSession:
         return [example for example, fine in zip(connection.examples, right, strict=True) if fine][:EXAMPLES]
 
     async def ask(self, turn: Turn, connection: Connection, changed: Callable[[], None] = lambda: None) -> ChatTurn:
-        """Answer the question of a turn; what breaks stands in the turn.
+        """Answer the question of a turn; a failure is recorded in the turn.
 
         Args:
-            turn: is written into as it happens.
+            turn: turn to fill in as events happen.
             connection: the database.
             changed: called after every event.
         """
@@ -242,7 +242,7 @@ class ChatSession:
         return chat_turn
 
     def _explain(self, error: str) -> str:
-        """Say what broke a rollout in words that fit the page."""
+        """Explain the failure of a rollout in words that fit the page."""
         if _TOO_LONG.search(error):
             return (
                 f"The question and this database's schema are more than {self.model.name} can read at once. "
@@ -251,16 +251,16 @@ class ChatSession:
         return re.sub(r"^(\w+): \w+: ", r"The \1 failed: ", _OPTION.sub("", clean(error)))
 
     def judge(self, turn: Turn, right: bool, remark: str = "", chat_turn: ChatTurn | None = None) -> None:
-        """Take in the user's verdict on an answer: the bandit learns from it, prompt evolution reads it.
+        """Record the user's verdict on an answer, for the bandit and for prompt evolution.
 
         Args:
-            turn: the answer.
+            turn: turn with the answer.
             right: the verdict.
-            remark: what is wrong with it.
-            chat_turn: what is known while the session is open; the bandit learns from nothing else.
+            remark: the user's objection to a wrong answer.
+            chat_turn: state of the turn in the open session; the bandit learns only from this.
 
         Raises:
-            SqlbenchError: it cannot be kept.
+            SqlbenchError: the verdict cannot be stored.
         """
         before = turn.verdict, turn.remark
         turn.verdict, turn.remark = "right" if right else "wrong", clean(remark).strip()
@@ -270,7 +270,7 @@ class ChatSession:
             if feedback := turn.feedback():
                 self.evolution.record(feedback)
         except SqlbenchError:
-            turn.verdict, turn.remark = before  # it can be given again
+            turn.verdict, turn.remark = before  # so that it can be given again
             raise
 
     def _learn(self, chat_turn: ChatTurn, solved: float) -> None:
@@ -278,9 +278,9 @@ class ChatSession:
         if chat_turn.learned or context is None or context.error is not None or not chat_turn.choices:
             return
         classes = [failure_class(e) for e in context.executions]
-        if context.transitions[0].strategy:  # the first query, too, followed a choice: it was a retry
+        if context.transitions[0].strategy:  # a retry: the first query, too, followed a choice
             classes = [chat_turn.choices[0][0].error_class, *classes]
-        if len(chat_turn.choices) == len(classes):  # the last rewrite only repeated: it changed nothing
+        if len(chat_turn.choices) == len(classes):  # the last rewrite repeated an earlier query, so nothing changed
             classes.append(classes[-1])
         try:
             lock = open(self.folder / ".bandit.lock", "a")  # noqa: SIM115
@@ -288,7 +288,7 @@ class ChatSession:
             raise RunError(f"Cannot write {self.folder}: {error.strerror}. Make it writable and try again.") from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            bandit = self._bandit()  # with what other pages of the chat learned meanwhile
+            bandit = self._bandit()  # including lessons of other pages of the chat
             bandit.choices = max(bandit.choices, self.bandit.choices)
             for (situation, strategy), reward in zip(chat_turn.choices, shaped(classes, solved)[1:], strict=True):
                 bandit.learn(situation, strategy, reward)
@@ -296,18 +296,18 @@ class ChatSession:
         self.bandit, chat_turn.learned = bandit, True
 
     def learned_html(self) -> Markup:
-        """What the bandit has learned: by failure class and strategy, how often and with which mean reward."""
+        """Render the bandit's lessons: count and mean reward by failure class and strategy."""
         rewards: dict[tuple[str, str], list[float]] = defaultdict(list)
         for lesson in self.bandit.lessons:
             rewards[lesson.situation.error_class, lesson.strategy].append(lesson.reward)
         rows = [
-            ["none (it ran)" if kind == "none" else kind, *key, len(some), f"{mean(some):+.2f}"]
-            for (kind, *key), some in sorted(rewards.items())
+            ["none (it ran)" if kind == "none" else kind, *key, len(values), f"{mean(values):+.2f}"]
+            for (kind, *key), values in sorted(rewards.items())
         ]
         return HTML.lessons(rows)
 
     async def summarise(self, turn: Turn) -> str:
-        """Say an answer in words, from the rows that the prompts show.
+        """Put an answer into words, from the rows that the prompts show.
 
         Raises:
             ModelError: the model cannot be reached.
@@ -323,10 +323,10 @@ class ChatSession:
     async def benchmark(
         self, connection: Connection, tasks: Sequence[Task], scored: Callable[[list[Trajectory]], None]
     ) -> None:
-        """Answer questions with known answers, some at a time; the bandit chooses but does not learn.
+        """Score questions with known answers, several at a time; the bandit chooses but does not learn.
 
         Args:
-            scored: called with all rollouts so far whenever one is over.
+            scored: called with all rollouts so far after each rollout.
         """
         arguments = connection.database, self.model, self.evolution.prompts, self.config, self.bandit
         gate, done = asyncio.Semaphore(8), []
@@ -336,6 +336,6 @@ class ChatSession:
                 done.append(await rollout(task, *arguments, agent=self.agent))
             scored(done)
 
-        async with asyncio.TaskGroup() as group:  # cancelled, it cancels the rollouts too
+        async with asyncio.TaskGroup() as group:  # cancelling it cancels the rollouts too
             for task in tasks:
                 group.create_task(score(task))

@@ -8,7 +8,7 @@ from sqlbench.config import POCKET, RESULTS, Agent, Data, Host, Model, Port, Res
 
 
 class QuestionConfig(RolloutConfig):
-    """What questions are asked on, and what answers them."""
+    """Database, model and agent for questions."""
 
     db: str = Field(description="A SQLite, DuckDB, Parquet or CSV file, a folder, or postgresql://...; only ever read.")
     model: Model = "nano"
@@ -41,7 +41,7 @@ class ChatConfig(Settings):
     model: Model = "nano"
     port: Port = 8866
     host: Host = "127.0.0.1"
-    token: str | None = Field(None, description="What a browser has to know; made up where others reach --host.")
+    token: str | None = Field(None, description="Token that browsers must send; random if others reach --host.")
     pages: int = Field(20, ge=1, description="Pages open at a time, each with a process of its own.")
     shared: bool = Field(
         False,
@@ -50,11 +50,11 @@ class ChatConfig(Settings):
     hourly: int = Field(
         100,
         ge=1,
-        description="Questions per hour of a browser that has its own conversations, each of a benchmark too.",
+        description="Questions per hour, including a benchmark's, of a browser that has its own conversations.",
     )
     run: Run = "chat"
     results: Results = RESULTS
-    reflection: str | None = Field(None, description="Endpoint for prompt evolution, openai:NAME; or else --model's.")
+    reflection: str | None = Field(None, description="Endpoint for prompt evolution, openai:NAME, if not --model's.")
     every: int = Field(4, ge=1, description="Questions between two evolutions of the prompt.")
     agent: Agent = "self-correcting"
     prompts: str | None = Field(None, description="Prompts if not the model's own: nano, chat or a .toml file.")

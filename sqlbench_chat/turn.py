@@ -1,4 +1,4 @@
-"""One question and what came of it: the record that is shown while it grows, and kept."""
+"""One question and its outcome: a record that is shown while it grows, then stored."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ WRITING, RUNNING = "writing ...", "running ..."
 
 
 class Attempt(BaseModel):
-    """One query on its way."""
+    """One query, in progress or executed."""
 
     turn: int
     strategy: str = GENERATE
     text: Text = ""
-    """The model's answer as far as it has come."""
+    """The model's answer so far."""
     execution: Execution | None = None
     result: Text = ""
-    """What the prompts show of its result."""
+    """Text of the result as the prompts show it."""
     review: Text = ""
     doing: str = WRITING
     repeats: bool = False
-    """An earlier query again, which was not executed once more."""
+    """Mark of a repeated query, which is not executed again."""
 
     @property
     def sql(self) -> str:
-        """The query as far as it has come."""
+        """The query so far."""
         return extract_sql(self.text)
 
     @property
     def approved(self) -> bool:
-        """Whether the review calls it correct."""
+        """Return whether the review calls the query correct."""
         return parse_verdict(self.review)
 
 
@@ -54,15 +54,15 @@ class Turn(BaseModel):
     key: str = Field(default_factory=lambda: secrets.token_hex(8))
     question: Text
     database: str
-    """Its name."""
+    """Name of the database."""
     model: str = ""
     generation: int = 0
-    """Of the prompt that answered."""
+    """Generation of the prompt that answered."""
     earlier: list[tuple[Text, Text]] = []
-    """Queries that did not answer it, each with the text of its result: another way is tried."""
+    """Queries that did not answer it, each with the text of its result; the model tries another way."""
     attempts: list[Attempt] = []
     sql: Text = ""
-    """The query that stands; empty where there is none."""
+    """The final query; empty if there is none."""
     conclusion: Text = ""
     error: Text = ""
     """Reason for a missing answer."""
@@ -73,7 +73,7 @@ class Turn(BaseModel):
 
     @property
     def over(self) -> bool:
-        """Whether nothing more is coming."""
+        """Return whether the turn is complete."""
         return bool(self.conclusion or self.error)
 
     @property
@@ -83,16 +83,16 @@ class Turn(BaseModel):
 
     @property
     def found(self) -> Execution | None:
-        """The execution of the query that stands."""
+        """The execution of the final query."""
         return next((a.execution for a in self.attempts[::-1] if a.execution and a.execution.sql == self.sql), None)
 
     @property
     def same(self) -> bool:
-        """Whether the answer is one that was rejected before."""
+        """Return whether the answer repeats a rejected one."""
         return bool(self.sql) and normal(self.sql) in {normal(sql) for sql, _ in self.earlier}
 
     def feedback(self) -> Feedback | None:
-        """What prompt evolution reads of it; None where there was no query."""
+        """Return the record for prompt evolution; None if there was no query."""
         result = next((text for sql, text in self.history[::-1] if sql == self.sql), None)
         if result is None:
             return None
@@ -107,15 +107,15 @@ class Turn(BaseModel):
         )
 
     def html(self) -> Markup:
-        """Every attempt, and how it ended."""
+        """Render every attempt and the conclusion."""
         return HTML.turn(self)
 
 
 class LiveTranscript:
-    """Watches a rollout and writes every event into a turn, which is complete at every moment.
+    """Watches a rollout and writes every event into a turn, which is consistent at every moment.
 
     Args:
-        turn: what to write into.
+        turn: turn to write into.
         changed: called after every event.
     """
 
@@ -131,20 +131,20 @@ class LiveTranscript:
         self.changed()
 
     def strategy(self, name: str) -> None:
-        """The next query follows this strategy."""
+        """Record the strategy of the next query."""
         self._attempt(len(self.turn.attempts) + 1, strategy=name)
 
     def text(self, agent: str, turn: int, piece: str) -> None:
-        """A piece of a model's answer."""
+        """Record a piece of a model's answer."""
         if agent == "check":
             self._attempt(turn, doing="reviewing ...")
         else:
             here = self.turn.attempts[turn - 1] if turn <= len(self.turn.attempts) else Attempt(turn=turn)
-            over = here.doing == RUNNING  # what was there is over: the query is asked for once more
+            over = here.doing == RUNNING  # the text so far is complete: the query is requested again
             self._attempt(turn, text=piece if over else here.text + piece, doing=WRITING)
 
     def transition(self, transition: Transition) -> None:
-        """A model call is over."""
+        """Record a finished model call."""
         text = transition.completion.text
         if transition.agent == "check":
             self._attempt(transition.turn, review=text.strip(), doing="")
@@ -152,11 +152,11 @@ class LiveTranscript:
             self._attempt(transition.turn, text=text, doing=RUNNING)
 
     def execution(self, execution: Execution, execution_text: str) -> None:
-        """A query was executed."""
+        """Record an executed query."""
         self._attempt(execution.turn, execution=execution, result=execution_text, doing="")
 
     def conclude(self, conclusion: str, error: str = "") -> None:
-        """How it ended."""
+        """Record the conclusion of the turn."""
         self.turn.conclusion, self.turn.error = conclusion, error
         for attempt in self.turn.attempts:
             attempt.doing = ""

@@ -1,8 +1,8 @@
-"""The chat page, put together: conversation, diagram, benchmark, and what was learned beside them.
+"""The whole chat page: conversation, diagram, benchmark, and the learned state beside them.
 
-One question at a time a view. Work runs as tasks on the kernel's event loop and sets values of widgets, so it shows
-wherever the view is displayed. Whatever goes wrong is a card in the view, which stays usable. Text of users, models
-and databases is escaped.
+A view answers one question at a time. Work runs as tasks on the kernel's event loop and sets values of widgets, so it
+shows wherever the view is displayed. Every failure becomes a message in the view, which stays usable. Text of users,
+models and databases is escaped.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class ChatView(Panel):
     """The chat page; it needs a running event loop, as every notebook has.
 
     Args:
-        data: data set folder whose databases are offered; None for own databases only.
+        data: data set folder whose databases are offered; None for the user's own databases only.
         model: as in `sqlbench.models.open_model`, or a model object.
-        folder: where conversations, feedback, bandit and prompt generations are kept.
-        reflection: endpoint for prompt evolution; by default the model itself, where it is one.
-        every: questions between two evolutions.
+        folder: folder of conversations, feedback, bandit and prompt generations.
+        reflection: endpoint for prompt evolution; by default the model itself, if it is one.
+        every: number of questions between two evolutions.
         agent: the built-in one, or ``module:attribute``.
         prompts: family or TOML file to start from, if not the model's own.
-        private: keep what each browser asks and teaches in a folder of its own, for a page that several people reach.
-        hourly: questions per hour that a browser may ask; None is no limit.
-        session: a session that is already open, in place of all the above.
+        private: keep each browser's conversations and lessons in its own folder, for a page that several people reach.
+        hourly: maximum number of questions per hour and browser; None for no limit.
+        session: an open session, in place of all the above.
     """
 
     def __init__(
@@ -120,15 +120,15 @@ class ChatView(Panel):
         self.children = [*parts, self._bridge]
         self._enable()
 
-    # -- what runs
+    # -- tasks
 
     @property
     def busy(self) -> bool:
-        """Whether a question or the benchmark is running."""
+        """Return whether a question or the benchmark is running."""
         return self._task is not None and not self._task.done()
 
     async def wait(self, seconds: float | None = None) -> None:
-        """Wait until everything that was started is over, at most so many seconds; what still runs is not stopped."""
+        """Wait until all tasks are over, at most the given seconds; tasks that still run are not stopped."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._tasks:
@@ -137,22 +137,22 @@ class ChatView(Panel):
 
     @property
     def cards(self) -> tuple[TurnCard, ...]:
-        """The turns that are shown, the newest last."""
+        """Cards of the turns shown, newest last."""
         return self._cards.children
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        """The view, and for places without a kernel what was asked in it and the state of learning."""
+        """Return the view, and its turns and learned state as HTML for display without a kernel."""
         learned = [Markup(part.value) for part in (self.prompts.head, self.prompts.learned)]
         static = str(view.page(HTML.style(), *(HTML.card(card.html()) for card in self.cards), *learned))
         return super()._repr_mimebundle_(**options) | {"text/plain": "chat", "text/html": static}
 
     def _do(self, action: str, argument: str) -> None:
-        if action == "open":  # a browser has the page: what was kept may be newer than it
+        if action == "open":  # a browser has loaded the page: stored state may be newer
             self._greeting = argument
             self.guarded(self._greet)
 
     def _greet(self) -> None:
-        """Open the conversation that the browser names, ``browser/conversation``, once there is a session."""
+        """Open the conversation that the browser names as ``browser/conversation``, once there is a session."""
         browser, _, name = self._greeting.rpartition("/")
         if self.session is None or not self._ready:
             return
@@ -163,22 +163,22 @@ class ChatView(Panel):
         self.conversations.turn_to(name, folder / "conversations")
         self._show_model()
         self._offer(self._offered)
-        for part in _leaves(self):  # what changed while the browser loaded the page may not have reached it
-            if not isinstance(part, w.Text):  # which may be typed into already
+        for part in _leaves(self):  # changes while the browser loaded the page may not have reached it
+            if not isinstance(part, w.Text):  # the user may be typing into it already
                 part.send_state()
 
     @property
     def _ready(self) -> bool:
-        """Whether it is known whose conversations are to be shown; the name that a browser gives itself is secret."""
+        """Return whether the owner of the conversations is known; a browser's name for itself is secret."""
         return not self._private or re.match(r"[0-9a-f]{32}/", self._greeting) is not None
 
     def stop(self) -> None:
-        """Give up the question or benchmark that is running."""
+        """Cancel the running question or benchmark."""
         if self._task is not None:
             self._task.cancel()
 
     def guarded(self, act: Callable[[], object]) -> bool:
-        """Do something whose failure is a card in the view; says whether it went well."""
+        """Call a function, show its failure in the view, and return whether it succeeded."""
         try:
             act()
         except SqlbenchError as error:
@@ -187,7 +187,7 @@ class ChatView(Panel):
         return True
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something whose failure is a card in the view."""
+        """Run a coroutine as a task, and show its failure in the view."""
 
         async def safe() -> None:
             try:
@@ -209,7 +209,7 @@ class ChatView(Panel):
         return task
 
     def say(self, text: str, bad: bool = False) -> None:
-        """Show one line above everything else."""
+        """Show a one-line message above the tabs."""
         self._message.value = html(HTML.message(" ".join(text.split()), bad))
 
     def _enable(self) -> None:
@@ -241,7 +241,7 @@ class ChatView(Panel):
         self._show_learned()
 
     def use_model(self, name: str) -> None:
-        """Turn to another model, with the same databases and conversations."""
+        """Switch to another model, with the same databases and conversations."""
         if not self.busy and self.session is not None:
             self._task = self.in_background(self._use_model(name, self.session))
             self._enable()
@@ -260,24 +260,24 @@ class ChatView(Panel):
     # -- databases
 
     def choose(self, name: str) -> None:
-        """Turn to another database of the list."""
+        """Switch to another database of the list."""
         self._databases.value = name
 
     def opened(self, name: str) -> Connection:
-        """The connection to a database of this view.
+        """Return the connection to a database of this view.
 
         Raises:
-            DatabaseError: it was not opened here.
+            DatabaseError: the database was not opened here.
         """
         if name not in self._opened:
             raise DatabaseError(f"Not connected: {name}. Connect that database first.")
         return self._opened[name]
 
     def connect(self, target: str) -> None:
-        """Connect a database of the user's own."""
+        """Connect to one of the user's own databases."""
         from sqlbench.database.target import without_password
 
-        self._target.value = without_password(target)  # a saved notebook keeps what stands in fields
+        self._target.value = without_password(target)  # a saved notebook keeps the contents of fields
         self.say("connecting ...")
         self.in_background(self._connect_to(target))
 
@@ -296,7 +296,7 @@ class ChatView(Panel):
         assert self.session is not None
         builtin = self.session.builtin if self.session.builtin and name in self.session.builtin.names else None
         if builtin and name not in self._opened:
-            self.connection = None  # no question goes to the one before, now or where this one cannot be opened
+            self.connection = None  # no question goes to the previous one, even if this one cannot be opened
             self._offer(())
             self._opened[name] = await in_thread(builtin.connect, name)
         if self._databases.value != name:  # another one was chosen meanwhile
@@ -308,7 +308,7 @@ class ChatView(Panel):
         self.bench.clear()
         tabs = [*self._tabs.children[:2], *([self.bench] if builtin else [])]
         if len(tabs) != len(self._tabs.children):
-            self._tabs.selected_index = 0  # first: a page that loses its open tab opens another by itself
+            self._tabs.selected_index = 0  # first, because a page that loses its open tab opens another one
             self._tabs.children = tabs
             self._tabs.titles = TABS[: len(tabs)]
         self._show_learned()
@@ -317,7 +317,7 @@ class ChatView(Panel):
         await self._fit(opened)
 
     async def _fit(self, opened: Connection) -> None:
-        """Say whether the model fits a database, and offer questions that it has just answered."""
+        """Show whether the model fits a database, and offer questions that it has just answered."""
         session = self.session
         assert session is not None
         if session.foreign(opened):
@@ -331,8 +331,8 @@ class ChatView(Panel):
     def _offer(self, examples: Sequence[Example]) -> None:
         self._offered = examples
         buttons = [w.Button(description=example.question, tooltip="Ask this") for example in examples]
-        for made in buttons:
-            made.on_click(lambda pressed: self.ask(pressed.description))
+        for widget in buttons:
+            widget.on_click(lambda pressed: self.ask(pressed.description))
         self._examples.children = buttons
         self._enable()
 
@@ -344,10 +344,10 @@ class ChatView(Panel):
         """Ask a question, unless one is being answered.
 
         Args:
-            question: in words.
+            question: question in words.
             earlier: queries that did not answer it, each with the text of its result.
-            database: where, by name; the chosen one by default.
-            remark: what the user said about the last of these queries.
+            database: name of the database; the chosen one by default.
+            remark: the user's remark on the last of these queries.
         """
         question = " ".join(clean(question).split())
         if self.busy or self.session is None or not self._ready or (database is None and self.connection is None):
@@ -372,7 +372,7 @@ class ChatView(Panel):
         self._enable()
 
     def may_ask(self, questions: int) -> bool:
-        """Count questions that the model is about to answer; says whether so many are left of this hour."""
+        """Count questions that the model is about to answer; return whether the hourly limit allows them."""
         session, hourly = self.session, self._hourly
         return hourly is None or (
             session is not None and self.guarded(lambda: spend(session.folder, questions, hourly))
@@ -394,18 +394,18 @@ class ChatView(Panel):
         self._show_learned()
 
     def keep(self, turn: Turn) -> None:
-        """Keep a turn of the open conversation."""
+        """Store a turn in the open conversation."""
         self.guarded(lambda: self.conversations.keep(turn))
 
     def show_turns(self, turns: Sequence[Turn]) -> None:
-        """Show the turns of a conversation that was kept."""
+        """Show the turns of a stored conversation."""
         cards = [TurnCard(self, turn) for turn in turns[-SHOWN_CARDS:]]
         self._cards.children = cards
         for card in cards:
             self.in_background(card.ready())
 
     def judge(self, card: TurnCard, right: bool, remark: str) -> bool:
-        """Take in a verdict; says whether that went well."""
+        """Record a verdict; return whether that succeeded."""
         assert self.session is not None
         session, turn = self.session, card.turn
         if not self.guarded(lambda: session.judge(turn, right, remark, card.chat_turn)):
@@ -435,7 +435,7 @@ class ChatView(Panel):
         self._task = self.in_background(self.bench.measure(chosen))
         self._enable()
 
-    # -- what was learned
+    # -- learning
 
     async def _evolve(self) -> None:
         assert self.session is not None
@@ -466,7 +466,7 @@ def _leaves(widget: w.Widget) -> Iterator[w.Widget]:
 
 
 def _refuse_code(name: str, what: str) -> None:
-    """Refuse ``module:attribute`` in the fields of the page, whose users may be others than those who started it."""
+    """Refuse ``module:attribute`` in the fields of the page, because its users may not be those who started it."""
     if is_plugin(name.strip()):
         raise DatabaseError(f"Not a {what} that can be named here: {name}. Start the chat with it, or use ChatView.")
 

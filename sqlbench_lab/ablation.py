@@ -7,9 +7,9 @@ A cell is one training run and the evaluations before and after it, on the same 
     results/<profile>/<run>/cells/t3_c2048_write-rewrite/after/       the evaluation of the trained policy
     results/<profile>/<run>/cells/t3_c2048_write-rewrite/cell.json    everything the tables need; its presence = done
 
-A cell's name says all that sets it apart from the default cell, so equal names mean equal settings. An interrupted run
-resumes where it stopped: finished cells are skipped, an unfinished training resumes at its last
-checkpoint, an unfinished evaluation at its last rollout.
+A cell's name states every difference from the default cell, so equal names mean equal settings. An interrupted run
+resumes where it stopped: finished cells are skipped, an unfinished training resumes at its last checkpoint, and an
+unfinished evaluation at its last rollout.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def ablate(settings: AblateConfig) -> pd.DataFrame:
     A dry run of the grid ``seed`` prints the results so far next to the published figures.
 
     Raises:
-        RunError: unknown profile, grid or cell; or a cell failed, after the others were run.
+        RunError: the profile, grid or cell is unknown, or a cell failed (the others are run first).
     """
     profile, only = settings.profile, settings.only
     grid = settings.grid or ("seed" if profile == "gpu" else "short")
@@ -94,7 +94,7 @@ def ablate(settings: AblateConfig) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where cells run: the profile and data they train on, and the run folder that holds them."""
+    """Profile and data that cells train on, and the run folder that holds them."""
 
     profile: str = "laptop"
     run: str = "demo"
@@ -111,7 +111,7 @@ class Workspace:
         return self.folder / "cells" / cell.name
 
     def state(self, cell: Experiment) -> str:
-        """Describe how far a cell is."""
+        """Describe the progress of a cell."""
         if (self.cell(cell) / CELL).is_file():
             return "finished"
         try:
@@ -135,7 +135,7 @@ def _run_cells(cells: list[Experiment], grid: Sweep, bench: Workspace, parallel:
                     failed[cell.name] = error
                 bar.update()
             return failed
-        # The evaluations before training are shared: made first, so that no two processes want the same one.
+        # Cells share the evaluations before training. They run first, so that no two processes run the same one.
         if bench.profile != "gpu":
             for cell in {before_name(c): c for c in todo}.values():
                 evaluate_before(cell, bench, grid)
@@ -163,7 +163,7 @@ def _run_cell_apart(cell: Experiment, bench: Workspace, grid: Sweep) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process with the one that started it, so that no training outlives its caller."""
+    """End this process with its parent, so that no training outlives its caller."""
     if parent := parent_process():
         parent.join()
         os._exit(1)
@@ -224,7 +224,7 @@ def train_cell(cell: Experiment, bench: Workspace, grid: Sweep, *, dry_run: bool
     settings = {
         "sqlbench.max_turns": cell.turns,
         "sqlbench.table_info_truncate": cell.context,
-        "sqlbench.schema_linking": False,  # the context is where a schema is cut
+        "sqlbench.schema_linking": False,  # a schema is cut at the context length instead
         "sqlbench.execution_truncate": cell.context,
         "sqlbench.trained_agents": f"'{cell.agents}'",
         "sqlbench.seed": cell.seed,
@@ -272,7 +272,7 @@ def _evaluate_once(cell: Experiment, model: str, name: str, bench: Workspace, gr
     wanted = {"split": grid.split, "limit": grid.limit, "rollout": cell.rollout.model_dump()}
     if folder.finished:
         seen = folder.config()
-        # A setting added after the run was made had its default value then, or was off.
+        # A setting newer than the run had its default value then, or was off.
         seen["rollout"] = RolloutConfig.model_validate(CUT | seen.get("rollout", {})).model_dump()
         if changed := differences({key: seen.get(key) for key in wanted}, wanted):
             raise RunError(f"Another evaluation is in {folder.root}: {'; '.join(changed)}. Choose another run name.")

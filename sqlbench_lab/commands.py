@@ -1,4 +1,4 @@
-"""Commands for sweeps, notebooks and a look at runs."""
+"""Commands for sweeps, notebooks and views of runs."""
 
 from __future__ import annotations
 

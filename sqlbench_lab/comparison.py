@@ -1,8 +1,8 @@
-"""Two or more runs over the same tasks: who gained, who lost, where, and whether chance would explain it.
+"""Comparison of two or more runs over the same tasks: gains, losses, and their statistical significance.
 
-Every run is compared with the first one, task by task: tasks that failed in either run are left out of that pair, tasks
-that only some of the runs have are left out and counted. Several rollouts of a task count as one, by their mean. Of a
-training run its last validation is compared.
+Every run is compared with the first one, task by task. Tasks that failed in either run are left out of that pair. Tasks
+that only some of the runs have are left out and counted. Several rollouts of a task count as one, by their mean. A
+training run is compared by its last validation.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ BY = ("hardness", "database", "construct")
 
 
 class Comparison(w.VBox):
-    """Runs against the first of them; a task that flipped opens in the inspector below the list.
+    """View of runs against the first of them; a task that flipped opens in the inspector below the list.
 
     Args:
-        runs: run folders by label, the one to compare with first.
-        data: data set folder, where it is not the one that the runs' configs name; constructs come from it.
+        runs: run folders by label; the first run is the reference.
+        data: data set folder, if not the one that the runs' configs name; constructs come from it.
 
     Raises:
         DataError: fewer than two runs, a run without rollouts, or no task in common.
@@ -49,7 +49,7 @@ class Comparison(w.VBox):
         self.left_out = len(numbers) - len(shared)
         self._frame = frame = frame.join(shared[self.first].rename("first"), on=["key", "nth"], how="inner")
         self.tasks = frame.loc[shared[self.first], ["hardness", "database", "key", "split", "question"]]
-        """The shared tasks, numbered as the first run's rollouts are."""
+        """The shared tasks, numbered like the first run's rollouts."""
         self._numbers = shared.set_axis(self.tasks.index)
         self._right = frame.groupby(["first", "run"])["correct"].mean().unstack()
         self.tasks["construct"] = (
@@ -73,7 +73,7 @@ class Comparison(w.VBox):
 
     @property
     def summary(self) -> pd.DataFrame:
-        """One row a run: accuracy with its interval, and the paired difference from the first run."""
+        """One row per run: accuracy with its interval, and the paired difference from the first run."""
         rows = []
         for label in (self.first, *self.others):
             right, score, d = self._right[label], self._score(label, self.tasks.index), self.difference(label)
@@ -90,14 +90,14 @@ class Comparison(w.VBox):
         return pd.DataFrame(rows)
 
     def difference(self, run: str) -> Difference:
-        """How a run differs from the first one."""
+        """Compute the paired difference of a run from the first one."""
         return difference(self._right[self.first], self._right[run])
 
     def by(self, what: str) -> pd.DataFrame:
-        """Accuracy, gained and lost by ``hardness``, ``database`` or ``construct``; empty where that is not known.
+        """Tabulate accuracy, gained and lost by ``hardness``, ``database`` or ``construct``; empty if unknown.
 
         Raises:
-            DataError: no such breakdown.
+            DataError: the breakdown does not exist.
         """
         if what not in BY:
             raise DataError(f"no breakdown by '{what}'; choose one of {', '.join(BY)}")
@@ -116,7 +116,7 @@ class Comparison(w.VBox):
 
     @property
     def flips(self) -> pd.DataFrame:
-        """Tasks that the chosen run gained or lost; ``number`` is its rollout's in the inspector."""
+        """Tasks that the chosen run gained or lost; ``number`` is that of its rollout in the inspector."""
         gain = self._right[self._run.value] - self._right[self.first]
         change = gain[gain != 0].dropna().gt(0).map({True: "gained", False: "lost"})
         flips = self.tasks.assign(change=change, number=self._numbers[self._run.value])
@@ -156,7 +156,7 @@ class Comparison(w.VBox):
         return Markup("").join(parts)
 
     def html(self) -> Markup:
-        """The static form: the tables, the beginning of the list, the task that is looked at."""
+        """Render the static form: the tables, the beginning of the list, and the selected task."""
         flips = self.flips
         more = f"; the first {LISTED} are listed" if len(flips) > LISTED else ""
         listing = Markup("<h4>Flipped tasks</h4><small>{} from {} to {}{}</small>{}").format(
@@ -176,17 +176,17 @@ def _html(frame: pd.DataFrame) -> Markup:
 
 
 def _last_validations(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rollouts to compare: all of an evaluation, of a training run those of its last validation."""
+    """Select the rollouts to compare: all of an evaluation, and those of a training run's last validation."""
     last = frame["run"].map(frame[frame["part"] == "validation"].groupby("run")["step"].max())
     return frame[(frame["part"] == "") | ((frame["part"] == "validation") & (frame["step"] == last))].copy()
 
 
 def _constructs(data: Path | str | None, tasks: pd.DataFrame) -> dict[str, str]:
-    """Construct by task key; empty where the data set is not at hand or names none."""
-    found: dict[str, str] = {}
+    """Return constructs by task key; empty if the data set is not available or names none."""
+    constructs: dict[str, str] = {}
     for split in tasks["split"].unique():
         try:
-            found |= {task.key: task.kind for task in open_dataset(data or "").load(split)}
+            constructs |= {task.key: task.kind for task in open_dataset(data or "").load(split)}
         except SqlbenchError:
             continue
-    return found
+    return constructs

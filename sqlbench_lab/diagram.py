@@ -1,7 +1,7 @@
-"""A schema as an entity-relationship diagram in plain SVG: no JavaScript, no font, no request, so it renders anywhere.
+"""Entity-relationship diagram of a schema in plain SVG: without JavaScript, fonts or requests, it renders anywhere.
 
-Tables stand in columns, each just right of the tables it refers to. Every name is escaped. Of a wide table the keys
-and the first other columns are drawn, and how many more there are; of a very large schema the first `MAX_TABLES`.
+Tables stand in columns, each just right of the tables it refers to. Every name is escaped. A wide table shows its keys,
+its first other columns and the number of the rest. A very large schema shows its first `MAX_TABLES` tables.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Box:
         return max(120.0, 20 + _CHAR * max(map(len, lines)))
 
     def row(self, column: str) -> float:
-        """Middle of a column's row, or of the title where the column is not drawn."""
+        """Return the middle of a column's row, or of the title if the column is not drawn."""
         names = [c.name.lower() for c in self.columns]
         i = names.index(column.lower()) if column.lower() in names else -1
         return self.y + (_HEAD + _ROW * (i + 0.5) + 3 if i >= 0 else _HEAD / 2)
@@ -57,21 +57,21 @@ def er_svg(schema: Schema) -> str:
     if not boxes:
         return "<p>No tables to draw.</p>"
     width, height = _place(boxes)
-    left = len(schema.tables) - len(boxes)
+    omitted = len(schema.tables) - len(boxes)
     return TEMPLATES.get_template("diagram.svg").render(
         name=schema.name,
         width=width,
-        height=height + 24 * (left > 0),
+        height=height + 24 * (omitted > 0),
         boxes=boxes.values(),
         edges=[edge for box in boxes.values() for edge in _edges(box, boxes)],
-        left=left,
+        left=omitted,
         head=_HEAD,
         row=_ROW,
     )
 
 
 def _drawn(table: Table) -> list[Column]:
-    """The columns to draw, in declared order: all of a small table, else its keys first of all."""
+    """Return the columns to draw, in declared order: all of a small table, else keys in preference to others."""
     if len(table.columns) <= MAX_COLUMNS:
         return list(table.columns)
     keys = {key.column.lower() for key in table.foreign_keys}
@@ -81,7 +81,7 @@ def _drawn(table: Table) -> list[Column]:
 
 
 def _place(boxes: dict[str, _Box]) -> tuple[float, float]:
-    """Give every box its place; returns width and height of the whole."""
+    """Place every box, and return the width and height of the diagram."""
     depth: dict[str, int] = {}
 
     def visit(name: str, above: frozenset[str]) -> int:
@@ -97,7 +97,7 @@ def _place(boxes: dict[str, _Box]) -> tuple[float, float]:
         for key in box.table.foreign_keys:
             if (target := _target(key, boxes)) in users.keys() - {name}:
                 users[target].append(name)
-    for name in sorted(boxes, key=lambda n: -depth[n]):  # as near to their users as they can be: short lines
+    for name in sorted(boxes, key=lambda n: -depth[n]):  # next to the tables that refer to them: short lines
         depth[name] = max(depth[name], min((depth[user] for user in users[name]), default=0) - 1)
     right = max(depth.values()) + 1
     depth |= {name: right for name, box in boxes.items() if box.table.view}
@@ -116,13 +116,13 @@ def _place(boxes: dict[str, _Box]) -> tuple[float, float]:
 
 
 def _target(key: ForeignKey, boxes: dict[str, _Box]) -> str:
-    """Label of the table that a key refers to: SQLite keeps the case in which the key was declared."""
+    """Return the label of the table that a key refers to: SQLite keeps the letter case of the key's declaration."""
     label = key.ref_label
     return label if label in boxes else next((name for name in boxes if name.lower() == label.lower()), label)
 
 
 def _edges(box: _Box, boxes: dict[str, _Box]) -> Iterator[tuple]:
-    """Where a line begins with its bend, where it ends with its bend, and what it says, for each drawn foreign key."""
+    """Yield one line per drawn foreign key: its start with its bend, its end with its bend, and its label."""
     for key in box.table.foreign_keys:
         target = boxes.get(_target(key, boxes))
         if target is None:
@@ -138,7 +138,7 @@ def _edges(box: _Box, boxes: dict[str, _Box]) -> Iterator[tuple]:
 
 
 def _xml(text: str) -> str:
-    """Text without the characters that XML cannot hold."""
+    """Replace the characters that XML cannot hold."""
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", text)
 
 

@@ -1,6 +1,6 @@
 """Views of data, rollouts and runs for the notebooks, as values that Jupyter and GitHub both render.
 
-Tables are made from summaries and audits, stories from trajectories; no result is computed here.
+Tables come from summaries and audits, stories from trajectories; no result is computed here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS = {
     "maximum turns": "sqlbench.max_turns",
     "context (characters)": "sqlbench.table_info_truncate",
 }
-"""Settings of a training that decide what it learns, by the key under which its configuration holds them."""
+"""Configuration keys of the training settings that decide what is learned, by displayed name."""
 
 
 def open_project() -> Path:
@@ -59,7 +59,7 @@ def ensure_data(data: Path | str, source: str = "pocket") -> DataSet:
     """Open the data set in a folder; make and audit it first if it is missing.
 
     Args:
-        data: its folder.
+        data: data set folder.
         source: ``pocket``, ``download`` for the public Spider archive, or the path of a Spider release.
     """
     root = Path(data)
@@ -133,13 +133,13 @@ def sample_table(summaries: Mapping[str, Summary]) -> pd.DataFrame:
         for turn, estimates in enumerate(summary.samples.by_turn if summary.samples else (), 1):
             shown = {k: f"{100 * e.value:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})" for k, e in estimates.items()}
             rows.append({"run": name, "turn": turn} | shown)
-        if summary.samples and summary.transitions is not None:  # the answers are those after the last turn
+        if summary.samples and summary.transitions is not None:  # the calls lead to the answers after the last turn
             rows[-1]["calls per task"] = round(summary.samples.n * summary.transitions, 1)
     return pd.DataFrame(rows).fillna("")
 
 
 def error_table(summary: Summary) -> pd.DataFrame:
-    """Tabulate why rollouts scored nothing, and which executed statements failed."""
+    """Tabulate the reasons for zero scores, the failed statements and the failed rollouts, by class."""
     rows = [("verdict", k, n) for k, n in summary.reasons.items()]
     rows += [("failed statement", k, n) for k, n in summary.query_errors.items()]
     rows += [("failed rollout", k, n) for k, n in summary.failures.items()]
@@ -147,7 +147,7 @@ def error_table(summary: Summary) -> pd.DataFrame:
 
 
 def flips(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> pd.DataFrame:
-    """Tabulate the tasks whose verdict changed between two evaluations, gained ones first."""
+    """Tabulate the tasks whose verdict changed between two evaluations, gains first."""
     old, new = (Rollouts.of(side).rollouts.set_index(["task", "sample"]) for side in (before, after))
     both = new.join(old[["correct", "pred"]], rsuffix=" before", how="inner").rename(columns={"pred before": "before"})
     change = (both["correct"] - both["correct before"]).map({1.0: "gained", -1.0: "lost"})
@@ -167,14 +167,14 @@ def query_table(frame: pd.DataFrame) -> HTML:
 
 
 def training_settings(run: Path | str) -> pd.DataFrame:
-    """Tabulate `SETTINGS` as the configuration of a training holds them."""
+    """Tabulate the `SETTINGS` in the configuration of a training."""
     config = flat(RunFolder(run).config()["config"])
     rows = [(name, str(config.get(key, "not recorded")), key) for name, key in SETTINGS.items()]
     return pd.DataFrame(rows, columns=["setting", "value", "key"])
 
 
 def advantage_example(run: Path | str) -> pd.DataFrame:
-    """Work out the advantages of a training's first group with unequal rewards, one row per rollout.
+    """Compute the advantages of a training's first group with unequal rewards, one row per rollout.
 
     Empty if no group has unequal rewards, or if this training does not compare the rollouts of a group.
     """
@@ -201,29 +201,29 @@ def advantage_example(run: Path | str) -> pd.DataFrame:
 
 
 def found(*sentences: str) -> Markdown:
-    """Close a notebook with what its numbers say."""
+    """Format the findings that close a notebook."""
     return Markdown("\n\n".join(["**Found.**", *sentences]))
 
 
 def baseline_found(summary: Summary, causes: pd.DataFrame) -> Markdown:
-    """Say how accurate an evaluation is, on which level most and least, and why most wrong answers are wrong."""
-    said = [
+    """Summarize an evaluation: accuracy, the hardest and the easiest level, and the main cause of wrong answers."""
+    sentences = [
         f"The agent answers {summary.score.percent:.1f}% of {summary.score.n} tasks ({summary.score.interval_text})."
     ]
     if len(levels := sorted(summary.by_hardness, key=lambda level: summary.by_hardness[level].percent)) > 1:
         low, high = (f"{summary.by_hardness[k].percent:.1f}% on {k}" for k in (levels[0], levels[-1]))
-        said.append(f"By hardness it is least accurate with {low} and most accurate with {high} tasks.")
+        sentences.append(f"By hardness it is least accurate with {low} and most accurate with {high} tasks.")
     if len(causes):
         first, total = causes.iloc[0], causes["rollouts"].sum()
         ran = total - causes.loc[causes["cause"].str.startswith("did not run"), "rollouts"].sum()
-        said.append(
+        sentences.append(
             f"Of {total} wrong queries {ran} ran. The most frequent cause is '{first['cause']}' ({first['rollouts']})."
         )
-    return found(" ".join(said))
+    return found(" ".join(sentences))
 
 
 def audit_found(audit: pd.DataFrame) -> Markdown:
-    """Say how many gold queries can be trusted and what a constant query scores, from `audit_table`."""
+    """Summarize `audit_table`: the number of reliable gold queries, and the score of a constant query."""
     tasks, scorable, floor = audit["tasks"].sum(), audit["scorable"].sum(), audit["constant query (%)"].max()
     return found(
         f"{scorable} of {tasks} tasks (a task counts in each of its splits) have a gold query that gives a verdict. "
@@ -232,7 +232,7 @@ def audit_found(audit: pd.DataFrame) -> Markdown:
 
 
 def clause_table(summary: Summary) -> pd.DataFrame:
-    """Tabulate how often each clause equals gold's, the least often first."""
+    """Tabulate the share of predictions that equal gold in each clause, the lowest first."""
     return pd.DataFrame(
         sorted(((name, round(share, 3)) for name, share in summary.components.items()), key=lambda row: row[1]),
         columns=["clause", "equal to gold (share)"],

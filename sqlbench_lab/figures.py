@@ -42,7 +42,7 @@ STYLE = {
     "svg.fonttype": "none",
 }
 WIDTH = 9.9
-"""Inches of a figure of several panels."""
+"""Width in inches of a figure of several panels."""
 _drawing = threading.RLock()
 
 
@@ -62,7 +62,7 @@ class Series:
     title: str
     scale: float = 1.0
     each_step: bool = True
-    """Whether it is logged at every step: noisy, so a running mean is drawn through it."""
+    """Flag of a quantity logged at every step: it is noisy, so a running mean is drawn through it."""
     older: str = ""
     """The key in older runs, which lack `key`."""
 
@@ -72,8 +72,8 @@ SERIES = {
     for s in (
         Series("val_ex", "sqlbench/val_ex", "Validation EX, greedy (%)", 100, each_step=False),
         Series("reward", "sqlbench/reward", "Training reward, sampled (%)", 100, older="sqlbench/ex"),
-        Series("entropy", "actor/entropy", "Policy entropy (nats a token)"),
-        Series("transitions", "sqlbench/transitions", "Trained transitions a rollout"),
+        Series("entropy", "actor/entropy", "Policy entropy (nats per token)"),
+        Series("transitions", "sqlbench/transitions", "Trained transitions per rollout"),
         Series("response", "sqlbench/response_tokens", "Response length (tokens)"),
         Series("zero_variance", "sqlbench/zero_variance_groups", "Groups without variance (%)", 100),
         Series("clip", "actor/pg_clipfrac", "Clipped tokens (%)", 100),
@@ -149,7 +149,7 @@ def reward_curves(
     Args:
         runs: label -> the run folders of its seeds. One folder gives a line; several give their mean and a band from
             the lowest to the highest.
-        names: which of `SERIES` to show.
+        names: names in `SERIES` to show.
         smooth: steps of the running mean drawn through values logged at every step; raw values stay
             visible behind it if the runs are few.
         columns: panels per row.
@@ -228,7 +228,7 @@ def _smoothed(values: pd.Series, window: int) -> pd.Series:
 
 
 def time_split(runs: Mapping[str, Sequence[Path]]) -> Figure:
-    """Draw where the time of a step goes, one bar per label (the mean over its seeds)."""
+    """Draw the split of a step's time, one bar per label (the mean over its seeds)."""
     shares = {
         label: pd.DataFrame([time_shares(read_metrics(folder)) for folder in folders]).mean()
         for label, folders in runs.items()
@@ -238,14 +238,14 @@ def time_split(runs: Mapping[str, Sequence[Path]]) -> Figure:
     with _style():
         figure, axis = plt.subplots(figsize=(7.0, 0.9 + 0.42 * len(shares)), layout="constrained")
         for number, share in enumerate(shares.values()):
-            left = 0.0
+            start = 0.0
             for (key, _, hatch), colour in zip(parts, ("#56B4E9", "#E69F00", "#BBBBBB"), strict=True):
-                axis.barh(number, share[key], left=left, color=colour, hatch=hatch, edgecolor="white", height=0.62)
+                axis.barh(number, share[key], left=start, color=colour, hatch=hatch, edgecolor="white", height=0.62)
                 if share[key] >= 7:
-                    middle = left + share[key] / 2
+                    middle = start + share[key] / 2
                     box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1}
                     axis.text(middle, number, f"{share[key]:.0f}%", ha="center", va="center", fontsize=8, bbox=box)
-                left += share[key]
+                start += share[key]
             axis.text(101, number, f"{share['step_s']:.1f} s per step", va="center", fontsize=8)
         axis.set_yticks(range(len(shares)), list(shares))
         axis.invert_yaxis()
@@ -275,7 +275,7 @@ def before_after(rows: pd.DataFrame) -> Figure:
             places = [number + offset for number in range(len(rows))]
             values = rows[which]
             ends = (values - rows[f"{which}_low"], rows[f"{which}_high"] - values)
-            spread = [end.clip(lower=0.0) for end in ends]  # rounding puts the end of 100% a hair below it
+            spread = [end.clip(lower=0.0) for end in ends]  # rounding puts the end of 100% slightly below it
             axis.barh(places, values, 0.36, color=colour, hatch=hatch, label=which)
             axis.errorbar(values, places, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2.5)
             for place, value, high in zip(places, values, rows[f"{which}_high"], strict=True):
@@ -291,12 +291,12 @@ def before_after(rows: pd.DataFrame) -> Figure:
 
 
 def accuracy_and_causes(scores: Mapping[str, Score], causes: Mapping[str, int], most: int = 10) -> Figure:
-    """Draw accuracies with 95% intervals, and beside them how many wrong answers have each cause.
+    """Draw accuracies with 95% intervals, and beside them the number of wrong answers by cause.
 
     Args:
-        scores: by level.
-        causes: wrong answers by cause, the most frequent first.
-        most: causes to draw.
+        scores: scores by level.
+        causes: number of wrong answers by cause, the most frequent first.
+        most: maximum number of causes to draw.
     """
     shown = dict(list(causes.items())[:most])
     with _style():
@@ -323,12 +323,17 @@ def accuracy_and_causes(scores: Mapping[str, Score], causes: Mapping[str, int], 
 
 
 def group_rewards(rollouts: pd.DataFrame) -> Figure:
-    """Draw how many rollouts of a group are right, for the groups of a training's first and last quarter of steps.
+    """Draw the distribution of right rollouts per group, for a training's first and last quarter of steps.
 
     Args:
         rollouts: `sqlbench_lab.rollouts.rollout_table` of a training.
+
+    Raises:
+        DataError: none of its rollouts was scored.
     """
     part = rollouts[(rollouts["part"] == "training") & rollouts["correct"].notna()]
+    if part.empty:
+        raise DataError("No scored training rollouts: the groups cannot be drawn. Choose a run that trained a step.")
     groups = part.groupby(["step", "key"])["correct"].sum().astype(int).reset_index()
     steps = sorted(groups["step"].unique())
     quarter = max(1, len(steps) // 4)
@@ -362,7 +367,7 @@ def png(figure: Figure, dpi: int = 160) -> bytes:
 
 
 def save_figure(figure: Figure, folder: Path | str, name: str) -> Path:
-    """Write ``<name>.png`` and ``<name>.svg``; the same figure always gives the same SVG. Returns the PNG's path."""
+    """Write ``<name>.png`` and ``<name>.svg`` and return the PNG's path; equal figures give equal SVGs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _style():

@@ -1,4 +1,4 @@
-"""Temporary folders for Jupyter where those of the user cannot be written."""
+"""Temporary folders for Jupyter, used if the user's own cannot be written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 FOLDERS = ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR", "MPLCONFIGDIR")
-"""Environment variables that name them, for this process and the kernels that it starts."""
+"""Environment variables that name the folders, for this process and the kernels that it starts."""
 
 
 def ensure_folders() -> None:

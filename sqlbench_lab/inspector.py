@@ -1,9 +1,9 @@
-"""The trajectory inspector: find a rollout among thousands and see all of it.
+"""Trajectory inspector: finds a rollout among thousands and shows all of it.
 
-Light fields of every rollout are read once; a rollout is parsed when it is looked at. Results are executed live,
-read-only and inside the usual limits, where the run's database is on this machine, and are the stored first rows of the
-prediction otherwise. Displayed without a kernel, the inspector is static HTML: the beginning of the list, and the
-selected rollout.
+Light fields of every rollout are read once; a rollout is parsed when it is selected. If the run's database is on this
+machine, queries are executed live, read-only and within the usual limits. Otherwise the stored first rows of the
+prediction are shown. Without a kernel the inspector is static HTML: the beginning of the list, and the selected
+rollout.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from sqlbench_lab.rollouts import RunFacts, Source, advantages, read_rollout, ro
 
 ALL = "all"
 LISTED = 25
-"""Rows of a list in a static form."""
+"""Maximum number of rows of a list in a static form."""
 CHOICES = ("outcome", "hardness", "database", "run", "step", "part")
-"""Filters with a menu; the last three only where rollouts differ in them."""
+"""Filters with a menu; the last three only if rollouts differ in them."""
 
 
 class Inspector(w.VBox):
@@ -39,7 +39,7 @@ class Inspector(w.VBox):
 
     Args:
         source: a run folder, several by label, or trajectories; or the part of a `rollout_table` to show.
-        data: data set folder, where it is not the one that the run's config names.
+        data: data set folder, if not the one that the run's config names.
 
     Raises:
         DataError: there are no rollouts.
@@ -83,7 +83,7 @@ class Inspector(w.VBox):
 
     @property
     def selected(self) -> Trajectory | None:
-        """The rollout that is looked at; None where the filters leave nothing."""
+        """The selected rollout; None if no rollout passes the filters."""
         return self._trajectory
 
     @property
@@ -92,18 +92,18 @@ class Inspector(w.VBox):
         return list(self._list._options_values)
 
     def filter(self, **values: Any) -> Inspector:
-        """Set filters by the names under which they are shown; ``turns`` and ``reward`` are pairs (lowest, highest).
+        """Set filters by their displayed names; ``turns`` and ``reward`` are pairs (lowest, highest).
 
-        What is not named is reset.
+        All other filters are reset.
 
         Raises:
-            DataError: no such filter or value.
+            DataError: a filter or value does not exist.
         """
         for name, value in values.items():
             if name not in self._controls:
                 raise DataError(f"no filter '{name}'; there are: {', '.join(self._controls)}")
-            if name in CHOICES and value not in (known := self._controls[name].options):
-                raise DataError(f"filter {name}={value!r}: choose one of {', '.join(map(str, known))}")
+            if name in CHOICES and value not in (options := self._controls[name].options):
+                raise DataError(f"filter {name}={value!r}: choose one of {', '.join(map(str, options))}")
         self._quiet = True
         try:
             for name, control in self._controls.items():
@@ -116,10 +116,10 @@ class Inspector(w.VBox):
         return self
 
     def select(self, number: int) -> Inspector:
-        """Look at one rollout, whether or not it passes the filters.
+        """Select one rollout, whether or not it passes the filters.
 
         Raises:
-            DataError: no such number, or the file was rewritten since it was opened.
+            DataError: the number does not exist, or the file was rewritten since it was opened.
         """
         if number not in self.rollouts.index:
             raise DataError(
@@ -129,14 +129,14 @@ class Inspector(w.VBox):
         return self
 
     def results(self) -> tuple[QueryResult | None, QueryResult | None]:
-        """Gold's and the prediction's result for the selected rollout, as the verdict compares them; None: unknown."""
+        """Return gold's and the prediction's result as the verdict compares them; None if unknown."""
         rollout = self._trajectory
         if rollout is None:
             return None, None
         database, rules = self._database(rollout.db_id), STRICT if self._run.strict else REFERENCE
         stored = next((e for e in reversed(rollout.executions) if e.sql == rollout.pred), None)
         pred = None
-        if stored is not None:  # a query that failed then is not tried again
+        if stored is not None:  # a query that failed in the rollout is not tried again
             more = (
                 f"the first of {stored.n_rows}, as stored with the rollout"
                 if stored.n_rows > len(stored.rows)
@@ -154,7 +154,7 @@ class Inspector(w.VBox):
     # -- display
 
     def html(self) -> Markup:
-        """The static form: filters in words, the beginning of the list, the selected rollout."""
+        """Render the static form: filters in words, the beginning of the list, the selected rollout."""
         shown = self._shown.loc[self.matches[:LISTED]]
         listing = view.table(
             ["number", *shown], [[n, *row] for n, row in zip(shown.index, shown.to_numpy(), strict=True)]
@@ -244,7 +244,7 @@ class Inspector(w.VBox):
 
     @property
     def _run(self) -> RunFacts:
-        """The run of the selected rollout."""
+        """Facts about the run of the selected rollout."""
         where = self.rollouts.at[self._number, "where"]
         if isinstance(where, Trajectory):
             return RunFacts()
@@ -268,7 +268,7 @@ class Inspector(w.VBox):
         return f"{row['run'] or 'sample ' + str(row['sample'])} {view.OUTCOMES[row['outcome']]}"
 
     def _advantages(self, number: int) -> dict[int, float]:
-        """Advantages in the group of a training rollout, by number; none for other rollouts."""
+        """Compute the advantages in a training rollout's group, by number; empty for other rollouts."""
         row, by_std = self.rollouts.loc[number], self._run.by_std
         if by_std is None or row["part"] != "training":
             return {}
@@ -277,7 +277,7 @@ class Inspector(w.VBox):
         return dict(zip(rewards.index, advantages(rewards.tolist(), by_std), strict=True))
 
     def rollout_html(self) -> Markup:
-        """The selected rollout, for `view.page`."""
+        """Render the selected rollout, for `view.page`."""
         rollout, number = self._trajectory, self._number
         if rollout is None or number is None:
             return view.HTML.nothing()
@@ -295,7 +295,7 @@ class Inspector(w.VBox):
         return view.HTML.rollout(rollout, notes, results, prepared, group, timeline)
 
     def _group_html(self, number: int, advantage: dict[int, float], dialect: str) -> Markup:
-        """The rollouts of the same task beside each other, each compared with the selected one."""
+        """Render the rollouts of the same task side by side, each compared with the selected one."""
         group = self.rollouts.loc[self._siblings_of(number)]
         if len(group) < 2:
             return Markup("")
@@ -313,7 +313,7 @@ class Inspector(w.VBox):
 
 
 def _lines(shown: pd.DataFrame) -> tuple[list[str], Markup]:
-    """Rows of the list as text in columns, and their heading as HTML in the same letters."""
+    """Format the rows of the list as text in columns, and their heading as HTML in the same font."""
     texts = shown.astype(str).replace(r"\s+", " ", regex=True)
     widths = [min(24, max(len(name), texts[name].str.len().max())) for name in texts.columns[:-1]]
     lines = [

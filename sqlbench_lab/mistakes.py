@@ -1,9 +1,9 @@
-"""Why wrong answers are wrong: one cause for each, from the results and the syntax trees of gold and prediction.
+"""Causes of wrong answers: one for each, from the results and the syntax trees of gold and prediction.
 
 Results count before trees, because equal rows in another order say more than any two texts. Of several differences
-the one that the others follow from is named: tables, joins, aggregates, columns, then conditions, order and DISTINCT.
-A cause describes and decides no verdict. It sees the difference of two texts, so a right answer in another form beside
-a real mistake can hide that mistake. Failed rollouts, which nothing in the policy caused, have no cause.
+the one that entails the others is named: tables, joins, aggregates, columns, then conditions, order and DISTINCT. A
+cause describes a verdict and does not decide it. It compares two texts, so an equivalent form beside a real mistake
+can hide that mistake. Failed rollouts have no cause, because the policy did not cause them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ TABLE, JOIN, AGGREGATE, COLUMN = "wrong table", "wrong join", "wrong aggregate o
 EXTRA, MISSING, SET, CONDITION = "extra column", "missing column", "wrong set operation", "wrong condition"
 SPELLING, ORDER, DISTINCT, OTHER = "value spelled differently", "wrong order or limit", "DISTINCT", "other difference"
 MOST_COLUMNS, MOST_PROJECTIONS = 100, 100
-"""Columns of a result that is searched for another, and choices of them that are tried."""
+"""Maximum number of columns of a result searched for another, and of column choices tried."""
 MOST_CHARS = 200
-"""Characters of a value that are compared for their spelling."""
+"""Maximum number of characters of a value compared in their spelling."""
 
 
 def cause(
@@ -51,14 +51,14 @@ def cause(
     pred_result: QueryResult | None = None,
     dialect: str = "sqlite",
 ) -> str:
-    """Name the cause of a wrong answer; for any text this ends soon (`sqlbench.sql_analysis.statements`).
+    """Name the cause of a wrong answer, in bounded time for any text (`sqlbench.sql_analysis.statements`).
 
     Args:
         gold: the right query.
-        pred: the wrong one.
-        gold_result: what `gold` gives, whole; None where it is unknown.
-        pred_result: the same of `pred`.
-        dialect: of the database.
+        pred: the wrong query.
+        gold_result: complete result of `gold`; None if unknown.
+        pred_result: complete result of `pred`; None if unknown.
+        dialect: dialect of the database.
     """
     if not re.search(r"\bselect\b|\bvalues\s{0,9}\(", pred or "", re.IGNORECASE):
         return NO_SQL
@@ -78,13 +78,13 @@ def cause(
 
 
 def _by_results(gold: list[tuple], pred: list[tuple]) -> str | None:
-    """Name a cause that the rows alone show."""
+    """Name the cause if the rows alone show it."""
     if not gold or not pred:
         return None
     wide = len(gold[0]), len(pred[0])
     if wide[0] != wide[1]:
-        found = _within(gold, pred) if wide[0] < wide[1] else _within(pred, gold)
-        return None if not found else EXTRA if wide[0] < wide[1] else MISSING
+        contained = _within(gold, pred) if wide[0] < wide[1] else _within(pred, gold)
+        return None if not contained else EXTRA if wide[0] < wide[1] else MISSING
     if len(gold) != len(pred):
         return None
     try:
@@ -97,7 +97,7 @@ def _by_results(gold: list[tuple], pred: list[tuple]) -> str | None:
 
 
 def _within(narrow: list[tuple], wide: list[tuple]) -> bool:
-    """Tell whether some columns of one result are the other result, whatever the order of rows and columns."""
+    """Return whether some columns of one result are the other result, in any order of rows and columns."""
     if len(narrow) != len(wide) or len(wide[0]) > MOST_COLUMNS:
         return False
     want, have = ([Counter(column) for column in zip(*rows, strict=True)] for rows in (narrow, wide))
@@ -117,18 +117,18 @@ def _folded(value: object) -> object:
 
 @dataclass
 class _Facts:
-    """What a query reads and does, over all its SELECTs, without aliases and case."""
+    """Tables, columns and operations of a query over all its SELECTs, without aliases and case."""
 
     tables: set[str] = field(default_factory=set)
     columns: set[tuple[str, str]] = field(default_factory=set)
-    """Table ('' where it is not clear) and name; those of join conditions are left out."""
+    """Table ('' if unclear) and name; columns of join conditions are left out."""
     joins: Counter = field(default_factory=Counter)
     aggregates: Counter = field(default_factory=Counter)
     groups: set[str] = field(default_factory=set)
     outputs: int = 0
-    """Expressions of the first SELECT."""
+    """Number of expressions of the first SELECT."""
     selected: set[str] = field(default_factory=set)
-    """Their columns."""
+    """Columns in the expressions of the first SELECT."""
     sets: Counter = field(default_factory=Counter)
     conditions: Counter = field(default_factory=Counter)
     masked: Counter = field(default_factory=Counter)
@@ -152,8 +152,8 @@ class _Facts:
             first = first.this
         if isinstance(first, exp.Select):
             facts.outputs = len(first.expressions)
-            found = (column for part in first.expressions for column in part.find_all(exp.Column))
-            facts.selected.update(column.name.lower() for column in found)
+            columns = (column for part in first.expressions for column in part.find_all(exp.Column))
+            facts.selected.update(column.name.lower() for column in columns)
         joined: set[int] = set()
         for node in tree.walk():
             if isinstance(node, exp.Select):
@@ -235,9 +235,9 @@ def _joined(unit: exp.Expression) -> tuple[exp.Column, exp.Column] | None:
 
 
 def _is_value(node: exp.Expression) -> bool:
-    """Tell whether a node is a literal, or a quoted name without a table.
+    """Return whether a node is a literal, or a quoted name without a table.
 
-    SQLite reads such a name as text where there is no such column.
+    SQLite reads a quoted name as text if it is not the name of a column.
     """
     if isinstance(node, exp.Column):
         return bool(node.this.args.get("quoted")) and not node.table
@@ -245,7 +245,7 @@ def _is_value(node: exp.Expression) -> bool:
 
 
 def _only_table(column: exp.Column, defined: set[str]) -> str:
-    """Return the table of an unqualified column where its SELECT reads no other."""
+    """Return the table of an unqualified column if its SELECT reads no other table; else an empty text."""
     select = column.find_ancestor(exp.Select)
     source = select.args.get("from_") if select is not None and not column.table else None
     if source is None or not isinstance(source.this, exp.Table) or select.args.get("joins"):
@@ -258,10 +258,10 @@ _MIRRORED = {exp.GT: exp.LT, exp.GTE: exp.LTE}
 
 
 def _key(node: exp.Expression, value: str | None = None) -> str:
-    """Write an expression so that equal ones are equal; subqueries, whose SELECTs count themselves, are a mark.
+    """Write an expression in a normal form. A subquery becomes a mark, because its SELECTs are counted separately.
 
     Args:
-        value: stands for each value where given.
+        value: replacement for each value, if given.
     """
     if isinstance(node, (exp.Query, exp.Subquery)):
         return "query"
@@ -298,8 +298,8 @@ def _values(unit: exp.Expression) -> Iterator[str]:
 
 
 def _alike(a: Counter, b: Counter) -> bool:
-    """Tell whether values differ in their spelling only: case, accents, marks, a letter or two."""
-    left, right = (sorted((some - other).elements()) for some, other in ((a, b), (b, a)))
+    """Return whether values differ only in spelling: case, accents, marks, a letter or two."""
+    left, right = (sorted((one - other).elements()) for one, other in ((a, b), (b, a)))
     return len(left) == len(right) and all(_spelled(x, y) for x, y in zip(left, right, strict=True))
 
 
@@ -316,11 +316,11 @@ def _spelled(x: str, y: str) -> bool:
 def mistakes(folder: Path | str, data: Path | str | None = None) -> pd.DataFrame:
     """Tabulate the wrong rollouts of a run with their causes, those of the most frequent cause first.
 
-    Gold and prediction run again where the run's database is on this machine; else the trees alone decide.
+    Gold and prediction run again if the run's database is on this machine; else the trees alone decide.
 
     Args:
-        folder: the run.
-        data: its data set, where it is not the one that the run's config names.
+        folder: run folder.
+        data: data set folder, if not the one that the run's config names.
     """
     facts, causes = RunFacts.of(Path(folder)), dict[tuple, str]()
     root, rules = data or facts.data, STRICT if facts.strict else REFERENCE
@@ -346,7 +346,7 @@ def mistakes(folder: Path | str, data: Path | str | None = None) -> pd.DataFrame
 
 def _cause_of(t: Trajectory, database: Database | None, rules: Strictness) -> str:
     ran = next((e for e in reversed(t.executions) if e.sql == t.pred), None)
-    if ran is not None and ran.status != "ok":  # it is not tried again
+    if ran is not None and ran.status != "ok":  # a failed query is not tried again
         return cause(t.gold, t.pred, None, QueryResult(ran.status, error=ran.error))
     if database is None:
         return cause(t.gold, t.pred)
@@ -359,7 +359,7 @@ def cause_table(found: pd.DataFrame) -> pd.DataFrame:
     """Count wrong rollouts by cause, with one example of each.
 
     Args:
-        found: what `mistakes` returns.
+        found: table from `mistakes`.
     """
     groups = found.groupby("cause", sort=False)
     table = groups[["question", "gold", "pred"]].first()
@@ -375,7 +375,7 @@ def cause_changes(
     Args:
         pairs: runs before and after, by training.
         data: as for `mistakes`.
-        most: causes of each.
+        most: maximum number of causes per training.
     """
     tables = []
     for name, runs in pairs.items():

@@ -1,7 +1,7 @@
-"""Watches a training run from its folder alone, so also one in another process or, by a shared drive, machine.
+"""Watches a training run from its folder alone, also in another process or, by a shared drive, on another machine.
 
-While the run lasts, a thread looks at the folder every few seconds and redraws when there is something new; it ends
-with the run. A run that was killed looks like one between two steps, so the age of its last sign of life is shown.
+During the run a thread checks the folder every few seconds and redraws after a change; it ends with the run. A killed
+run looks like one between two steps, so the age of its last sign of life is shown.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from sqlbench_lab.figures import PANELS, SERIES, png, read_metrics, reward_curve
 
 WATCHED = (*PANELS[:3], "clip", *PANELS[3:], "step_s", "failed")
 RECENT = 10
-"""Steps whose mean time tells the time left."""
+"""Number of latest steps whose mean time gives the remaining time."""
 
 
 class Monitor(w.VBox):
-    """Curves, latest values, time split and time left of a training run, live until it is finished.
+    """Curves, latest values, time split and remaining time of a training run, live until it is finished.
 
     Args:
         folder: run folder; it may not exist yet.
-        every: seconds between two looks.
+        every: seconds between two checks.
 
     Raises:
         DataError: the folder holds a run that is not a training.
@@ -51,10 +51,10 @@ class Monitor(w.VBox):
             threading.Thread(target=self._watch, daemon=True, name=f"monitor-{self.folder.name}").start()
 
     def refresh(self) -> None:
-        """Look at the folder now."""
+        """Check the folder now."""
         if self._config().get("kind", "training") != "training":
             raise DataError(f"{self.folder} is not a training run. Open it with the inspector.")
-        finished = RunFolder(self.folder).finished  # looked at first: what is read then is complete
+        finished = RunFolder(self.folder).finished  # checked first, so that the data read next is complete
         file = self.folder / METRICS
         seen = (finished, *((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()))
         if seen != self._seen:
@@ -65,7 +65,7 @@ class Monitor(w.VBox):
             self._ended.set()
 
     def stop(self) -> None:
-        """Stop watching; what is shown stays."""
+        """Stop watching, and keep the view."""
         self._ended.set()
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Monitor(w.VBox):
         super().close()
 
     def status(self) -> str:
-        """How far the run is and how long it will take, in words."""
+        """Describe the progress of the run and its remaining time, in words."""
         metrics, total = self._metrics(), self.total_steps()
         step = int(metrics.index.max()) if len(metrics) else 0
         if RunFolder(self.folder).finished:
@@ -82,8 +82,8 @@ class Monitor(w.VBox):
         if not self.folder.is_dir():
             return "not started yet, waiting for it"
         words = [f"step {step} of {total or 'an unknown number'}"]
-        if (left := self.seconds_left()) is not None:
-            words.append(f"about {timedelta(seconds=round(left))} left")
+        if (remaining := self.seconds_left()) is not None:
+            words.append(f"about {timedelta(seconds=round(remaining))} left")
         files = [self.folder / name for name in (METRICS, TRAJECTORIES, "logs/train.log")]
         times = [file.stat().st_mtime for file in files if file.is_file()]
         if times:
@@ -91,7 +91,7 @@ class Monitor(w.VBox):
         return ", ".join(words)
 
     def total_steps(self) -> int | None:
-        """Steps that the run was asked for; None where its folder does not say."""
+        """Return the number of steps requested; None if the run's folder does not say."""
         tasks = self.folder / "data/train.parquet"
         try:
             config = self._config()["config"]
@@ -105,7 +105,7 @@ class Monitor(w.VBox):
             return None
 
     def seconds_left(self) -> float | None:
-        """From the time of the latest steps, and the share of validation and saving in all; None before the first."""
+        """Estimate from the time of the latest steps and the mean time of validation and saving; None before a step."""
         metrics, total = self._metrics(), self.total_steps()
         trained = metrics[metrics.index > 0]
         steps = series(trained, "step_s")
@@ -146,7 +146,7 @@ class Monitor(w.VBox):
 
     def _watch(self) -> None:
         while not self._ended.wait(self.every):
-            with contextlib.suppress(OSError, ValueError):  # a file that is being written or replaced: look again
+            with contextlib.suppress(OSError, ValueError):  # a file is being written or replaced: try again
                 self.refresh()
 
     def __repr__(self) -> str:

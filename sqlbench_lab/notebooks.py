@@ -1,11 +1,11 @@
-"""Strict headless notebooks: parameters are checked first, finished notebooks are skipped, failures say where.
+"""Strict headless notebooks: parameters are checked first, finished notebooks are skipped, failures are located.
 
-papermill executes; this module adds the rest. Unknown parameters and wrong types are refused (papermill logs
-them and runs the defaults). A notebook is skipped when its executed copy was made from the same source with the same
+papermill executes the notebooks; this module adds the rest. Unknown parameters and wrong types are refused (papermill
+logs them and runs the defaults). A notebook is skipped if its executed copy was made from the same source with the same
 parameters. A failing cell becomes a `NotebookError` with the notebook, the cell, the error and the partial notebook's
 path. Every executed copy carries its provenance in ``metadata.sqlbench``.
 
-Not covered: the hash of a notebook does not see the library's own code, so after a change of the library use ``force``.
+The hash of a notebook does not cover the library's own code, so use ``force`` after a change of the library.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Value = str | int | float | bool | None | list | dict
 _SETTINGS = tomllib.loads((Path(__file__).parent / "assets" / "notebooks.toml").read_text(encoding="utf-8"))
 ORDER: list[str] = _SETTINGS["order"]
 PRESETS: dict[str, dict[str, dict[str, Value]]] = _SETTINGS["presets"]
-"""Parameters of each profile, by notebook, where they are not the notebook's own."""
+"""Parameters by profile and notebook that differ from the notebook's defaults."""
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ class Parameter:
                 return text
 
     def problem(self, value: Value) -> str:
-        """Name a value that does not fit this parameter, with what does; empty if it fits."""
+        """Return the error text for a value that does not fit this parameter; empty if it fits."""
         if not _fits(value, self.default):
             return f"{value!r}. Give {_type_name(self.default)}."
         return ""
@@ -97,7 +97,7 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
     cells = [c for c in _read(path).cells if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
         raise NotebookError(f"Wrong number of cells tagged 'parameters' in {path}: {len(cells)}. Tag exactly one.")
-    found: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     for node in ast.parse(cells[0].source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
         if not isinstance(node, ast.Assign) or not isinstance(target, ast.Name):
@@ -108,8 +108,8 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
             raise NotebookError(
                 f"Invalid parameter '{target.id}' of {path}: {ast.unparse(node.value)}. Write a plain literal."
             ) from None
-        found[target.id] = Parameter(target.id, default)
-    return found
+        parameters[target.id] = Parameter(target.id, default)
+    return parameters
 
 
 def check_parameters(path: Path, given: Mapping[str, Value]) -> dict[str, Value]:
@@ -118,14 +118,14 @@ def check_parameters(path: Path, given: Mapping[str, Value]) -> dict[str, Value]
     Raises:
         NotebookError: an unknown name or a value of the wrong type.
     """
-    known = read_parameters(path)
-    unknown = sorted(set(given) - set(known))
+    parameters = read_parameters(path)
+    unknown = sorted(set(given) - set(parameters))
     if unknown:
-        raise NotebookError(f"Unknown parameter of {path.stem}: {unknown[0]}. Choose one of: {', '.join(known)}.")
+        raise NotebookError(f"Unknown parameter of {path.stem}: {unknown[0]}. Choose one of: {', '.join(parameters)}.")
     for name, value in given.items():
-        if problem := known[name].problem(value):
+        if problem := parameters[name].problem(value):
             raise NotebookError(f"Invalid parameter '{name}' of {path.stem}: {problem}")
-    return {name: given.get(name, parameter.default) for name, parameter in known.items()}
+    return {name: given.get(name, parameter.default) for name, parameter in parameters.items()}
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def check_parameters(path: Path, given: Mapping[str, Value]) -> dict[str, Value]
 
 @dataclass(frozen=True)
 class Executed:
-    """One notebook of a run: its executed copy, and whether it was `skipped` because that was finished."""
+    """One notebook of a run: its executed copy, `skipped` if the copy was finished before."""
 
     name: str
     path: Path
@@ -167,7 +167,7 @@ def run_notebooks(settings: NotebooksConfig) -> NotebookRun:
     """Execute the ordered notebooks into ``<results>/<profile>/<run>/notebooks/``.
 
     Raises:
-        NotebookError: refused before anything ran, or a cell failed.
+        NotebookError: the call was refused before anything ran, or a cell failed.
     """
     profile, results = settings.profile, settings.results
     if profile not in PRESETS:
@@ -188,8 +188,8 @@ def run_notebooks(settings: NotebooksConfig) -> NotebookRun:
     with lock(base / "notebooks"):
         for number, (path, values) in enumerate(plan, 1):
             output = base / "notebooks" / path.name
-            # A notebook reads the results of earlier ones: once one has run, in this call or in a killed one, the later
-            # ones run too.
+            # A notebook reads the results of earlier ones: after one has run, in this call or in a killed one, the
+            # later ones run too.
             stale = settings.force or any(not e.skipped for e in done) or _started(output) < newest
             title = f"[{number}/{len(plan)}] {path.stem}"
             done.append(run_notebook(path, output, values, force=stale, title=title))
@@ -198,7 +198,7 @@ def run_notebooks(settings: NotebooksConfig) -> NotebookRun:
 
 
 def _started(output: Path) -> str:
-    """Return when the run of an executed notebook began; empty if it was not executed."""
+    """Return the start time of an executed notebook; empty if it was not executed."""
     return str(_read(output).metadata.get("sqlbench", {}).get("started", "")) if output.is_file() else ""
 
 
@@ -225,13 +225,13 @@ def _plan(
 ) -> list[tuple[Path, dict[str, Value]]]:
     """Pair each notebook with its parameters: defaults < run and profile < preset < ``name=value`` texts."""
     pairs = dict(_split(text) for text in texts)
-    known = {path: read_parameters(path) for path in paths}
+    parameters_of = {path: read_parameters(path) for path in paths}
     for name in pairs:
-        if not any(name in parameters for parameters in known.values()):
-            names = sorted({n for parameters in known.values() for n in parameters})
+        if not any(name in parameters for parameters in parameters_of.values()):
+            names = sorted({n for parameters in parameters_of.values() for n in parameters})
             raise NotebookError(f"Unknown parameter of the notebooks: {name}. Choose one of: {', '.join(names)}.")
     plan = []
-    for path, parameters in known.items():
+    for path, parameters in parameters_of.items():
         wanted = given | preset.get("*", {}) | preset.get(path.stem, {})
         values = {n: v for n, v in wanted.items() if n in parameters}
         values |= {n: parameters[n].parse(text) for n, text in pairs.items() if n in parameters}
@@ -254,14 +254,14 @@ def run_notebook(
     force: bool = False,
     title: str = "",
 ) -> Executed:
-    """Execute one notebook into `output`, or skip it where `output` is its finished copy for the same parameters.
+    """Execute one notebook into `output`, or skip it if `output` is its finished copy for the same parameters.
 
     Args:
         path: the notebook.
-        output: in the folder ``notebooks`` of a run folder.
-        parameters: where they are not its own.
+        output: path of the executed copy, in the folder ``notebooks`` of a run folder.
+        parameters: values that differ from the notebook's defaults.
         force: execute it even if it is finished.
-        title: what stands before its progress bar; its name by default.
+        title: text before the progress bar; the notebook's name by default.
 
     Raises:
         NotebookError: a parameter is refused, or a cell failed.
@@ -323,7 +323,7 @@ def source_hash(path: Path) -> str:
 
 
 def _finish(partial: Path, output: Path, name: str, provenance: dict) -> None:
-    """Turn the partial notebook into the finished one: provenance in, machine paths and per-cell clocks out."""
+    """Turn the partial notebook into the finished one: add provenance, remove machine paths and cell timings."""
     notebook = _read(partial)
     notebook.metadata["sqlbench"] = provenance
     injected = notebook.metadata["papermill"]["parameters"]
@@ -332,9 +332,9 @@ def _finish(partial: Path, output: Path, name: str, provenance: dict) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-        for left in cell.get("outputs", []):
-            data = left.get("data", {})
-            if "text/html" in data:  # the static form: a view without its kernel shows nothing
+        for cell_output in cell.get("outputs", []):
+            data = cell_output.get("data", {})
+            if "text/html" in data:  # keep the static form: a view without its kernel shows nothing
                 data.pop("application/vnd.jupyter.widget-view+json", None)
             shown.update(data)
     if not any("widget-view" in kind for kind in shown):
@@ -357,7 +357,7 @@ def _digest(text: str) -> str:
 
 
 def _git_commit(folder: Path) -> str | None:
-    """Name the commit of the working tree, with ``-dirty`` if it has changes; None outside a repository."""
+    """Return the commit of the working tree, with ``-dirty`` if it has changes; None outside a repository."""
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -1,4 +1,4 @@
-"""What the views read of runs: the light fields of every rollout in one pass, and whole rollouts one by one."""
+"""Rollouts of runs for the views: the light fields of all in one pass, and whole rollouts one by one."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class _Skipped(BaseModel):
 
 
 class _Light(Trajectory):
-    """The part of a trajectory that the list needs; the parser skips the rest, which makes it many times faster."""
+    """The fields of a trajectory that the list needs; parsing is many times faster without the others."""
 
     model_config = ConfigDict(extra="ignore")
     transitions: list[_Call] = Field([])  # type: ignore[assignment]
     executions: list[_Skipped] = Field([])  # type: ignore[assignment]
 
     def row(self, label: str, where: Any) -> dict[str, Any]:
-        """The rollout as a row of `rollout_table`."""
+        """Return the rollout as a row of `rollout_table`."""
         answers = [call.completion.text for call in self.transitions]
         searched = [self.question, self.gold, self.pred, self.task_id, self.db_id, self.reason, self.error, *answers]
         return {
@@ -68,10 +68,10 @@ class _Light(Trajectory):
 
 
 def rollout_table(source: Source) -> pd.DataFrame:
-    """Light fields of the rollouts of a run folder, of several by label, or of trajectories; one row each, in order.
+    """Tabulate the light fields of rollouts in a run folder, several by label, or trajectories; one row each, in order.
 
     Raises:
-        DataError: there are none, or a line is not a rollout.
+        DataError: there are no rollouts, or a line is not a rollout.
     """
     if isinstance(source, str | Path):
         source = {"": source}
@@ -94,7 +94,7 @@ def _rows(folder: Path, label: str) -> Iterator[dict[str, Any]]:
         raise DataError(f"no rollouts in {folder}: it has no {TRAJECTORIES}; evaluate or train into it first")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):  # it is being written
+            if not line.endswith(b"\n"):  # still being written
                 return
             try:
                 yield _Light.model_validate_json(line).row(label, (path, offset, len(line)))
@@ -104,7 +104,7 @@ def _rows(folder: Path, label: str) -> Iterator[dict[str, Any]]:
 
 
 def read_rollout(row: pd.Series) -> Trajectory:
-    """The rollout of a row of `rollout_table`, whole.
+    """Read the whole rollout of a row of `rollout_table`.
 
     Raises:
         DataError: its file was rewritten since the table was made.
@@ -125,20 +125,20 @@ def read_rollout(row: pd.Series) -> Trajectory:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run besides its rollouts."""
+    """Facts about a run besides its rollouts."""
 
     data: Path | None = None
     tokenizer: Path | None = None
     strict: bool = True
     by_std: bool | None = None
-    """Whether GRPO divided advantages by the deviation of the group; None where advantages are not known."""
+    """Division of GRPO's advantages by the standard deviation of the group; None if advantages are unknown."""
 
     @classmethod
     def of(cls, folder: Path) -> RunFacts:
-        """As the run's config says, where there is one.
+        """Read the facts from the run's config, if there is one.
 
         Raises:
-            DataError: it is none of ours, or damaged.
+            DataError: the config is damaged, or not that of a run.
         """
         if not (folder / CONFIG).is_file():
             return cls()
@@ -153,8 +153,8 @@ class RunFacts:
             return cls(Path(config["data"]), _tokenizer(folder, config["model"]), config["rollout"]["strict"])
         ours, algorithm = config["config"]["sqlbench"], config["config"]["algorithm"]
         control = ours.get("control") or ours.get("random_reward")  # the older name
-        known = algorithm["adv_estimator"] == "grpo" and not control and ours.get("credit", "rollout") == "rollout"
-        by_std = bool(algorithm["norm_adv_by_std_in_grpo"]) if known else None
+        grouped = algorithm["adv_estimator"] == "grpo" and not control and ours.get("credit", "rollout") == "rollout"
+        by_std = bool(algorithm["norm_adv_by_std_in_grpo"]) if grouped else None
         return cls(Path(ours["data"]), _tokenizer(folder, ours["model"]), True, by_std)
 
 
@@ -164,7 +164,7 @@ def _tokenizer(run: Path, model: str) -> Path | None:
 
 
 def advantages(rewards: list[float], by_std: bool) -> list[float]:
-    """GRPO's advantages in one group; a group of one, or without variance, teaches nothing."""
+    """Compute GRPO's advantages in one group; they are 0 in a group of one or without variance."""
     if len(rewards) < 2:
         return [0.0] * len(rewards)
     scale = stdev(rewards) + 1e-6 if by_std else 1.0

@@ -1,7 +1,7 @@
-"""Measures the repair loop of recorded rollouts: how well checks judge, what rewrites fix or break, and the gain.
+"""Measures the repair loop of recorded rollouts: the quality of checks, the effect of rewrites, and the gain.
 
-The first query of a rollout is what the same policy answers with one turn (greedy decoding, same prompt), so the gain
-of more turns over one is measured within the same rollouts. Verdicts of queries before the last one are made here, by
+The first query of a rollout equals the same policy's answer with one turn (greedy decoding, same prompt), so the gain
+of more turns over one is measured within the same rollouts. Queries before the last one get their verdicts here, by
 running them again.
 """
 
@@ -24,46 +24,46 @@ from sqlbench_lab.tables import load_results
 
 
 class Correction(Settings):
-    """Self-correction over the scored rollouts of an evaluation; shares are in [0, 1]."""
+    """Measures of self-correction over the scored rollouts of an evaluation; shares are in [0, 1]."""
 
     tasks: int
     first: float
-    """Execution match of the first queries, a mean over tasks."""
+    """Execution accuracy of the first queries, a mean over tasks."""
     last: float
-    """Execution match of the last ones."""
+    """Execution accuracy of the last queries."""
     gain_low: float
     gain_high: float
     """95% interval of ``last - first``, by bootstrap over tasks."""
     p: float
-    """McNemar's test of first against last, over tasks."""
+    """p-value of McNemar's test of first against last, over tasks."""
     rejected: int
-    """Checks that called a query wrong."""
+    """Number of checks that called a query wrong."""
     precision: float
-    """Of the queries called wrong, how many were."""
+    """Share of the queries called wrong that were wrong."""
     recall: float | None
-    """Of the checked queries that were wrong, how many were called so; None where none was."""
+    """Share of the checked wrong queries that were called wrong; None if there were none."""
     recall_ran: float | None
-    """The same among queries that ran: those whose result the check had to judge."""
+    """Recall among queries that ran, whose result the check had to judge."""
     balanced_accuracy: float | None
     """Mean of the share of wrong queries called wrong and of right ones called right: 0.5 for any constant answer.
 
-    None where not both kinds were checked.
+    None unless both kinds were checked.
     """
     fixed: int
-    """Rewrites from a wrong query to a right one."""
+    """Number of rewrites from a wrong query to a right one."""
     broken: int
-    """Rewrites from a right query to a wrong one."""
+    """Number of rewrites from a right query to a wrong one."""
     repeated: int
-    """Rewrites that gave an earlier query again, those included that were then sampled again."""
+    """Number of rewrites that repeated an earlier query, including those then sampled again."""
     rewrites: int
     by_turn: list[float]
-    """Execution match of the query that stands after each turn: 1, 2 and so on."""
+    """Execution accuracy of the current query after each turn, from turn 1."""
     transitions: float
     """Model calls per rollout."""
 
 
 def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correction:
-    """Judge the repair loop of rollouts over a data set.
+    """Measure the repair loop of rollouts over a data set.
 
     Raises:
         DataError: a database of the data set is missing.
@@ -74,7 +74,7 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
     queries = queries.join(scored, on="rollout", how="inner")
     keys = zip(queries["db_id"], queries["gold"], queries["sql"], strict=True)
     queries["right"] = pd.Series([right(*key) for key in keys], queries.index, dtype=float)
-    unknown = queries.loc[queries["right"].isna(), "rollout"]  # gold did not run this time: nothing about the queries
+    unknown = queries.loc[queries["right"].isna(), "rollout"]  # gold did not run this time, so no verdict
     queries = queries[~queries["rollout"].isin(unknown)]
     turns = by_turn(queries["right"].reindex(queries["stands"]).set_axis(queries["rollout"]))
     tasks = turns.groupby(rollouts["task"], sort=False).mean()  # rollouts of one task are not independent
@@ -107,7 +107,7 @@ def correction(trajectories: Iterable[Trajectory], data: Path | str) -> Correcti
 
 
 def correction_table(folder: Path | str, data: Path | str) -> pd.DataFrame:
-    """One row for each finished cell of a run folder with more than one turn, from its evaluation after training."""
+    """Tabulate a run's finished cells with more than one turn, one row each, from the evaluation after training."""
     rows = []
     for result in load_results(folder):
         place = Path(folder) / "cells" / result.cell.name / "after"
@@ -118,7 +118,7 @@ def correction_table(folder: Path | str, data: Path | str) -> pd.DataFrame:
 
 
 def row(found: Correction) -> dict[str, object]:
-    """A `Correction` as a table shows it: percent and points."""
+    """Format a `Correction` as a row of a table, in percent and points."""
     return {
         "First query (%)": round(100 * found.first, 1),
         "Last query (%)": round(100 * found.last, 1),

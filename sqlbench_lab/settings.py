@@ -37,9 +37,9 @@ class NotebooksConfig(Settings):
         description="name=value for the parameters cells; repeatable.",
         json_schema_extra={"flags": ["--parameter", "-p"]},
     )
-    folder: Path = Field(Path("notebooks"), description="Where the notebooks are.")
+    folder: Path = Field(Path("notebooks"), description="Folder of the notebooks.")
     results: Results = RESULTS
-    force: bool = Field(False, description="Run again what is done.")
+    force: bool = Field(False, description="Run finished notebooks again.")
 
 
 class RunsConfig(Settings):

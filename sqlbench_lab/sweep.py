@@ -1,4 +1,4 @@
-"""The cells of an ablation, and the named grids that demo, tests and tables run."""
+"""The cells of an ablation, and the named grids for demo, tests and tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Experiment(Settings):
     context: int = 2048
     """`table_info_truncate` and `execution_truncate`, in characters, as in the seed experiment."""
     agents: str = AGENTS
-    """Regular expression over sub-agent names: which transitions are trained on and counted."""
+    """Regular expression over sub-agent names that selects the transitions to train on and to count."""
     model: str = "nano"
     seed: int = 1
     control: Literal["coin", "permuted"] | None = None
@@ -39,8 +39,8 @@ class Experiment(Settings):
         """Read cells that were stored when the coin was the only control."""
         if not isinstance(given, dict) or "random_reward" not in given:
             return given
-        rest = {key: value for key, value in given.items() if key != "random_reward"}
-        return rest | {"control": "coin" if given["random_reward"] else None}
+        fields = {key: value for key, value in given.items() if key != "random_reward"}
+        return fields | {"control": "coin" if given["random_reward"] else None}
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Experiment(Settings):
 
     @property
     def mini_batch(self) -> int:
-        """Return the tasks per optimizer step, so that a batch of 32 takes about as many steps as the seed experiment.
+        """Number of tasks per optimizer step, so that a batch of 32 takes about as many steps as the seed experiment.
 
         It counted 32 rows, not tasks: one step with a single turn, two with three turns, three to four with the check.
         """
@@ -104,7 +104,7 @@ class Sweep:
 
     @property
     def rows(self) -> dict[str, Experiment]:
-        """Return the cells by the name under which one of them can be chosen."""
+        """Cells by the name that chooses one of them."""
         return dict(zip(self.names or [cell.name for cell in self.cells], self.cells, strict=True))
 
 
@@ -118,8 +118,8 @@ def _factorial(contexts: Iterable[int], **common: object) -> tuple[Experiment, .
 
 
 LAPTOP_CONTEXTS = (192, 2048)
-"""The schemas of the embedded data set take 160 to 290 characters: the first value cuts most of them, the second
-none."""
+"""Context lengths in characters. The schemas of the embedded data set take 160 to 290: the first length cuts most of
+them, the second none."""
 _QWEN, _LLAMA = "Qwen/Qwen2.5-Coder-{}-Instruct", "meta-llama/Llama-3.2-{}-Instruct"
 _SEED = Experiment(model=_QWEN.format("3B"), credit="published", steps=436)
 _SEED_ROWS = {
@@ -156,8 +156,8 @@ GRIDS: dict[str, Sweep] = {
     "seed": Sweep(
         tuple(_SEED_ROWS.values()),
         split="dev_500",
-        # 436 steps of 32 are 2 epochs of train_spider.json, 7,000 tasks. A release with train_others.json has more. For
-        # one that lacks databases the gold audit leaves fewer, and a third epoch begins.
+        # 436 steps of 32 are 2 epochs of train_spider.json, 7,000 tasks. A release with train_others.json has more. If
+        # databases are missing, the gold audit leaves fewer tasks, and a third epoch begins.
         overrides=("data.train_max_samples=7000", "trainer.total_epochs=3"),
         recipe="seed",
         names=tuple(_SEED_ROWS),

@@ -1,7 +1,7 @@
-"""The two tables of the seed experiment, and the paired differences that say what they show, from finished cells.
+"""The two tables of the seed experiment, and the paired differences behind them, from finished cells.
 
 A finished cell is a ``cell.json``. It holds the outcome of every task before and after training, so that cells can be
-compared task by task from what is kept in version control, without the rollouts themselves.
+compared task by task from the files in version control, without the rollouts themselves.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ CELL = "cell.json"
 
 
 class EvalStats(Settings):
-    """One evaluation as a cell needs it."""
+    """Statistics of one evaluation for a cell."""
 
     outcomes: str
-    """One character a task in the order of task keys: ``1`` right, ``0`` wrong, ``x`` failed."""
+    """One character per task in the order of task keys: ``1`` right, ``0`` wrong, ``x`` failed."""
     transitions: float
-    """Transitions of trained sub-agents a rollout."""
+    """Transitions of trained sub-agents per rollout."""
     prompt_tokens: float
     """Mean over those transitions."""
     response_tokens: float
 
     @property
     def right(self) -> pd.Series:
-        """Outcomes as numbers: 1, 0, NaN where the rollout failed."""
+        """Outcomes as numbers: 1, 0, NaN if the rollout failed."""
         return pd.Series([{"1": 1.0, "0": 0.0}.get(mark, math.nan) for mark in self.outcomes], dtype=float)
 
     @property
     def score(self) -> Score:
-        """Execution match with its interval."""
+        """Execution accuracy with its interval."""
         return Score.of(self.right, self.right.index)
 
 
@@ -65,7 +65,7 @@ class CellResult(Settings):
 
     @property
     def gain(self) -> Difference:
-        """What training changed, task by task."""
+        """Paired difference of final from initial accuracy, task by task."""
         return difference(self.initial.right, self.final.right)
 
 
@@ -84,7 +84,7 @@ def eval_stats(found: Rollouts, agents: str) -> EvalStats:
 
 
 def model_size(model: str) -> str:
-    """Parameters of a model as tables show them: counted where the weights are at hand, else read off its name."""
+    """Format a model's number of parameters: counted if the weights are available, else read off its name."""
     path = policy_folder(model) if model == "nano" else Path(model)
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -104,25 +104,25 @@ def _parameters(file: Path) -> int:
 
 
 def load_results(folder: Path | str) -> list[CellResult]:
-    """Finished cells below a run folder, in the order of the tables: model, context, turns, agents, seed.
+    """Load the finished cells below a run folder, in the order of the tables: model, context, turns, agents, seed.
 
     Raises:
-        DataError: there is none, or one cannot be read.
+        DataError: there is no finished cell, or one cannot be read.
     """
-    found = []
+    results = []
     for path in Path(folder).glob(f"cells/*/{CELL}"):
         try:
-            found.append(CellResult.model_validate_json(path.read_text()))
+            results.append(CellResult.model_validate_json(path.read_text()))
         except ValueError as error:
             raise DataError(f"cannot read {path}: {error}; delete it and run the cell again") from error
-    if not found:
+    if not results:
         raise DataError(f"no trained cell in {folder}; run notebook 03_grpo_training or 'sqlbench ablate' first")
     order = attrgetter("model", "context", "turns", "agents", "steps", "seed")
-    return sorted(found, key=lambda result: (result.cell.control or "", *order(result.cell)))
+    return sorted(results, key=lambda result: (result.cell.control or "", *order(result.cell)))
 
 
 def training_runs(folder: Path | str) -> dict[str, list[Path]]:
-    """Training runs of finished cells by what they have in common, seeds side by side: what `reward_curves` draws."""
+    """Return the training runs of finished cells by title, with all seeds of a title, for `reward_curves`."""
     runs: dict[str, list[Path]] = {}
     for result in load_results(folder):
         runs.setdefault(result.cell.title, []).append(Path(folder) / "cells" / result.cell.name / "train")
@@ -130,7 +130,7 @@ def training_runs(folder: Path | str) -> dict[str, list[Path]]:
 
 
 def accuracy_table(results: Sequence[CellResult]) -> pd.DataFrame:
-    """The seed experiment's accuracy table, with 95% intervals and the number of tasks beside it."""
+    """Build the seed experiment's accuracy table, with 95% intervals and the number of tasks."""
     rows = [
         {
             "Acc (Initial)": round(r.initial.score.percent, 1),
@@ -148,7 +148,7 @@ def accuracy_table(results: Sequence[CellResult]) -> pd.DataFrame:
 
 
 def _labelled(results: Sequence[CellResult], rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """A table that begins with what was trained; the model's label names the steps where cells differ in them."""
+    """Build a table that begins with the training; the model's label names the steps if cells differ in them."""
     mixed = len({r.cell.steps for r in results}) > 1
     return pd.DataFrame(
         [
@@ -166,7 +166,7 @@ def _labelled(results: Sequence[CellResult], rows: list[dict[str, Any]]) -> pd.D
 
 
 def efficiency_table(results: Sequence[CellResult]) -> pd.DataFrame:
-    """The seed experiment's efficiency table. Time is the whole training run; a step is without validation."""
+    """Build the seed experiment's efficiency table. Time is the whole training run; a step excludes validation."""
     rows = [
         {
             "# GPUs": r.gpus,
@@ -182,7 +182,7 @@ def efficiency_table(results: Sequence[CellResult]) -> pd.DataFrame:
 
 
 def accuracy_rows(results: Sequence[CellResult]) -> pd.DataFrame:
-    """What `sqlbench_lab.figures.before_after` draws."""
+    """Tabulate the accuracies that `sqlbench_lab.figures.before_after` draws."""
     rows = []
     for r in results:
         row: dict[str, Any] = {"label": r.cell.title + f", seed {r.cell.seed}" * (r.cell.seed != 1)}
@@ -193,7 +193,7 @@ def accuracy_rows(results: Sequence[CellResult]) -> pd.DataFrame:
 
 
 def headline(results: Sequence[CellResult]) -> str:
-    """One line on the main cell: the one nearest to the headline experiment that was trained longest."""
+    """Summarize the main cell in one line: of those nearest to the headline experiment, the longest trained."""
     main = max(
         results, key=lambda r: (r.cell.control is None, r.cell.title == Experiment().title, r.cell.steps, -r.cell.seed)
     )
@@ -219,7 +219,7 @@ def paired(first: EvalStats, second: EvalStats, names: tuple[str, str] = ("Initi
 
 
 def _matched(results: Sequence[CellResult], setting: str) -> list[tuple[CellResult, CellResult]]:
-    """Trained cells that differ in one setting only and were measured on the same tasks, the smaller value first."""
+    """Pair trained cells that differ in one setting only and share their tasks, the smaller value first."""
     pairs = []
     for one, two in permutations(results, 2):
         values = getattr(one.cell, setting), getattr(two.cell, setting)
@@ -241,33 +241,33 @@ def difference_table(results: Sequence[CellResult]) -> pd.DataFrame:
 
 
 def answers(results: Sequence[CellResult]) -> str:
-    """Answer what turns, context and trained sub-agents change, one Markdown line each, from trained cells.
+    """Describe the effects of turns, context and trained sub-agents, one Markdown line each, from trained cells.
 
-    Only cells that differ in nothing else are compared, those with control rewards not at all.
+    Only cells that differ in nothing else are compared. Cells with control rewards are left out.
     """
     trained, lines = [r for r in results if r.cell.control is None], []
     names = {"turns": "with {} turns", "context": "with a context of {} characters", "agents": "with `{}` trained"}
     for setting, name in names.items():
-        said = []
+        sentences = []
         for one, two in _matched(trained, setting):
             first, second = (
                 name.format(getattr(side.cell, setting)).replace("1 turns", "1 turn") for side in (one, two)
             )
-            said.append(difference(one.final.right, two.final.right).sentence(first, second))
+            sentences.append(difference(one.final.right, two.final.right).sentence(first, second))
         values = {getattr(r.cell, setting) for r in trained}
         if len(values) == 1:
-            said = [f"Not asked here: every training is {name.format(values.pop())}."]
-        elif not said:
-            said = ["Not answered here: no two trainings differ in this alone."]
+            sentences = [f"Not asked here: every training is {name.format(values.pop())}."]
+        elif not sentences:
+            sentences = ["Not answered here: no two trainings differ in this alone."]
             for r in trained:
                 if getattr(r.cell, setting) == max(values):
-                    said.append(f"`{r.cell.title}`: {r.gain.sentence('before training', 'after training')}")
-        lines.append(f"- **{setting.capitalize()}.** {' '.join(said)}")
+                    sentences.append(f"`{r.cell.title}`: {r.gain.sentence('before training', 'after training')}")
+        lines.append(f"- **{setting.capitalize()}.** {' '.join(sentences)}")
     return "\n".join(lines)
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as GitHub Markdown; a bar inside a cell is written as an entity."""
+    """Format a table as GitHub Markdown; a bar inside a cell becomes an entity."""
     rows = [table.columns.tolist(), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
     return "\n".join("| " + " | ".join(str(c).replace("|", "&#124;") for c in row) + " |" for row in rows) + "\n"
 
@@ -282,7 +282,7 @@ def write_table(table: pd.DataFrame, folder: Path | str, name: str) -> pd.DataFr
 
 
 def write_tables(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Both tables of a run's finished cells, written to its ``tables/`` folder."""
+    """Write both tables of a run's finished cells to its ``tables/`` folder, and return them."""
     results = load_results(folder)
     tables = Path(folder) / "tables"
     return (
@@ -292,17 +292,17 @@ def write_tables(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 SEED_FIGURES = Path(__file__).parent / "assets" / "seed_experiment.csv"
-"""Both tables that the seed experiment published (Agent Lightning, "Training AI Agents to Write and Self-correct SQL
+"""Both published tables of the seed experiment (Agent Lightning, "Training AI Agents to Write and Self-correct SQL
 with Reinforcement Learning"; verl 0.5.0, vLLM 0.10.0), by the names of the rows of grid ``seed``. They are as
 published, although ``llama-3b`` contradicts itself: 436 steps of 181.3 s are 22 h, not 10.3 h."""
 SEED_TASKS = "500 of test"
 
 
 def seed_comparison(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Accuracy and efficiency of each row of grid ``seed``: a line as published, and one of ours, from a run, below it.
+    """Tabulate accuracy and efficiency of each row of grid ``seed``: a published line, and a line from a run below it.
 
-    A cell that was not run, or the whole run, stays empty. Both sides were measured on 500 tasks, but not on the same
-    ones: the seed experiment drew its own from Spider's test split, grid ``seed`` uses ``dev_500``.
+    The line of a missing cell or run stays empty. Both sides were measured on 500 tasks, but not on the same ones: the
+    seed experiment drew its own from Spider's test split, grid ``seed`` uses ``dev_500``.
     """
     results = load_results(folder) if any(Path(folder).glob(f"cells/*/{CELL}")) else []
     published = pd.read_csv(SEED_FIGURES, index_col="row").astype(object)
@@ -315,15 +315,15 @@ def seed_comparison(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
             ours = table(same).iloc[0] if same else {}
             labels = {"Row": name, **published.loc[name, keys]}
             lines.append({**labels, "Source": "published", **published.loc[name, columns], "Tasks": SEED_TASKS})
-            found = {key: ours.get(key, "") for key in columns}
+            values = {key: ours.get(key, "") for key in columns}
             tasks = f"{ours.get('Tasks')} of {GRIDS['seed'].split}" if same else ""
-            lines.append({**labels, "Source": "sqlbench", **found, "Tasks": tasks})
+            lines.append({**labels, "Source": "sqlbench", **values, "Tasks": tasks})
         tables.append(pd.DataFrame(lines, dtype=object))
     return tables[0], tables[1].drop(columns="Tasks")
 
 
 def write_seed_tables(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`seed_comparison` of a run, written to its ``tables/`` folder."""
+    """Write `seed_comparison` of a run to its ``tables/`` folder, and return it."""
     accuracy, efficiency = seed_comparison(folder)
     tables = Path(folder) / "tables"
     return write_table(accuracy, tables, "seed_accuracy"), write_table(efficiency, tables, "seed_efficiency")

@@ -1,4 +1,4 @@
-"""Rollouts and runs as plain text: what ``sqlbench runs``, ``show`` and ``compare`` print."""
+"""Rollouts and runs as plain text, for ``sqlbench runs``, ``show`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sqlbench_lab.settings import CompareConfig, RunsConfig, ShowConfig
 from sqlbench_lab.view import outcome, page, table, token_diff
 
 WIDTH = 72
-"""Characters of a question in a list."""
+"""Maximum number of characters of a question in a list."""
 CHARACTERS = 2000
-"""Characters of a result."""
+"""Maximum number of characters of a result."""
 
 
 class Printer:
@@ -34,10 +34,10 @@ class Printer:
         self.verbose = verbose
 
     def text(self, agent: str, turn: int, piece: str) -> None:
-        """Wait for the whole answer."""
+        """Print nothing, because `transition` prints the whole answer."""
 
     def transition(self, transition: Transition) -> None:
-        """Print one answer; with its prompt where everything is asked for."""
+        """Print one answer, with its prompt if `verbose`."""
         strategy = f", strategy {transition.strategy}" if transition.strategy else ""
         print(f"\n{transition.agent} (turn {transition.turn}{strategy})")
         if self.verbose:
@@ -52,10 +52,10 @@ class Printer:
 
 
 def runs(settings: RunsConfig) -> pd.DataFrame:
-    """List the runs below a folder, the newest first or the best.
+    """List the runs below a folder, the newest or the most accurate first.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no runs.
     """
     rows = sorted(_runs(settings), key=lambda row: -row.pop("changed"))
     if not rows:
@@ -109,23 +109,23 @@ def show(settings: ShowConfig) -> None:
     if settings.wrong and not settings.task:
         _print_mistakes(settings)
         return
-    found = 0
+    count = 0
     for record in read_trajectories(settings.run):
         if settings.task and settings.task not in (record.task_id, record.task_key):
             continue
         if settings.wrong and record.correct is not False:
             continue
-        found += 1
+        count += 1
         if settings.task:
             _print_rollout(record, settings.verbose)
-        elif found <= settings.limit:
+        elif count <= settings.limit:
             question = " ".join(record.question.split())[:WIDTH]
             print(f"{outcome(record.correct, record.error):10} {record.task_id:24} {question}")
-    if not found:
+    if not count:
         raise DataError(f"No such rollout in {settings.run}: {settings.task}. Leave it out for a list.")
     if not settings.task:
-        if found > settings.limit:
-            print(f"... {found - settings.limit} more (--limit)")
+        if count > settings.limit:
+            print(f"... {count - settings.limit} more (--limit)")
         model = RunFolder(settings.run).config().get("model", "") if (settings.run / CONFIG).is_file() else ""
         print(f"\n{Usage.of(Rollouts.of(read_trajectories(settings.run)), model, settings.prices).text()}")
 
@@ -151,9 +151,9 @@ def _write_page(settings: ShowConfig, file: Path) -> None:
 
 
 def _print_mistakes(settings: ShowConfig) -> None:
-    found = mistakes(settings.run)
-    print(f"{len(found)} wrong rollout{'s' * (len(found) != 1)} by cause")
-    for cause, group in found.groupby("cause", sort=False):
+    frame = mistakes(settings.run)
+    print(f"{len(frame)} wrong rollout{'s' * (len(frame) != 1)} by cause")
+    for cause, group in frame.groupby("cause", sort=False):
         print(f"\n{len(group):5} {cause}")
         for row in group.head(settings.limit if settings.verbose else 1).itertuples():
             for name, text in ((row.task, row.question), ("gold", row.gold), ("predicted", row.pred or "(none)")):
@@ -162,15 +162,15 @@ def _print_mistakes(settings: ShowConfig) -> None:
 
 def _print_rollout(record: Trajectory, verbose: bool) -> None:
     step = "" if record.step is None else f", step {record.step}{' (validation)' if record.validation else ''}"
-    became = outcome(record.correct, record.error)
-    print(f"{record.task_id} on {record.db_id}{step}: {became} {record.reason or record.error or ''}")
+    verdict = outcome(record.correct, record.error)
+    print(f"{record.task_id} on {record.db_id}{step}: {verdict} {record.reason or record.error or ''}")
     print(f"question\n{indent(record.question, '  ')}\ngold\n{indent(record.gold, '  ')}")
-    printer, left = Printer(verbose), list(record.executions)
+    printer, executions = Printer(verbose), list(record.executions)
     for transition in record.transitions:
         printer.transition(transition)
-        if transition.agent != "check" and left and left[0].turn <= transition.turn:
-            printer.execution(left[0], render_execution(left.pop(0), "chat", CHARACTERS))
-    for execution in left:  # of an agent that runs queries of its own
+        if transition.agent != "check" and executions and executions[0].turn <= transition.turn:
+            printer.execution(executions[0], render_execution(executions.pop(0), "chat", CHARACTERS))
+    for execution in executions:  # of an agent that runs its own queries
         printer.execution(execution, render_execution(execution, "chat", CHARACTERS))
     print(f"\nanswer\n{indent(record.pred or '(none)', '  ')}\n")
 

@@ -1,8 +1,8 @@
 """One rollout as HTML that is complete, escaped, and legible without a kernel, without style sheets and in print.
 
-The macros of ``templates/view.html`` write it, and escape whatever is put in. Of a result at most `SHOWN_ROWS` rows are
-shown, those that differ first. Jupyter removes scripts and style sheets from a stored notebook that it does not trust,
-so what must hold there (sides abreast, marks, alignment, colours of SQL) is in elements and inline styles.
+The macros of ``templates/view.html`` write it and escape every value. At most `SHOWN_ROWS` rows of a result are shown,
+those that differ first. Jupyter removes scripts and style sheets from a stored notebook that it does not trust, so the
+essential parts (sides abreast, marks, alignment, colours of SQL) are in elements and inline styles.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OUTCOMES = {"right": "✓", "wrong": "✗", "failed": "!", "not scored": "?"}
 
 
 def pretty(sql: str, dialect: str = "sqlite") -> str:
-    """One query laid out over lines; text that is not exactly one parsable statement stays as it is."""
+    """Lay a query out over lines; text that is not exactly one parsable statement stays as it is."""
     trees = statements(sql, dialect)
     return trees[0].sql(dialect=dialect_of(dialect), pretty=True) if len(trees) == 1 and trees[0] else sql
 
@@ -54,9 +54,9 @@ MARKS = (
     Markup('<mark style="background-color: #cfe6f5; color: #111; text-decoration: none">{}</mark>'),
     Markup('<b style="background-color: #ffd9a8; color: #111">{}</b>'),
 )
-"""What only gold has, and what only the prediction has."""
+"""Marks of the tokens that only gold has, and of those that only the prediction has."""
 DIFF_TOKENS = 1000
-"""Longer texts are shown without marks and colours: difflib can take the cube of their length."""
+"""Maximum number of tokens compared; longer texts have no marks and colours, as difflib can take cubic time."""
 
 
 def sql_html(sql: str) -> Markup:
@@ -77,15 +77,15 @@ def _coloured(word: str) -> Markup:
 
 
 def token_diff(gold: str, pred: str) -> tuple[Markup, Markup]:
-    """Colour both queries, and mark the tokens that only gold has and those that only the prediction has by `MARKS`.
+    """Colour both queries, and mark the tokens that only gold or only the prediction has by `MARKS`.
 
     White space and the case of words do not count; text in single quotes counts as written.
     """
     sides = [_WORD.findall(text) for text in (gold, pred)]
     places = [[i for i, word in enumerate(words) if not word.isspace()] for words in sides]
     keys = [
-        [words[i] if words[i].startswith("'") else words[i].lower() for i in some]
-        for words, some in zip(sides, places, strict=True)
+        [words[i] if words[i].startswith("'") else words[i].lower() for i in indices]
+        for words, indices in zip(sides, places, strict=True)
     ]
     if max(map(len, keys)) > DIFF_TOKENS:
         return Markup.escape(gold), Markup.escape(pred)
@@ -107,10 +107,10 @@ Cells = set[tuple[int, int]]
 
 
 def differing(gold: list[tuple], pred: list[tuple], ordered: bool) -> tuple[Cells, Cells, list[tuple]]:
-    """Cells (row, column) without a counterpart, in either table, and which rows stand side by side.
+    """Return the cells (row, column) without a counterpart in either table, and the pairs of rows side by side.
 
-    Columns are paired by the values they share. Rows are paired by place where order matters, else equal rows first and
-    then those with the most equal cells. The last item lists (gold row, pred row), None for no partner; those that
+    Columns are paired by the values they share. Rows are paired by place if order matters, else equal rows first and
+    then those with the most equal cells. The last item lists (gold row, pred row), None for no partner. Pairs that
     differ come first unless order matters.
     """
     if rounded := near(ResultTable(gold), ResultTable(pred)):
@@ -126,13 +126,13 @@ def differing(gold: list[tuple], pred: list[tuple], ordered: bool) -> tuple[Cell
             if row is not None:
                 marks[side].update((row, c) for c in set(range(len(bags[side]))) - {c[side] for c in same})
     if not ordered:
-        odd = [{row for row, _ in some} for some in marks]
+        odd = [{row for row, _ in cells} for cells in marks]
         pairs.sort(key=lambda pair: not (pair[0] in odd[0] or pair[1] in odd[1]))
     return *marks, pairs
 
 
 def _matched(scores: list[list[int]]) -> list[tuple[int, int]]:
-    """The pairing of a matrix's rows with its columns that scores most, along the diagonal where scores are equal."""
+    """Pair a matrix's rows with its columns for the highest total score, along the diagonal if scores are equal."""
     if not scores or not scores[0]:
         return []
     away = np.abs(np.subtract.outer(np.arange(len(scores)), np.arange(len(scores[0]))))
@@ -147,7 +147,7 @@ def _pair_rows(gold: list[list], pred: list[list], ordered: bool) -> list[tuple]
     for i in reversed(range(len(gold))):
         waiting.setdefault(tuple(gold[i]), []).append(i)
     equal = [(waiting[tuple(row)].pop(), j) for j, row in enumerate(pred) if waiting.get(tuple(row))]
-    left = sorted(i for some in waiting.values() for i in some)
+    left = sorted(i for indices in waiting.values() for i in indices)
     right = sorted(set(range(len(pred))) - {j for _, j in equal})
     likeness = [
         [sum(a == b for a, b in zip(gold[i], pred[j], strict=True)) for j in right[:SHOWN_ROWS]]
@@ -161,21 +161,21 @@ def _pair_rows(gold: list[list], pred: list[list], ordered: bool) -> list[tuple]
 
 
 def results_html(gold: QueryResult | None, pred: QueryResult | None, right: bool, ordered: bool) -> Markup:
-    """Both results beside each other; cells without a counterpart are marked unless the verdict is that they agree."""
+    """Render both results side by side; cells without a counterpart are marked unless the verdict is right."""
     none: QueryResult = QueryResult("missing")
     both = [result or none for result in (gold, pred)]
     marks: tuple[Cells, Cells] = (set(), set())
     orders: list[list] = [list(range(len(result.rows))) for result in both]
     if all(result.ok for result in both) and not right:
-        *found, pairs = differing(both[0].rows, both[1].rows, ordered)
-        marks = found[0], found[1]
+        *cells, pairs = differing(both[0].rows, both[1].rows, ordered)
+        marks = cells[0], cells[1]
         orders = [[pair[side] for pair in pairs if pair[side] is not None] for side in (0, 1)]
     panes = list(zip(("Gold result", "Predicted result"), both, marks, orders, strict=True))
     return HTML.results(panes, SHOWN_ROWS)
 
 
 def value_text(value: Any) -> Any:
-    """A database value as a cell shows it: NULL apart from text, bytes as hexadecimal digits."""
+    """Format a database value for a cell: NULL distinct from text, bytes as hexadecimal digits."""
     if value is None:
         return Markup("<i>NULL</i>")
     return f"x'{bytes(value).hex()}'" if isinstance(value, bytes | memoryview) else value
@@ -185,7 +185,7 @@ def value_text(value: Any) -> Any:
 
 
 def response_html(completion: Completion, tokenizer: Path | None, sql: bool = True) -> Markup:
-    """What a model answered; tokens it was not sure of are shaded by their probability, those below 50% underlined.
+    """Render a model's answer; uncertain tokens are shaded by their probability, those below 50% underlined.
 
     Without probabilities the answer is coloured if it is `sql`.
     """
@@ -199,11 +199,11 @@ def response_html(completion: Completion, tokenizer: Path | None, sql: bool = Tr
 
 
 def _pieces(completion: Completion, tokenizer: Path | None) -> list[str]:
-    """The text of each sampled token; nothing where the tokenizer at hand is not the one that they came from."""
+    """Return the text of each sampled token; empty if the tokenizer is not the one that produced the tokens."""
     if tokenizer is None:
         return []
-    stream, known = DecodeStream(skip_special_tokens=False), _tokenizer(tokenizer)
-    pieces = [stream.step(known, number) or "" for number in completion.response_ids or []]
+    stream, decoder = DecodeStream(skip_special_tokens=False), _tokenizer(tokenizer)
+    pieces = [stream.step(decoder, number) or "" for number in completion.response_ids or []]
     return pieces if completion.text.strip() in "".join(pieces) else []
 
 
@@ -213,12 +213,12 @@ def _tokenizer(file: Path) -> Tokenizer:
 
 
 def timeline_html(trajectory: Trajectory, tokenizer: Path | None = None) -> Markup:
-    """Every model call with its prompt and every execution, in the order in which they happened."""
+    """Render every model call with its prompt and every execution, in chronological order."""
     steps: list[Transition | Execution] = [*trajectory.transitions, *trajectory.executions]
     steps.sort(key=lambda s: (s.turn, 1 if isinstance(s, Execution) else 2 * (s.agent == "check")))
-    asked = {s.turn: s.completion.text.strip() for s in trajectory.transitions if s.agent != "check"}
+    answers = {s.turn: s.completion.text.strip() for s in trajectory.transitions if s.agent != "check"}
     items = [
-        HTML.execution(s, asked.get(s.turn), trajectory.dialect)
+        HTML.execution(s, answers.get(s.turn), trajectory.dialect)
         if isinstance(s, Execution)
         else _transition(s, tokenizer)
         for s in steps
@@ -241,7 +241,7 @@ def _transition(step: Transition, tokenizer: Path | None) -> Markup:
 
 
 def outcome(correct: bool | None, error: str | None) -> str:
-    """``right``, ``wrong``, ``failed`` (something outside the policy broke) or ``not scored``."""
+    """Return ``right``, ``wrong``, ``failed`` (something outside the policy broke) or ``not scored``."""
     if error is not None:
         return "failed"
     return "not scored" if correct is None else "right" if correct else "wrong"

@@ -801,23 +801,14 @@ def test_a_trainer_of_ones_own_gets_the_run_and_leaves_its_summary(
     assert folder.config()["config"]["sqlbench"]["trainer"] == "own:Trainer"
 
 
-def test_ray_that_is_slow_to_start_is_started_again() -> None:
-    from verl_cpu.forkserver import start_patiently
+def test_a_ray_that_says_it_was_too_slow_ends_the_process_so_that_it_is_started_again() -> None:
+    from verl_cpu.forkserver import RAY_LATE, late_ray_ends_it
 
-    left = ["The current node timed out during startup. This could happen because ..."] * 2 + [""]
-
-    def run() -> None:
-        if text := left.pop(0):
-            raise Exception(text)
-
-    start_patiently(run)
-    assert not left
-    with pytest.raises(Exception, match="another"):
-        start_patiently(lambda: (_ for _ in ()).throw(Exception("another")))
-    left[:] = ["The current node timed out during startup."] * 9
-    with pytest.raises(Exception, match="timed out"):
-        start_patiently(run)
-    assert len(left) == 5
+    with pytest.raises(SystemExit) as ended, late_ray_ends_it():
+        raise Exception("The current node timed out during startup. This could happen because ...")
+    assert ended.value.code == RAY_LATE
+    with pytest.raises(Exception, match="another"), late_ray_ends_it():
+        raise Exception("another")
 
 
 def test_forkserver_stub_stands_for_the_process_that_was_forked(tmp_path: Path) -> None:

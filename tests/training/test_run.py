@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -302,3 +304,25 @@ def test_an_earlier_attempt_that_still_writes_leaves_nothing_in_a_run_that_begin
         earlier.kill()
         earlier.wait()
     assert not note.exists()
+
+
+def test_a_ray_that_dies_while_it_starts_is_started_again(tmp_path: Path, pocket: DataSet) -> None:
+    ended: list[int] = []
+
+    def end_first_raylet() -> None:  # as Ray itself does where its agent takes more than 15 s to start
+        me = psutil.Process()
+        while not ended:
+            for process in me.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if process.name() == "raylet":
+                        process.kill()
+                        ended.append(process.pid)
+                        return
+            time.sleep(0.01)
+
+    threading.Thread(target=end_first_raylet, daemon=True).start()
+    overrides = [*TINY, "sqlbench.max_turns=1", "trainer.total_training_steps=1", "trainer.val_before_train=False"]
+    folder = RunFolder(train("laptop", "r", pocket.root, results=tmp_path, overrides=overrides))
+    assert ended and folder.summary()["steps"] == 1
+    log = (folder.root / "logs/train.log").read_text()
+    assert log.count("sqlbench: Ray did not start in time. Starting it again.") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import math
 from dataclasses import replace
 from datetime import date
 from decimal import Decimal
@@ -70,10 +71,24 @@ def test_rows_come_in_pages_and_in_the_order_of_any_column() -> None:
 
 def test_a_column_of_any_values_can_be_sorted() -> None:
     view = shown(
-        ("v",), [("b",), (2,), (None,), (b"x",), (1.5,), ("a",), (Decimal(1),), (date(2024, 1, 1),), ({"a": 1},)]
+        ("v",),
+        [
+            ("b",),
+            (2,),
+            (None,),
+            (b"x",),
+            (1.5,),
+            ("a",),
+            (Decimal(1),),
+            (date(2024, 1, 1),),
+            ({"a": 1},),
+            (Decimal("NaN"),),
+            (math.nan,),
+        ],
     )
     view.sort(0)
     assert [row[0] for row in view.rows][:3] == [Decimal(1), 1.5, 2] and view.rows[-1] == (None,)
+    assert all(row[0] != row[0] for row in view.rows[-3:-1])
 
 
 def test_csv_holds_every_row_and_reads_back() -> None:

@@ -662,6 +662,9 @@ def test_a_query_is_edited_and_run_by_hand_but_never_writes(tmp_path: Path, shop
 
 
 def test_an_answer_in_words_comes_from_its_rows_and_is_kept(tmp_path: Path, shop: Path) -> None:
+    def failing(system: str, user: str) -> str:
+        raise ModelError("the model is out of reach")
+
     def answer(system: str, user: str) -> str:
         return "<think>hm</think>Bo and <another>." if "plain sentences" in user else repairing(system, user)
 
@@ -674,6 +677,10 @@ def test_an_answer_in_words_comes_from_its_rows_and_is_kept(tmp_path: Path, shop
         assert "Bo and &lt;another&gt;." in card._body.value and "hm" not in card.turn.summary
         assert view.session is not None and isinstance(view.session.model, Scripted)
         assert "Bo" in view.session.model.prompts[-1][-1].content
+        summary, view.session.model.answer = card.turn.summary, failing
+        card.say()
+        await view.wait()
+        assert "out of reach" in view._message.value and card.turn.summary == summary
 
     drive(tmp_path, steps, answer)
 

@@ -111,5 +111,5 @@ def test_the_curve_table_gives_first_and_last_values(tmp_path: Path) -> None:
     runs = {"nano": [training_run(tmp_path / str(s), lift=lift, seed=s) for s, lift in enumerate((0.1, 0.3))]}
     (row,) = curve_table(runs).to_dict("records")
     assert row["Validation EX, greedy (%)"] == "45.00 → 65.00"
-    assert row["Trained transitions a rollout"] == "1.88 → 1.61"
+    assert row["Trained transitions per rollout"] == "1.88 → 1.61"
     assert row["seeds"] == 2

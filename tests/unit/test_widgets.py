@@ -374,6 +374,8 @@ def test_groups_are_drawn_by_their_right_rollouts(tmp_path: Path) -> None:
     early, late = group_rewards(rollout_table(training(tmp_path / "run"))).axes[0].containers
     assert [bar.get_height() for bar in early] == [0, 100, 0, 0, 0]
     assert [bar.get_height() for bar in late] == [0, 0, 0, 0, 100]
+    with pytest.raises(DataError, match="No scored training rollouts"):
+        group_rewards(rollout_table(training(tmp_path / "run")).assign(correct=None))
 
 
 def test_accuracy_and_causes_are_drawn() -> None:
