@@ -34,6 +34,7 @@ from sqlbench_train.compose import compose, quoted, tracking
 from sqlbench_train.metrics import read_rows, step_metrics, write_rows
 from sqlbench_train.preflight import ask_verl, check, needs, planned_steps, preflight, too_small
 from sqlbench_train.settings import TrainConfig
+from verl_cpu.forkserver import RAY_LATE
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,6 +43,8 @@ VERL_CONFIG = "data/verl.yaml"
 """verl's configuration of an attempt, in the run folder; its path identifies the attempt's processes."""
 FULL = 1 << 20
 """A disk with fewer free bytes is full."""
+RAY_STARTS = 3
+"""How often Ray is started, on a machine where that takes too long."""
 
 
 @takes(TrainConfig, "profile", "run", "data", "model", "overrides")
@@ -233,21 +236,31 @@ class _Verl:
     def _follow(self, done: int) -> None:
         """Run verl and show its progress; return when it ended well.
 
-        On a GPU, a start that fails before the first rollout is repeated without forks: the fault may lie in the fork
-        of a process that had imported everything.
+        A start for which Ray was too slow is repeated.
+
+        On a GPU, a start that fails before the first rollout is repeated without forks, as the
+        fault may lie in the fork of a process that had imported everything.
         """
         self.log.parent.mkdir(exist_ok=True)
-        status = self._attempt(done, plain=False)
+        for _ in range(RAY_STARTS):
+            status = self._attempt(done, plain=False)
+            if status != RAY_LATE:
+                break
+            self._note("Ray did not start in time. Starting it again.")
         if status > 0 and self.profile.device == "cuda" and not self.began:
-            with self.log.open("a") as log:
-                print("sqlbench: verl ended before its first rollout. Starting it again without forks.", file=log)
-            self.attempt.unlink(missing_ok=True)
+            self._note("verl ended before its first rollout. Starting it again without forks.")
             status = self._attempt(done, plain=True)
         if status != 0:
             reason = processes.reason(self.log, status)
             if shutil.disk_usage(self.folder).free < FULL:  # the cause of any failure then; the log may end early
                 reason = f"No space left on device: {self.folder}. Free some and rerun the command ({reason})"
             raise TrainingError(f"Training stopped: {reason.rstrip('.')}. See {self.log}.")
+
+    def _note(self, text: str) -> None:
+        """Say in the log why verl is started again, without the metrics of the attempt before."""
+        with self.log.open("a") as log:
+            print(f"sqlbench: {text}", file=log)
+        self.attempt.unlink(missing_ok=True)
 
     def _attempt(self, done: int, *, plain: bool) -> int:
         """Run verl to its end and return its exit status."""

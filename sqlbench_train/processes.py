@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from sqlbench.profiles import Profile
+from verl_cpu.forkserver import RAY_LATE
 
 RAY_FOLDER = "sqlbench-ray-"
 """Prefix of Ray's temporary folders; the number of the launching process follows."""
@@ -163,6 +164,8 @@ def reason(log: Path, status: int) -> str:
     """Read the error that ended a training from the end of its log."""
     if status == -signal.SIGKILL:
         return "killed by signal 9, perhaps for memory"
+    if status == RAY_LATE:
+        return "Ray did not start in time, perhaps because the machine is busy. Rerun the command"
     lines = _tail(log)
     if any("InvalidAuthToken" in line for line in lines):  # Ray only says that it could not connect
         return "the Ray cluster did not take the token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN as on its nodes"

@@ -1,11 +1,12 @@
 """The process that runs verl: ``python -m verl_cpu.forkserver CONFIG PARENT FOLDER [MODULE...]``.
 
-Everything that runs below it dies with it, and it dies with its parent. verl, Ray and vLLM use about ten Python
-processes, each of which would import torch, transformers, Ray and verl for 7 s of processor time, and some of them vLLM
-for as much again; those imports were most of a short training. So this process imports them once and forks: the driver,
-through Ray's ``py_executable`` setting (`forkserver_stub`) the Ray workers, and through that of `multiprocessing` the
-processes of vLLM's engine. It starts no thread before it forks and holds no state but modules. verl's task runner runs
-in the driver instead of in an actor of its own, for the same reason.
+Everything that runs below it dies with it, and it dies with its parent. verl, Ray and vLLM use about fifteen Python
+processes, each of which would import torch, transformers, Ray and verl for 7 s of processor time, or Ray alone for 2 s,
+and some of them vLLM for as much again; those imports were most of a short training. So this process imports them once
+and forks: the driver, through Ray's ``py_executable`` setting (`forkserver_stub`) the Ray workers, through the driver's
+``sys.executable`` Ray's own servers, and through that of `multiprocessing` the processes of vLLM's engine. It starts no
+thread before it forks and holds no state but modules. verl's task runner runs in the driver instead of in an actor of
+its own, for the same reason.
 
 On a GPU it must not start CUDA either, or no fork could use it: a fork tries that first. If it cannot, or if an import
 fails, or where the environment variable VERL_PLAIN_START is set, every process starts by itself.
@@ -27,14 +28,31 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 PRELOAD = (
     "ray._private.workers.default_worker",
+    "ray._private.log_monitor",
+    "ray.autoscaler._private.monitor",
+    "ray.dashboard.dashboard",
+    *(
+        f"ray.dashboard.modules.{name}"
+        for name in (
+            "aggregator.aggregator_agent",
+            "event.event_agent",
+            "job.job_agent",
+            "log.log_agent",
+            "reporter.healthz_agent",
+            "reporter.reporter_agent",
+        )
+    ),
     "transfer_queue",
     "verl.trainer.main_ppo",
     "verl.workers.engine_workers",
@@ -54,6 +72,8 @@ STARTED = time.monotonic()
 BORN_AS = {"RAY_JOB_ID": os.getpid().to_bytes(4, "little").hex()}
 """Ray's library reads its worker settings when it is loaded, which is before they exist: the job has the number of this
 process (`_number_job`), and a worker lives as long as this process, which therefore takes the place of its raylet."""
+RAY_LATE = 75
+"""Exit status where Ray did not start in time; the same command may be given again."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -106,18 +126,17 @@ def _fork_from_here(config: Any, parent: int, folder: str, modules: list[str], b
     server.listen(64)
     client = Path(__file__).with_name("forkserver_stub.py")
     config.ray_kwargs.ray_init.runtime_env = {"py_executable": f"{sys.executable} -S -E {client} {folder}/fork"}
-    python = ""
-    if config.actor_rollout_ref.rollout.name == "vllm":
-        python = f"{folder}/python"  # a script, for multiprocessing takes no arguments
-        Path(python).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{client}" "{folder}/fork" "$@"\n')
-        os.chmod(python, 0o700)
+    python = f"{folder}/python"  # a script, for multiprocessing takes no arguments
+    Path(python).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{client}" "{folder}/fork" "$@"\n')
+    os.chmod(python, 0o700)
     gc.freeze()
     driver = _fork()
     if driver == 0:
         server.close()
         _die_with(os.getppid(), signal.SIGTERM)
+        sys.executable = python
         _leave(lambda: _drive(config, modules))
-    status = _serve(server, driver, imported, python)
+    status = _serve(server, driver, imported, python if config.actor_rollout_ref.rollout.name == "vllm" else "")
     if os.getppid() != parent:  # nobody is left to do it
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(status)
@@ -213,28 +232,43 @@ def _drive(config: Any, modules: list[str]) -> None:
     signal.signal(signal.SIGTERM, _end)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     try:
-        start_patiently(
-            lambda: run_ppo(config, task_runner_class=_InThisProcess(TaskRunnerV1.__ray_metadata__.modified_class))
-        )
+        with late_ray_ends_it():
+            run_ppo(config, task_runner_class=_InThisProcess(TaskRunnerV1.__ray_metadata__.modified_class))
     finally:
         ray.shutdown()
 
 
-def start_patiently(run: Callable[[], None], tries: int = 4) -> None:
-    """Run something that starts Ray first, and again where that was too slow.
+@contextlib.contextmanager
+def late_ray_ends_it() -> Iterator[None]:
+    """End the process with `RAY_LATE` where the Ray that is started inside does not start in time.
 
-    Ray gives its own processes 30 seconds to answer, which cannot be set and is too little on a busy machine.
+    Ray gives its own processes 15 and 30 seconds to answer, which cannot be set and is too little on a busy machine
+    (ray-project/ray#65983). Where its raylet has ended for that, `ray.init` may wait for it without end.
     """
+    threading.Thread(target=_watch_raylet, daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        if "timed out during startup" in str(error):
+            sys.exit(RAY_LATE)
+        raise
+
+
+def _watch_raylet() -> None:
     import ray
 
-    for left in reversed(range(tries)):
-        try:
-            return run()
-        except Exception as error:
-            if "timed out during startup" not in str(error) or not left:
-                raise
-            _say("Ray did not start in time: it is started again")
-            ray.shutdown()
+    seen: set[int] = set()
+    while not ray.is_initialized():
+        alive = set()
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.name() == "raylet":
+                    (seen if child.status() == psutil.STATUS_ZOMBIE else alive).add(child.pid)
+        if seen - alive:
+            _say("Ray's raylet ended before Ray had started")
+            os._exit(RAY_LATE)
+        seen |= alive
+        time.sleep(1)
 
 
 def _number_job() -> None:
@@ -318,6 +352,8 @@ def _start_worker(connection: socket.socket, imported: dict[str, str], python: s
             os.close(descriptor)
         os.environ.clear()
         os.environ.update(imported | request["environment"])
+        if "RAY_RAYLET_PID" in os.environ:  # Ray's servers end with their parent, which is this server
+            os.environ["RAY_RAYLET_PID"] = str(os.getppid())
         os.chdir(request["folder"])
         if python:
             multiprocessing.set_executable(python)

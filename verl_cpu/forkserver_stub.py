@@ -1,7 +1,7 @@
 """Stub of one Python process that `verl_cpu.forkserver` has forked: passes its files through, ends when it ends.
 
-Ray and multiprocessing run this in place of Python, as ``forkserver_stub.py SOCKET ARGUMENTS``, with the
-arguments of Python: a script and its arguments, or ``-c CODE``. It imports next to nothing. If the server cannot be
+Ray and multiprocessing run this in place of Python, as ``forkserver_stub.py SOCKET ARGUMENTS``, with the arguments of
+Python: a script and its arguments, or ``-c CODE``, after switches. It imports next to nothing. If the server cannot be
 reached, and for multiprocessing's resource tracker, which imports nothing either, it becomes Python.
 """
 
@@ -14,6 +14,8 @@ arguments, passed = sys.argv[2:], [1, 2]
 if "-c" in arguments:  # from multiprocessing, with pipes; before it are switches, which the server has too
     arguments = arguments[arguments.index("-c") :]
     passed += [n for n in range(3, 1024) if os.path.exists(f"/proc/self/fd/{n}")]
+elif arguments[0] == "-u":  # from Ray, for servers of its own
+    arguments = arguments[1:]
 connection = socket.socket(socket.AF_UNIX)
 try:
     if "resource_tracker import" in " ".join(arguments):
