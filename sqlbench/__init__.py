@@ -1,4 +1,4 @@
-"""sqlbench: how far does reinforcement learning carry a self-correcting text-to-SQL agent?
+"""Workbench that measures how far reinforcement learning carries a self-correcting text-to-SQL agent.
 
 Importing the package is cheap (well under a second): heavy libraries are imported where they are used.
 """

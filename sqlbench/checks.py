@@ -1,4 +1,4 @@
-"""Report which parts of the workbench can run on this machine, and what the others lack."""
+"""Report of which parts of the workbench can run on this machine, and of what the others lack."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _REPORTED = ("torch", "transformers", "verl", "ray", "vllm", "langgraph", "gepa"
 
 
 def capabilities(data: Path | str = "data") -> pd.DataFrame:
-    """List each thing the workbench can do, whether it runs here, and what it lacks.
+    """List each capability of the workbench, whether it runs here, and what it lacks.
 
-    Nothing is imported and nothing is contacted: an installed library can still be broken, an endpoint down.
+    Nothing is imported and nothing is contacted: an installed library can still be broken, and an endpoint down.
 
     Args:
         data: folder of data sets.
@@ -47,7 +47,7 @@ def capabilities(data: Path | str = "data") -> pd.DataFrame:
         "run the notebooks headless": [_missing("notebooks", "papermill", "ipykernel")],
         "test in a real browser": [_missing("test", "playwright"), browser],
     }
-    missing = {what: "; ".join(filter(None, some)) for what, some in needs.items()}
+    missing = {what: "; ".join(filter(None, parts)) for what, parts in needs.items()}
     return pd.DataFrame(
         {"to": what, "runs here": "no" if lacks else "yes", "missing": lacks} for what, lacks in missing.items()
     )
@@ -56,8 +56,8 @@ def capabilities(data: Path | str = "data") -> pd.DataFrame:
 def versions() -> dict[str, str]:
     """Return the versions of sqlbench, Python and the installed libraries that results depend on."""
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    known = {"sqlbench": __version__, "python": platform.python_version()}
-    return known | {name: installed[name] for name in _REPORTED if name in installed}
+    base = {"sqlbench": __version__, "python": platform.python_version()}
+    return base | {name: installed[name] for name in _REPORTED if name in installed}
 
 
 def find_browser() -> str | None:

@@ -1,6 +1,6 @@
 """Clauses of a query, counted and compared after Spider's evaluation script: hardness, component and exact match.
 
-They describe queries and decide no verdict. A query without a tree (`sqlbench.sql_analysis.parse`) has
+They describe queries and do not decide a verdict. A query without a tree (`sqlbench.sql_analysis.parse`) has
 hardness ``extra`` and no components.
 """
 
@@ -21,7 +21,7 @@ LEVELS = (*HARDNESS, "simple", "moderate", "challenging")
 def hardness(sql: str, dialect: str = "sqlite") -> str:
     """Classify a query as one of `HARDNESS`, by Spider's published rules.
 
-    Of a set operation the first SELECT counts. Its components are WHERE, GROUP BY, ORDER BY, LIMIT, each join, each
+    The first SELECT of a set operation counts. Its components are WHERE, GROUP BY, ORDER BY, LIMIT, each join, each
     OR and each LIKE; nested are set operations and subqueries that a condition compares with; others are more than one
     aggregate, more than one output column, more than one condition and more than one group column.
     """
@@ -125,7 +125,7 @@ def _without_values(sql: str, dialect: str) -> dict[str, Counter] | None:
 
 
 def _is_quoted_value(node: exp.Expression) -> bool:
-    """Tell whether this is a text in double quotes, as many gold queries have it, on the right of a comparison."""
+    """Tell whether a node is a text in double quotes on the right of a comparison, as in many gold queries."""
     compared = (exp.EQ, exp.NEQ, exp.GT, exp.GTE, exp.LT, exp.LTE, exp.Like, exp.In, exp.Between)
     return (
         isinstance(node, exp.Column)
@@ -171,7 +171,7 @@ def _components_of(tree: exp.Query | None) -> dict[str, Counter]:
 
 
 def _text(node: exp.Expression) -> str:
-    """Normalise a node: no qualifiers, no case, sides of a symmetric comparison in one order, queries as a mark."""
+    """Normalise a node: no qualifiers, no case, sides of an equality in a fixed order, a placeholder per query."""
 
     def plain(part: exp.Expression) -> exp.Expression:
         if isinstance(part, (exp.Select, exp.SetOperation)):

@@ -1,9 +1,9 @@
 """The ``sqlbench`` command: every sub-command calls one function of the library.
 
-The options of a sub-command are the fields of its settings (`sqlbench.config`). Whatever goes wrong ends in one line on
-standard error: ``error: ...`` and status 1 for what a user can act on (2 for an option that is wrong in itself), status
-130 for an interruption, and for a defect of sqlbench the place where its traceback was written. ``SQLBENCH_DEBUG=1``
-shows tracebacks instead. Heavy libraries are imported by the command that needs them.
+The options of a sub-command are the fields of its settings (`sqlbench.config`). Every failure ends in one line on
+standard error. One that a user can act on prints ``error: ...`` with status 1 (2 for an invalid option). An
+interruption has status 130. A defect of sqlbench prints the path of its traceback. ``SQLBENCH_DEBUG=1`` shows
+tracebacks instead. Heavy libraries are imported by the command that needs them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sqlbench.options import command, run_command, send_request
 from sqlbench.streams import harden
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-"""A disk on which nothing can be written, for one reason or another."""
+"""Error numbers of a disk that cannot be written."""
 GROUPS = {
     "": "Train and evaluate a self-correcting text-to-SQL agent.",
     "data": "Make data sets.",
@@ -39,7 +39,7 @@ SECTIONS = {
     "Use": ["ask", "chat", "serve", "api", "env"],
     "Look around": ["notebooks", "graph", "checks"],
 }
-"""The help lists commands under these titles, and those that no title has under ``More``."""
+"""Commands by their title in the help, which lists all others under ``More``."""
 AuditTimeout = Annotated[
     float | None,
     Field(ge=0.01, le=LONGEST_QUERY, description="Seconds a gold query may take; the import's, or 5, by default."),
@@ -103,13 +103,13 @@ def checks() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the ``sqlbench`` command."""
+    """Run the ``sqlbench`` command."""
     debug = os.environ.get("SQLBENCH_DEBUG") == "1"
     harden()
     stop_when_told()
     try:
         run_command(GROUPS, arguments, SECTIONS)
-        sys.stdout.flush()  # a disk that is full shows here
+        sys.stdout.flush()  # a full disk shows here
         sys.exit(0)
     except KeyboardInterrupt:
         leave()
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        # An error without the name of a file is that of a full disk, or of a machine without a temporary folder.
+        # An error without a file name comes from a full disk, or from a machine without a temporary folder.
         if isinstance(error, OSError) and (error.filename or error.errno in (*FULL, errno.ENOENT)):
             where = f"{error.filename or 'a file'}: {error.strerror}"
             what = "write" if error.errno in FULL else "use"

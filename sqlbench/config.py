@@ -1,8 +1,8 @@
-"""Settings. An option exists once: as a field, with its name, type, bounds, default and description.
+"""Settings, in which each option exists once: as a field with its name, type, bounds, default and description.
 
 The command line (`sqlbench.cli`), the arguments of the functions that `takes` decorates and the ``config.json`` of an
-evaluation are generated from these models. What no number depends on has ``exclude`` and is not stored there. Each
-default is the one that the tables report.
+evaluation are generated from these models. Fields that no result depends on have ``exclude`` and are not stored there.
+The defaults are those of the reported tables.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlbench.database.types import LONGEST_QUERY, Limits
 
 MOST_ROWS = 20
-"""Sample rows of a table that a prompt can show."""
+"""Most sample rows of a table that a prompt can show."""
 POCKET, RESULTS = Path("data/pocket"), Path("results")
 Result = TypeVar("Result")
 
-# What several commands have. "flags" are an option's names on the command line where they are not the field's own;
-# without any, its values stand there alone. The heading of a model is that of its fields in a help text.
+# Fields that several commands share. "flags" are an option's names on the command line where they differ from the
+# field's; an empty list makes it positional. The heading of a model is that of its fields in a help text.
 Data = Annotated[Path, Field(description="Data set folder, or module:attribute.")]
 OwnData = Annotated[Path | None, Field(description="Data set folder, or module:attribute; the profile's by default.")]
 MODEL = "nano, a folder, a Hugging Face name (owner/name), openai:NAME, or module:attribute."
@@ -36,7 +36,7 @@ Profile = Annotated[str, Field(description="laptop or gpu.", exclude=True)]
 Run = Annotated[str, Field(description="Name of the run: results/<profile>/<run>/.", exclude=True)]
 Results = Annotated[Path, Field(description="Folder of all results.", exclude=True)]
 Overwrite = Annotated[bool, Field(description="Discard what the run folder holds.", exclude=True)]
-Overrides = Annotated[list[str], Field(description="For verl, passed on unchanged.", json_schema_extra={"flags": []})]
+Overrides = Annotated[list[str], Field(description="Settings for verl, unchanged.", json_schema_extra={"flags": []})]
 Track = Annotated[str | None, Field(description="Send metrics to wandb, mlflow or tensorboard too.")]
 Prices = Annotated[Path | None, Field(description="TOML file, [prices.MODEL] with prompt and response.", exclude=True)]
 Cache = Annotated[Path | None, Field(description="Folder that keeps an endpoint's answers.", exclude=True)]
@@ -53,7 +53,7 @@ Request = Annotated[
     str | None,
     Field(description="Request fields for an endpoint, a JSON object; null leaves one out. Also SQLBENCH_REQUEST."),
 ]
-Port = Annotated[int, Field(ge=0, le=65535, description="0 takes a free one.")]
+Port = Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 picks a free one.")]
 Host = Annotated[str, Field(description="Address to listen on; the default is this machine alone.")]
 
 
@@ -64,16 +64,16 @@ class Settings(BaseModel):
 
 
 class SchemaConfig(Settings):
-    """What prompts show of a database, which never exceeds its budget.
+    """The part of a schema that prompts show, which never exceeds its budget.
 
-    A command decides what is None by the model (`decided`), and stores that. Where nobody decides, None is off.
+    A command replaces None by the model's usual value (`decided`) and stores that value. Elsewhere None means off.
     """
 
     heading: ClassVar = "Schema in prompts"
     table_info_truncate: SchemaCharacters = 2048
     schema_tokens: int | None = Field(None, ge=1, description="Tokens of schema in a prompt, instead of characters.")
     schema_linking: bool | None = Field(
-        None, description="Choose what is shown of a larger schema by the question; or else it is cut."
+        None, description="Choose the shown part of a larger schema by the question, instead of cutting it."
     )
     sample_rows: int | None = Field(
         None, ge=0, le=MOST_ROWS, description="Rows of each table, where there is room; 0 for nano, else 3 by default."
@@ -85,11 +85,11 @@ class SchemaConfig(Settings):
     def decided(self, family: str, agent: str = "", trained: Mapping[str, Any] | None = None) -> Self:
         """Return these settings without None: as the policy was trained, else by the family of its prompts.
 
-        The published agent has what it was published with: a cut schema.
+        The published agent keeps what it was published with: a cut schema.
 
         Args:
-            family: of the prompts.
-            agent: who answers.
+            family: prompt family.
+            agent: name of the agent.
             trained: the settings of the training that made the policy, if any.
         """
         rich = family != "nano"
@@ -100,11 +100,11 @@ class SchemaConfig(Settings):
 
 
 CUT: dict[str, Any] = {"schema_linking": False, "sample_rows": 0, "value_hints": False}
-"""What runs had that were stored before these settings: the first tables and nothing beside them."""
+"""Values in runs that were stored before these settings existed: the first tables and nothing beside them."""
 
 
 class RolloutConfig(SchemaConfig):
-    """What shapes one rollout besides the task, the model and the prompts."""
+    """Settings of one rollout besides the task, the model and the prompts."""
 
     heading: ClassVar = "Rollout"
     max_turns: int = Field(3, ge=1, description="Queries the agent may write.")
@@ -114,23 +114,23 @@ class RolloutConfig(SchemaConfig):
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> RolloutConfig:
-        """Read them from the section ``sqlbench`` of a training's configuration."""
+        """Read the settings from the section ``sqlbench`` of a training's configuration."""
         return cls(**{name: section[name] for name in cls.model_fields})
 
     @property
     def limits(self) -> Limits:
-        """What every statement of the rollout may use."""
+        """Limits of every statement of the rollout."""
         return Limits(seconds=self.query_timeout)
 
 
 class SamplingConfig(Settings):
-    """How answers are drawn; a model object, or one of ``module:attribute``, samples as it is set itself."""
+    """Sampling of answers; a model object, or one of ``module:attribute``, keeps its own settings."""
 
     heading: ClassVar = "Sampling"
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     samples: int = Field(1, ge=1, description="Rollouts per task, for avg@n, pass@k, majority and best of n.")
-    seed: int | None = Field(None, description="Of a local model's samples; 0 by default.")
-    max_tokens: int | None = Field(None, ge=1, description="Tokens of an answer at most; the model's own by default.")
+    seed: int | None = Field(None, description="Seed of a local model's samples; 0 by default.")
+    max_tokens: int | None = Field(None, ge=1, description="Most tokens of an answer; the model's own by default.")
 
 
 class EvalConfig(RolloutConfig, SamplingConfig):
@@ -166,7 +166,7 @@ class ScoreConfig(Settings):
     out: Path = Field(description="JSON lines to write: one verdict per pair.")
     keep_distinct: bool = Field(False, description="Do not drop DISTINCT.")
     strict: bool = Field(False, description="Close the reference evaluator's holes.")
-    split: str = Field("headline", description="The split that predictions of a .txt or .json file are of, in order.")
+    split: str = Field("headline", description="Split of the predictions in a .txt or .json file, in order.")
     metrics: Metrics = []
     query_timeout: QueryTimeout = 10.0
     workers: int | None = Field(
@@ -184,7 +184,7 @@ class ExportConfig(Settings):
 def takes(model: type[Settings], *positional: str) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
     """Let a function of settings be called with their fields instead; the `positional` ones need no name.
 
-    A positional field before a required one has no default in a call. Signature and ``Args`` are what `help` shows.
+    A positional field before a required one has no default in a call. `help` shows the signature and ``Args``.
     """
     fields = {name: model.model_fields[name] for name in (*positional, *model.model_fields)}
     needed = max((n for n, name in enumerate(positional) if fields[name].is_required()), default=-1)

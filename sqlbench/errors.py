@@ -28,19 +28,19 @@ class DatabaseError(SqlbenchError, RuntimeError):
 
 
 class ModelError(SqlbenchError, RuntimeError):
-    """A model, checkpoint or endpoint cannot be loaded, reached, or answers garbage."""
+    """A model, checkpoint or endpoint cannot be loaded or reached, or answers garbage."""
 
 
 class PromptTooLongError(ModelError):
     """A prompt has more tokens than are allowed; prompts are never cut.
 
-    The first prompt of a rollout has no answers of the policy, so the rollout failed. Later prompts have them, so the
-    rollout is wrong: reward 0 with the reason ``overlong``.
+    The first prompt of a rollout holds no answers of the policy, so the rollout failed. Later prompts hold them, so
+    the rollout is wrong: reward 0 with the reason ``overlong``.
     """
 
 
 class TrainingError(SqlbenchError, RuntimeError):
-    """A training run cannot be composed, started, resumed, or had to be stopped."""
+    """A training run cannot be composed, started or resumed, or had to be stopped."""
 
 
 class RunError(SqlbenchError, RuntimeError):

@@ -1,9 +1,9 @@
-"""Run a split through the agent and leave what came out in a run folder.
+"""Evaluation: runs a split through the agent and writes the outcome to a run folder.
 
 Rollouts are written as they finish. An interrupted run resumes where it stopped, by the content of its tasks and not
-by row number. Failed rollouts and tasks that cannot be scored are counted and left out of the accuracy; an
-evaluation that is repeated reruns its failed rollouts, even if it was finished. Where every rollout fails (a dead
-endpoint), the evaluation stops instead of failing a thousand times. Of a rollout only a few numbers stay in memory.
+by row number. Failed rollouts and tasks that cannot be scored are counted and left out of the accuracy. A repeated
+evaluation reruns its failed rollouts, even if it was finished. Where every rollout fails (a dead endpoint), the
+evaluation stops instead of failing a thousand times. Only a few numbers per rollout stay in memory.
 
 With several rollouts per task, each sample draws from a seed of its own, so that an interrupted run ends with the same
 rollouts as an undisturbed one. Sample 0 is the rollout that an evaluation with one rollout per task makes.
@@ -38,16 +38,16 @@ from sqlbench.samples import estimate_samples, judge
 from sqlbench.usage import read_prices
 
 STOP_AFTER = 8
-"""Abort after this many consecutive failures with the same message (three times as many with any message)."""
+"""Consecutive failures with the same message that stop an evaluation; with any messages three times as many."""
 
 
 @takes(EvalConfig, "data", "split", "model", "run")
 def evaluate(settings: EvalConfig) -> Summary:
-    """Run one split of a data set and leave the run folder ``<results>/<profile>/<run>``.
+    """Run one split of a data set and write the run folder ``<results>/<profile>/<run>``.
 
     Works in scripts and notebooks alike. Interrupting loses nothing: call it again with the same arguments. The same
-    call on a finished run with failed rollouts runs these again. `model` may be a model object, and `prompts` edited
-    `Prompts`.
+    call on a finished run with failed rollouts runs those again. `model` may be a model object, and `prompts` may be
+    edited `Prompts`.
 
     Raises:
         DataError: the data set or split does not exist.
@@ -62,7 +62,7 @@ def evaluate(settings: EvalConfig) -> Summary:
     if not chosen:
         raise DataError(f"No scorable task in the split: {split} of {settings.data}. Choose another split.")
     if settings.prices:
-        read_prices(settings.prices)  # refused now, not after hours
+        read_prices(settings.prices)  # refuse now, not after hours
     model, prompts = settings.model, settings.prompts
     name = model if isinstance(model, str) else model.name
     if isinstance(model, str):
@@ -88,18 +88,18 @@ def evaluate(settings: EvalConfig) -> Summary:
     concurrency = settings.concurrency or (16 if name.startswith("openai:") else 128)
     started = time.perf_counter()
     with folder.open(config, overwrite=settings.overwrite):
-        left = _not_yet_run(chosen, samples, folder)
+        remaining = _not_yet_run(chosen, samples, folder)
         work = dataset, models, prompts, settings, *parts
-        run_sync(lambda: _run(left, work, folder, concurrency, samples * len(chosen)))
-        found = Rollouts.of(folder.trajectories())
-        scored = found.rollouts[found.rollouts["correct"].notna()]
+        run_sync(lambda: _run(remaining, work, folder, concurrency, samples * len(chosen)))
+        tables = Rollouts.of(folder.trajectories())
+        scored = tables.rollouts[tables.rollouts["correct"].notna()]
         summary = summarise(
-            found,
+            tables,
             tasks,
             model=name,
             data=dataset_name(settings.data),
             split=split,
-            samples=estimate_samples(found, samples, judge(dataset, settings)) if samples > 1 else None,
+            samples=estimate_samples(tables, samples, judge(dataset, settings)) if samples > 1 else None,
             metrics=measure_rollouts(settings.metrics, scored, dataset, settings) if settings.metrics else {},
             seconds=time.perf_counter() - started,
             prices=settings.prices,
@@ -112,7 +112,7 @@ Result = TypeVar("Result")
 
 
 def run_sync(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Run a coroutine and return its result; inside a running event loop (Jupyter) in a thread of its own."""
+    """Run a coroutine and return its result; inside a running event loop (Jupyter), use a separate thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -173,7 +173,7 @@ async def _run(
                     group.create_task(worker())
         except BaseExceptionGroup as problems:
             raise problems.exceptions[0] from None
-    if len(recent) == total and all(recent):  # fewer than it takes to stop, and none that could be scored
+    if len(recent) == total and all(recent):  # too few for the check above, and none could be scored
         raise ModelError(f"Evaluation stopped: all {total} rollouts failed, the last with: {_stop(recent[-1])}")
 
 
@@ -187,26 +187,26 @@ def _samplers(model: Model, samples: int, seed: int | None) -> list[Model]:
     Raises:
         ModelError: samples at temperature 0, or a seed for a model that cannot be seeded.
     """
-    own = getattr(model, "seeded", None)
-    if seed is not None and own is None:
+    seeded = getattr(model, "seeded", None)
+    if seed is not None and seeded is None:
         raise ModelError(f"Cannot seed {model.name}: only a local model's samples repeat. Leave out --seed.")
     if samples == 1:
-        return [model if seed is None or own is None else own(seed)]
+        return [model if seed is None or seeded is None else seeded(seed)]
     if getattr(model, "request", {}).get("temperature", getattr(model, "temperature", None)) == 0:
         raise ModelError(
             f"Cannot draw {samples} samples at temperature 0: all are alike. Give a --temperature above 0."
         )
-    if own is None:
+    if seeded is None:
         numbered = getattr(model, "numbered", lambda _: model)  # an endpoint's cache tells samples apart
         return [numbered(sample) for sample in range(samples)]
     base = getattr(model, "seed", 0) if seed is None else seed
-    return [own(base), *(own(Random(f"{base} {sample}").getrandbits(63)) for sample in range(1, samples))]
+    return [seeded(base), *(seeded(Random(f"{base} {sample}").getrandbits(63)) for sample in range(1, samples))]
 
 
 def _not_yet_run(tasks: list[Task], samples: int, folder: RunFolder) -> list[tuple[Task, int]]:
     """Return the samples of tasks without a good rollout in the folder, and remove its failed rollouts.
 
-    Every task comes once before any comes again, so that one broken task does not look like a dead model.
+    Every task comes once before any task repeats, so that one broken task does not look like a dead model.
 
     Raises:
         RunError: the folder has rollouts of other tasks.
@@ -223,14 +223,14 @@ def _not_yet_run(tasks: list[Task], samples: int, folder: RunFolder) -> list[tup
         )
     if failed:
         folder.rewrite(TRAJECTORIES, (t for t in folder.trajectories() if not t.failed))
-    left = []
+    remaining = []
     for sample in range(samples):
         for task in tasks:
             if have[task.key, sample]:
                 have[task.key, sample] -= 1
             else:
-                left.append((task, sample))
-    return left
+                remaining.append((task, sample))
+    return remaining
 
 
 def _weights(model: Model) -> str | None:
@@ -243,7 +243,7 @@ def _weights(model: Model) -> str | None:
 
 
 def dataset_name(data: str | Path) -> str:
-    """Name a data set as it is written to disk: a path relative where it lies below the working directory."""
+    """Return the name of a data set as stored on disk: its path, relative below the working directory."""
     if is_plugin(data):
         return str(data)
     full = Path(data).resolve()

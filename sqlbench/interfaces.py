@@ -1,8 +1,8 @@
 """The six replaceable parts of an experiment, and the look-up of a replacement by its name.
 
-A name is one that sqlbench ships, or ``module:attribute`` of your own, looked up in the working directory first. Names
-are what configurations hold: runs resume by them, and the processes of a training resolve them again. A class is called
-without arguments; the object serves all rollouts of its process, several at a time, so the state of one rollout
+A name is one that sqlbench ships, or ``module:attribute`` of your own, looked up in the working directory first.
+Configurations hold names: runs resume by them, and the processes of a training resolve them again. A class is called
+without arguments. Its object serves all rollouts of its process, several at a time, so the state of one rollout
 belongs in local variables. Agents and rewards get a `sqlbench.rollout.RolloutContext`.
 """
 
@@ -32,17 +32,17 @@ class Model(Protocol):
     """Answers prompts: ``nano``, a checkpoint folder, ``openai:NAME``, or your own."""
 
     name: str
-    """Shown in tables and stored in run configs."""
+    """Name shown in tables and stored in run configs."""
     family: str
     """Prompt components that fit it (`sqlbench.agent.prompts.prompts_for`): ``nano`` or ``chat``."""
 
     async def complete(self, messages: list[Message], on_text: Callable[[str], None] | None = None) -> Completion:
-        """Answer one prompt. An exception makes the rollout a failed one.
+        """Answer one prompt. An exception fails the rollout.
 
         A method with a third parameter, ``temperature: float | None = None``, can be asked for another answer to the
-        same prompt: at that temperature instead of its own. Without it the built-in agents do not sample again. A model
-        with a method ``seeded(seed: int)`` that returns itself sampling from that seed gives samples that repeat. One
-        with a method ``count_tokens(text: str) -> int`` counts the schema's tokens, which are estimated otherwise.
+        same prompt, at that temperature instead of its own. Without it the built-in agents do not sample again. A model
+        whose method ``seeded(seed: int)`` returns it sampling from that seed has reproducible samples. A model with a
+        method ``count_tokens(text: str) -> int`` counts the schema's tokens, which are estimated otherwise.
 
         Args:
             messages: the prompt.
@@ -54,14 +54,14 @@ class Model(Protocol):
 class Database(Protocol):
     """Executes read-only statements: a file, a ``postgresql://`` address, or your own.
 
-    Nothing but the database itself can enforce its limits: see `sqlbench.database.engine` for what is guaranteed.
+    Only the database itself can enforce its limits: see `sqlbench.database.engine` for the guarantees.
     """
 
     name: str
     target: str
-    """Shown in messages."""
+    """The database as messages show it."""
     dialect: str
-    """``sqlite``, ``postgresql``, ``duckdb``, or another one that sqlglot knows."""
+    """``sqlite``, ``postgresql``, ``duckdb``, or another dialect that sqlglot knows."""
     limits: Limits
 
     def schema(self) -> Schema:
@@ -69,11 +69,11 @@ class Database(Protocol):
         ...
 
     def refresh(self) -> tuple:
-        """Return a value that changes when the content may have; gold results are kept by it."""
+        """Return a value that changes when the content may have changed; it is the cache key of gold results."""
         ...
 
     def execute(self, sql: str, limits: Limits | None = None) -> QueryResult:
-        """Run one statement and return its result, also of one that fails; raise only if the database is gone."""
+        """Run one statement and return its result, even if it fails; raise only if the database is gone."""
         ...
 
 
@@ -100,9 +100,8 @@ class Agent(Protocol):
         """Return the final query.
 
         ``await context.ask(name, messages)`` asks the model and ``await context.execute(sql)`` runs a query; both are
-        recorded, limited and shown to observers. A model or database that breaks makes the rollout a failed one,
-        even where the agent catches the exception. A sub-agent named ``check`` judges the last query; any other writes
-        the next one.
+        recorded, limited and shown to observers. An exception of the model or database fails the rollout, even if the
+        agent catches it. A sub-agent named ``check`` judges the last query; any other writes the next one.
         """
         ...
 
@@ -124,13 +123,13 @@ class Trainer(Protocol):
     def fit(self, run: RunFolder, config: Any, tasks: Sequence[Task], validation: Sequence[Task]) -> dict[str, Any]:
         """Train, or continue from what the run folder holds, and return the run's summary.
 
-        It leaves a checkpoint in ``<run>/policy`` and one line per step in ``metrics.jsonl``.
+        Leave a checkpoint in ``<run>/policy`` and one line per step in ``metrics.jsonl``.
 
         Args:
             run: the folder, open for writing.
             config: verl's resolved configuration with the section ``sqlbench``.
-            tasks: what to train on.
-            validation: what to measure on.
+            tasks: training tasks.
+            validation: validation tasks.
         """
         ...
 
@@ -169,24 +168,24 @@ def is_plugin(name: object) -> bool:
 
 
 def load_plugin(kind: str, name: str) -> Any:
-    """Return the object that a name means, ready for use.
+    """Return the object of a name, ready for use.
 
     Args:
         kind: ``model``, ``database``, ``dataset``, ``agent``, ``reward`` or ``trainer``.
         name: one of `BUILT_IN`, or ``module:attribute``.
 
     Raises:
-        PluginError: the name means nothing, its module cannot be imported, or it is of another kind.
+        PluginError: the name is unknown, its module cannot be imported, or it is of another kind.
     """
-    what, known = f"Cannot load {kind} '{name}'", BUILT_IN.get(kind, {})
-    path, here = known.get(name, name), os.getcwd()
+    what, built_in = f"Cannot load {kind} '{name}'", BUILT_IN.get(kind, {})
+    path, here = built_in.get(name, name), os.getcwd()
     if not _NAME.fullmatch(path):
-        raise PluginError(f"{what}: unknown name. Give {' or '.join([*known, 'module:attribute'])}.")
+        raise PluginError(f"{what}: unknown name. Give {' or '.join([*built_in, 'module:attribute'])}.")
     if here not in sys.path:
         sys.path.insert(0, here)
     module, _, attribute = path.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        plugin: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise PluginError(
@@ -194,27 +193,27 @@ def load_plugin(kind: str, name: str) -> Any:
             ) from error
         raise PluginError(f"{what}: importing {module} raised {_brief(error)}. Fix the module.") from error
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), 1)
+        if not hasattr(plugin, part):
+            close = difflib.get_close_matches(part, dir(plugin), 1)
             advice = f"Did you mean '{close[0]}'?" if close else "Check its name."
             raise PluginError(f"{what}: {module} has no '{part}'. {advice}")
-        found = getattr(found, part)
-    if inspect.isclass(found):
+        plugin = getattr(plugin, part)
+    if inspect.isclass(plugin):
         try:
-            found = found()
+            plugin = plugin()
         except Exception as error:
             raise PluginError(
                 f"{what}: calling it without arguments raised {_brief(error)}. Name an object instead of the class."
             ) from error
     protocol, names = _REQUIRED[kind]
-    if lacking := [required for required in names if not hasattr(found, required)]:
+    if lacking := [required for required in names if not hasattr(plugin, required)]:
         raise PluginError(
-            f"{what}: a {type(found).__name__} without {', '.join(lacking)} is not one. "
+            f"{what}: a {type(plugin).__name__} without {', '.join(lacking)} is not one. "
             f"See sqlbench.interfaces.{protocol.__name__}."
         )
-    if (method := _ASYNC.get(kind)) and not inspect.iscoroutinefunction(getattr(found, method)):
+    if (method := _ASYNC.get(kind)) and not inspect.iscoroutinefunction(getattr(plugin, method)):
         raise PluginError(f"{what}: its method {method} is not a coroutine. Define it with 'async def'.")
-    return found
+    return plugin
 
 
 def _brief(error: BaseException) -> str:

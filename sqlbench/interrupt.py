@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command within seconds, also where Python or a library drops the exception for it."""
+"""Ends a command within seconds of Ctrl-C, even where Python or a library drops the exception."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from types import FrameType
 from typing import NoReturn
 
 LONGEST_STOP = 4
-"""Seconds in which an interrupted command may end by itself."""
+"""Grace period in which an interrupted command may end by itself, in seconds."""
 
 
 def stop_when_told() -> None:
-    """See to it that this process ends within seconds of Ctrl-C, also where the exception for it is lost.
+    """Make this process end within seconds of Ctrl-C, even where the exception is lost.
 
-    Python drops an exception that is raised while an object is being cleared away, as at the end of every task of an
-    event loop and of every import: it is raised again. Some libraries catch it: the process then leaves by itself. That
-    costs nothing that was written.
+    Python drops an exception that is raised while an object is being finalised, as at the end of every task of an event
+    loop and of every import: it is raised again. Some libraries catch the exception: the process then exits after
+    `LONGEST_STOP`. Neither loses anything that was written.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -29,7 +29,7 @@ def stop_when_told() -> None:
 
     def again(dropped: sys.UnraisableHookArgs) -> None:
         if dropped.exc_type is KeyboardInterrupt:
-            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()  # right now, it would be dropped here
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()  # right now it would be dropped again
         else:
             usual(dropped)
 
@@ -40,7 +40,7 @@ def stop_when_told() -> None:
 
 
 def leave() -> NoReturn:
-    """Say how an interrupted command is resumed, and end the process without waiting for its threads."""
+    """Print how to resume an interrupted command, and end the process without waiting for its threads."""
     print("Interrupted. Run the same command again to resume (eval, train, ablate, notebooks).", file=sys.stderr)
     sys.stdout.flush()
-    os._exit(130)  # a batch of answers takes seconds
+    os._exit(130)  # waiting for a batch of answers would take seconds

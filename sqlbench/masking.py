@@ -1,4 +1,4 @@
-"""Removal of credentials from texts that others wrote, also if they are escaped, encoded or cut."""
+"""Removal of credentials from texts that others wrote, even if they are escaped, encoded or cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import groupby
 from urllib.parse import quote, quote_plus, unquote
 
 SHORTEST = 6
-"""A shorter secret would be found in any text."""
+"""Characters of the shortest secret that is masked: a shorter one would be found in any text."""
 PART = 10
 """Consecutive characters that give a secret away; an endpoint may cut or wrap the text that it repeats."""
 _ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([nrt])|(.))")
@@ -67,7 +67,7 @@ def _unescaped(text: str) -> str:
 
 
 def _without(text: str, forms: Iterable[str]) -> str:
-    """Mask parts of the forms in a text, whatever their case and the white space in between."""
+    """Mask parts of the forms in a text, regardless of case and of white space in between."""
     places = [i for i, c in enumerate(text) if not c.isspace()]
     compact = "".join(text[i].lower() if text[i].isascii() else text[i] for i in places)
     hidden = [False] * len(text)

@@ -1,4 +1,4 @@
-"""A command line made of settings: each field is an option, and pydantic checks what is given for it."""
+"""Command line generated from settings: each field is an option, and pydantic validates its value."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ Function = TypeVar("Function", bound=Callable[..., None])
 COMMANDS: dict[str, tuple[type[Settings], Callable[..., None]]] = {}
 """Options and function of each command, by its name."""
 UNSAID = ("None", "False", "[]", "PydanticUndefined")
-"""Defaults that go without saying."""
+"""Defaults that a help text does not print."""
 
 
 class Parser(ArgumentParser):
-    """Refuses a command line in one line, with status 2."""
+    """Refuses an invalid command line with a message of one line and status 2."""
 
     def error(self, message: str) -> NoReturn:
-        """End the process."""
+        """Print the message and end the process."""
         self.exit(2, f"error: {' '.join(message.split())}; see '{self.prog} --help'\n")
 
 
 def command(name: str) -> Callable[[Function], Function]:
-    """Make a function a command: its options are its parameters and the fields of the one that is called `settings`.
+    """Register a function as a command: its options are its parameters and the fields of the parameter `settings`.
 
-    What its help says is the docstring of the settings, or where there are none of the function.
+    Its help text is the docstring of the function, or else of the settings.
     """
 
     def add(function: Function) -> Function:
         parameters = dict(signature(function, eval_str=True).parameters)
         base = parameters.pop("settings").annotation if "settings" in parameters else Settings
-        own: Any = {n: (p.annotation, ... if p.default is p.empty else p.default) for n, p in parameters.items()}
+        fields: Any = {n: (p.annotation, ... if p.default is p.empty else p.default) for n, p in parameters.items()}
         text = function.__doc__ or base.__doc__
-        model = create_model(function.__name__, __base__=base, __doc__=text, **own)
+        model = create_model(function.__name__, __base__=base, __doc__=text, **fields)
         COMMANDS[name] = cast(type[Settings], model), function
         return function
 
@@ -52,7 +52,7 @@ def command(name: str) -> Callable[[Function], Function]:
 
 
 def send_request(request: str | None) -> None:
-    """Hand request fields to the models of this process and of those it starts, as the environment would."""
+    """Pass request fields to the models of this process and its children, through the environment."""
     if request is not None:
         from sqlbench.models.chat import REQUEST, read_request
 
@@ -65,37 +65,37 @@ def run_command(
     arguments: Sequence[str] | None,
     sections: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
-    """Run the command that is asked for; end the process for a help text and for what is wrong in itself.
+    """Run the requested command; end the process after a help text or for an invalid command line.
 
     Args:
-        groups: what each group of commands is for; the program itself is the group ``""``, and the first.
-        arguments: what is given; None for the process's own.
+        groups: description of each group of commands; the program itself is the group ``""``, which comes first.
+        arguments: the command line; None for the process's own.
         sections: commands and groups by the title under which the help lists them.
     """
-    known, rest = _parser(groups, sections).parse_known_args(arguments)
-    given = vars(known)
-    parser, name = given.pop("_parser"), given.pop("_command")
+    parsed, extra = _parser(groups, sections).parse_known_args(arguments)
+    values = vars(parsed)
+    parser, name = values.pop("_parser"), values.pop("_command")
     if name is None:
         parser.print_help(sys.stderr)
         parser.exit(2)
     model, function = COMMANDS[name]
-    if "overrides" in model.model_fields and not any(text.startswith("-") for text in rest):
-        given["overrides"] = given.get("overrides", []) + rest  # argparse itself takes only those that stand together
-    elif rest:
-        near = get_close_matches(rest[0], [flag for name in model.model_fields for flag in _flags(model, name)], 1)
-        parser.error(f"unknown argument: {' '.join(rest)}{f'; did you mean {near[0]}?' if near else ''}")
+    if "overrides" in model.model_fields and not any(text.startswith("-") for text in extra):
+        values["overrides"] = values.get("overrides", []) + extra  # argparse itself takes only adjacent ones
+    elif extra:
+        near = get_close_matches(extra[0], [flag for name in model.model_fields for flag in _flags(model, name)], 1)
+        parser.error(f"unknown argument: {' '.join(extra)}{f'; did you mean {near[0]}?' if near else ''}")
     try:
-        checked = model(**given)
+        checked = model(**values)
     except ValidationError as error:
         first = error.errors()[0]
         value = "" if first["type"] == "missing" else f", not {first['input']!r}"
         name = str(first["loc"][0])
         flag = (_flags(model, name) or [name])[0]
         parser.error(f"'{flag}': {first['msg'][0].lower()}{first['msg'][1:]}{value}")
-    own = signature(function, eval_str=True).parameters
-    call = {name: getattr(checked, name) for name in own if name != "settings"}
-    if "settings" in own:
-        call["settings"] = own["settings"].annotation(**{name: text for name, text in given.items() if name not in own})
+    params = signature(function, eval_str=True).parameters
+    call = {name: getattr(checked, name) for name in params if name != "settings"}
+    if "settings" in params:
+        call["settings"] = params["settings"].annotation(**{n: v for n, v in values.items() if n not in params})
     function(**call)
 
 

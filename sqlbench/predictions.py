@@ -1,6 +1,6 @@
-"""Final queries as the field's evaluators read them: Spider's ``predict.txt`` and BIRD's ``predict_dev.json``.
+"""Final queries in the formats of published evaluators: Spider's ``predict.txt`` and BIRD's ``predict_dev.json``.
 
-Both have one entry for each task of a split, in its order, also for tasks that the gold audit excludes.
+Both have one entry per task of a split, in its order, including tasks that the gold audit excludes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from sqlbench.sql_analysis import parse
 
 MARK = "\t----- bird -----\t"
 NONE = "SELECT"
-"""Stands for a missing prediction: no query, so every evaluator scores it as wrong."""
+"""Text for a missing prediction; it is not a query, so every evaluator scores it as wrong."""
 LONGEST = 50_000
-"""Characters of a query that is looked at: unclosed brackets take time with the square of their number."""
+"""Most characters of a query that is rewritten: unclosed brackets take time quadratic in their number."""
 _PARTS = re.compile(
     r"(?P<text>'(?:''|[^'])*')|(?P<name>\"(?:\"\"|[^\"])*\"|`(?:``|[^`])*`|\[[^\]]*\])"
     r"|(?P<space>--[^\n]*|/\*.*?(?:\*/|\Z)|[ \t\n\r\f]+)",
@@ -31,7 +31,7 @@ _BREAKS = re.compile(r"[\t\n\r]")
 
 
 def one_line(sql: str) -> str | None:
-    """Write a SQLite query on one line without a tab, so that it means the same; None if that cannot be done.
+    """Write a SQLite query on one line without a tab and with the same meaning; None if that is impossible.
 
     Comments and white space become a space; a line break in a text becomes ``char(10)``.
     """
@@ -54,7 +54,7 @@ def one_line(sql: str) -> str | None:
 
 
 def export_predictions(settings: ExportConfig) -> str:
-    """Write the final queries of an evaluation for another evaluator and say how many tasks have none.
+    """Write the final queries of an evaluation for another evaluator; return a message with their counts.
 
     Raises:
         DataError: the run is not an evaluation, its data set is missing, or the file's kind is unknown.
@@ -91,7 +91,7 @@ def read_predictions(path: Path, tasks: list[Task]) -> list[dict[str, Any]]:
     """Read a ``predict.txt`` or ``predict_dev.json`` as pairs of gold and prediction.
 
     Raises:
-        DataError: it cannot be read, or is not about these tasks.
+        DataError: the file cannot be read, or is not about these tasks.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -99,15 +99,15 @@ def read_predictions(path: Path, tasks: list[Task]) -> list[dict[str, Any]]:
             rows = json.loads(text)
             if not isinstance(rows, dict):
                 raise ValueError("not an object")
-            found = [row.partition(MARK)[::2] if isinstance(row, str) else ("", "") for row in rows.values()]
+            pairs = [row.partition(MARK)[::2] if isinstance(row, str) else ("", "") for row in rows.values()]
         else:
             lines = text.split("\n")
-            found = [(line.strip().partition("\t")[0], "") for line in lines[: len(lines) - (not lines[-1].strip())]]
+            pairs = [(line.strip().partition("\t")[0], "") for line in lines[: len(lines) - (not lines[-1].strip())]]
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"Cannot read {path}: {error}. Check the path and the file.") from error
-    if len(found) != len(tasks):
-        raise DataError(f"{path} has {len(found)} predictions, the split {len(tasks)} tasks. Choose another --split.")
-    for number, ((_, db_id), task) in enumerate(zip(found, tasks, strict=True), 1):
+    if len(pairs) != len(tasks):
+        raise DataError(f"{path} has {len(pairs)} predictions, the split {len(tasks)} tasks. Choose another --split.")
+    for number, ((_, db_id), task) in enumerate(zip(pairs, tasks, strict=True), 1):
         if db_id.strip() not in ("", task.db_id):
             raise DataError(
                 f"Prediction {number} of {path} is for database '{db_id.strip()}', the split has '{task.db_id}'. "
@@ -115,5 +115,5 @@ def read_predictions(path: Path, tasks: list[Task]) -> list[dict[str, Any]]:
             )
     return [
         {"task_id": task.task_id, "db_id": task.db_id, "gold": task.gold, "pred": pred, "hardness": task.hardness}
-        for (pred, _), task in zip(found, tasks, strict=True)
+        for (pred, _), task in zip(pairs, tasks, strict=True)
     ]

@@ -24,7 +24,7 @@ class Profile:
     """Environment of the training processes; a variable that is set already wins."""
     device: str = "cpu"
     published_tasks: int | None = None
-    """Training tasks of the default data set as it was published: for plans made where it is not at hand."""
+    """Training tasks of the default data set as published, for plans made without the data set."""
 
     def on(self, device: str) -> Profile:
         """Return this profile with another ``trainer.device``: a CPU profile also runs on a GPU.
@@ -35,8 +35,8 @@ class Profile:
         if device == self.device:
             return self
         if device != "cuda":
-            known = " or ".join(dict.fromkeys((self.device, "cuda")))
-            raise TrainingError(f"Unsupported trainer.device of profile {self.name}: {device}. Choose {known}.")
+            choices = " or ".join(dict.fromkeys((self.device, "cuda")))
+            raise TrainingError(f"Unsupported trainer.device of profile {self.name}: {device}. Choose {choices}.")
         environment = {name: value for name, value in self.environment.items() if name != "VERL_PLATFORM"}
         return replace(self, device=device, environment=environment)
 
@@ -49,7 +49,7 @@ PROFILES = {
         environment={
             "VERL_PLATFORM": "cpu",
             "VERL_USE_EXTERNAL_MODULES": "verl_cpu.platform",
-            # More threads than that are slower: rollout, trainer and agents share the cores already.
+            # More threads are slower: rollout, trainer and agents already share the cores.
             "OMP_NUM_THREADS": "1",
             "TQ_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",

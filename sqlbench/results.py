@@ -1,9 +1,9 @@
-"""How good rollouts were: the one place where they are counted, scored and compared.
+"""Results of rollouts: the one place where they are counted, scored and compared.
 
-`Rollouts.of` turns trajectories into three tables, in one pass: of a trajectory only its rows stay in memory. An
+`Rollouts.of` turns trajectories into three tables in one pass: only the rows of a trajectory stay in memory. An
 evaluation's summary, a step's metrics, the tables of an ablation and the views are all computed from them.
 
-Failed rollouts (something outside the policy broke) are counted and left out; rollouts without a verdict are too.
+Failed rollouts (something outside the policy broke) and rollouts without a verdict are counted and left out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Rollouts(NamedTuple):
     """Rollouts as tables; `rollout` in the other two is the row of the first."""
 
     rollouts: pd.DataFrame
-    """Fields of `Trajectory`; `correct` is 1, 0 or NaN; `task` sets apart a task that a split holds twice."""
+    """Fields of `Trajectory`; `correct` is 1, 0 or NaN; `task` tells apart the copies of a task in a split."""
     calls: pd.DataFrame
     """Model calls: tokens, `flaw` and `sent` in words, what a check `says`, whether a rewrite `repeats` a query."""
     queries: pd.DataFrame
@@ -51,7 +51,7 @@ class Rollouts(NamedTuple):
 
     @classmethod
     def of(cls, trajectories: Iterable[Trajectory]) -> Rollouts:
-        """Read trajectories, each once."""
+        """Build the tables from trajectories, reading each once."""
         rows: list[tuple] = []
         calls: list[tuple] = []
         queries: list[tuple] = []
@@ -65,8 +65,8 @@ class Rollouts(NamedTuple):
             first, last = len(queries), len(queries) + len(t.executions) - 1
             answer = max((i for i, e in enumerate(t.executions, first) if e.sql == t.pred), default=last)
             for i, e in enumerate(t.executions, first):
-                known = e.turn, e.sql, e.status == "ok", _problem(e), e.match, result_of(e)
-                queries.append((number, *known, answer if i == last else i))
+                fields = e.turn, e.sql, e.status == "ok", _problem(e), e.match, result_of(e)
+                queries.append((number, *fields, answer if i == last else i))
         frame = _table(rows, ROLLOUT)
         nth = frame.groupby(["task_key", "sample"]).cumcount()  # a split may hold a task twice
         frame["task"] = [f"{key} {n}" if n else key for key, n in zip(frame["task_key"], nth, strict=True)]
@@ -89,9 +89,9 @@ def _problem(execution: Execution) -> str | None:
 
 
 def mean(values: pd.Series) -> float | None:
-    """Return the mean of the known values, the same in whatever order they come; None where there are none."""
-    known = values.dropna()
-    return math.fsum(known) / len(known) if len(known) else None
+    """Return the mean of the known values, independent of their order; None where there are none."""
+    numbers = values.dropna()
+    return math.fsum(numbers) / len(numbers) if len(numbers) else None
 
 
 def balanced_accuracy(said: pd.Series, right: pd.Series) -> float | None:
@@ -112,7 +112,7 @@ class Score(Record):
     """Scored rollouts."""
     correct: int
     ex: float | None
-    """Share of the scored rollouts; None where there are none."""
+    """Share of the scored rollouts that are correct; None where there are none."""
     low: float | None
     """Lower end of the 95% interval: Wilson's; with several rollouts per task, a bootstrap over tasks."""
     high: float | None
@@ -123,7 +123,7 @@ class Score(Record):
 
         Args:
             right: outcome of each rollout.
-            task: what it was a rollout of; rollouts of one task are not independent.
+            task: task of each rollout; rollouts of one task are not independent.
         """
         tasks = right.groupby(task).mean().dropna()
         n, correct = int(right.count()), int(right.sum())
@@ -153,7 +153,7 @@ class Score(Record):
 
 
 class Tokens(Record):
-    """Model calls, per transition."""
+    """Token counts of model calls, per transition."""
 
     calls: int
     prompt: float | None
@@ -171,7 +171,7 @@ class Tokens(Record):
 
 
 class Summary(Record):
-    """What an evaluation found."""
+    """Results of an evaluation."""
 
     model: str
     data: str
@@ -182,7 +182,7 @@ class Summary(Record):
     score_with_failed: Score | None = None
     """The same with failed rollouts counted as wrong."""
     samples: Samples | None = None
-    """What several rollouts per task give together."""
+    """Estimates from several rollouts per task."""
     reward: float | None = None
     """Mean reward, of the rollouts that have one; the same as `Score.ex` where the reward is execution match."""
     by_hardness: dict[str, Score]
@@ -199,13 +199,13 @@ class Summary(Record):
     unscorable: int
     """Tasks left out because no verdict on them can be trusted."""
     turns: float | None
-    """Mean over the rollouts that did not fail, as the next two."""
+    """Mean over the rollouts that did not fail, like the next two."""
     transitions: float | None
     rollout_seconds: float | None
     tokens: dict[str, Tokens]
-    """By sub-agent, and ``all``."""
+    """Token counts by sub-agent, and under ``all``."""
     flaws: dict[str, int] = Field({})
-    """Empty and cut answers by what happened, those of failed rollouts included."""
+    """Empty and cut answers by their flaw, including those of failed rollouts."""
     sent: dict[str, int] = Field({})
     """Answers of an endpoint by the request fields that it accepted."""
     reasons: dict[str, int]
@@ -215,14 +215,14 @@ class Summary(Record):
     components: dict[str, float]
     """Mean match of each query component with the gold query."""
     metrics: dict[str, dict[str, float]] = Field({}, exclude_if=lambda value: not value)
-    """Means of further scores that were asked for (`sqlbench.metrics`), by hardness and under ``all``."""
+    """Means of the further scores requested (`sqlbench.metrics`), by hardness and under ``all``."""
     seconds: float
     """Wall-clock time of the session that finished the run."""
     usage: Usage | None = None
     """Tokens, seconds and cost of the model calls; None in a run of an earlier version."""
 
     def text(self) -> str:
-        """The headline, for the command line."""
+        """Write the headline for the command line."""
         ex = f"EX {self.score}"
         if self.failed and self.score_with_failed is not None:
             ex += f", with failed rollouts as wrong {self.score_with_failed}"
@@ -271,8 +271,8 @@ def summarise(
     prices: Path | None = None,
 ) -> Summary:
     """Summarise rollouts; `tasks` adds the phrasing families and the count of unscorable tasks."""
-    known = {task.key: (task.phrasing, task.kind) for task in tasks}
-    kinds = [known.get(key, ("", "")) for key in found.rollouts["task_key"]]
+    labels = {task.key: (task.phrasing, task.kind) for task in tasks}
+    kinds = [labels.get(key, ("", "")) for key in found.rollouts["task_key"]]
     frame = found.rollouts.assign(phrasing=[phrasing for phrasing, _ in kinds], construct=[kind for _, kind in kinds])
     good, failed = frame[~frame["failed"]], frame[frame["failed"]]
     scored = good[good["correct"].notna()]
@@ -333,7 +333,7 @@ class Difference:
     p: float
     """Two-sided exact McNemar test."""
     gained: int
-    """Tasks that the second does better."""
+    """Tasks on which the second is better."""
     lost: int
 
     def __str__(self) -> str:
@@ -344,8 +344,8 @@ class Difference:
         """Say which of the two is more accurate, and whether that is more than noise at the 5% level of the test.
 
         Args:
-            first: what names the first evaluation after "accuracy": "before training", "with 1 turn".
-            second: the same of the second one.
+            first: phrase for the first evaluation after "accuracy": "before training", "with 1 turn".
+            second: the same for the second one.
         """
         if self.gained == self.lost == 0:
             return f"The same tasks are right {second} as {first}."
@@ -368,19 +368,19 @@ class Difference:
 
 
 def difference(first: pd.Series, second: pd.Series) -> Difference:
-    """Compare two evaluations task by task; tasks that have no verdict in either are left out.
+    """Compare two evaluations task by task; a task without a verdict in one of them is left out.
 
     Args:
-        first: a task's outcome in [0, 1], its mean where it has several rollouts, by task.
-        second: the same of the other evaluation.
+        first: outcome in [0, 1] by task, the mean where a task has several rollouts.
+        second: the same for the other evaluation.
 
     Raises:
         DataError: they are not over the same tasks.
     """
     if not first.index.equals(second.index):
         raise DataError(f"evaluations of {len(first)} and {len(second)} tasks cannot be compared task by task")
-    known = first.notna() & second.notna()
-    a, b = first[known], second[known]
+    both = first.notna() & second.notna()
+    a, b = first[both], second[both]
     if a.empty:
         return Difference(0.0, 0.0, 0.0, 1.0, 0, 0)
     low, high = paired_bootstrap(a, b)

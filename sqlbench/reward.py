@@ -1,9 +1,9 @@
-"""Execution match: is the predicted query's answer the gold query's answer?
+"""Execution match: comparison of the predicted query's answer with the gold query's.
 
 The *reference mode* (``strict=False``) gives the verdicts of the evaluator that Spider papers report: split operators
 are joined, every DISTINCT of the first statement is dropped unless `keep_distinct`, "order by" anywhere in the gold
 text makes row order matter, columns may come in any order, two empty answers are equal. Three things differ on purpose:
-statements run read-only, they end at a deadline, and they end at a limit of size.
+statements run read-only, they end at a deadline, and they end at a size limit.
 
 The *strict mode* (the default, and what training uses) closes the holes a policy could learn to use; each is a named
 option of `Strictness`. A gold query that cannot be scored gives ``match=None``, never 0.
@@ -36,34 +36,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Strictness:
-    """The deviations of the strict mode. All on is `STRICT`, all off is `REFERENCE`.
+    """The deviations of the strict mode. `STRICT` has all of them, `REFERENCE` none.
 
-    Two objects are two modes, even with equal options: gold answers are kept per object, and its hash is quick.
+    Two objects are two modes, even with equal options: gold answers are kept per object, whose hash is fast.
     """
 
     one_statement: bool = True
-    """Text after the first ``;`` rejects a prediction; the reference ignores it (``gold; anything`` scores 1)."""
+    """Rejection of text after the first ``;``, which the reference ignores (``gold; anything`` scores 1)."""
     keep_inner_distinct: bool = True
-    """Only ``SELECT DISTINCT`` of the outermost query is dropped; the reference also drops it inside
+    """DISTINCT dropped only from ``SELECT DISTINCT`` of the outermost query; the reference also drops it inside
     ``COUNT(DISTINCT x)`` and in subqueries, where it decides the value."""
     real_empty: bool = True
-    """Against a gold answer without rows, a prediction without rows scores only if it is a real query over what gold is
-    about (`sqlbench.sql_analysis.same_subject`) with as many columns; in the reference any DELETE or comment does."""
+    """Score of two answers without rows only for a real query over the subject of gold
+    (`sqlbench.sql_analysis.same_subject`) with as many columns; in the reference any DELETE or comment scores."""
     outer_order: bool = True
-    """Row order matters only if the gold statement itself ends in ORDER BY, not a subquery of it."""
+    """Row order required only if the gold statement itself, not a subquery of it, ends in ORDER BY."""
     float_tolerance: bool = True
-    """Numbers that differ by less than 1e-9 of their size are equal: sums differ in the last bits with row order."""
+    """Equality of numbers within 1e-9 of their size: sums differ in the last bits with row order."""
     ties: bool = True
-    """Rows that tie under gold's ORDER BY may come in any order, and any of them may fill the places up to LIMIT."""
+    """Any order of rows that tie under gold's ORDER BY, any of which may fill the places up to LIMIT."""
     any_number_type: bool = True
-    """1 and 1.0 are always equal; the reference's first look turns some such tables away."""
+    """Equality of 1 and 1.0 in every table; the reference's first comparison rejects some of them."""
 
 
 STRICT = Strictness()
 REFERENCE = Strictness(False, False, False, False, False, False, False)
 
 GOLD_ROWS = 1_000_000
-"""A gold answer with more rows is not scored."""
+"""Most rows of a gold answer that is scored."""
 
 
 @dataclass(slots=True)
@@ -146,7 +146,7 @@ def _score(gold: str, pred: str, database: Database, rules: Strictness, keep_dis
 
 
 def _run(database: Database, sql: str, limits: Limits) -> QueryResult:
-    """Run on the content that the gold answer is kept for, where the database can tell."""
+    """Run a statement on the content that the gold answer belongs to, where the database can tell."""
     return getattr(database, "execute_unchecked", database.execute)(sql, limits)
 
 
@@ -178,9 +178,9 @@ class _Gold:
         if self.rules.outer_order and "order" in text:
             from sqlbench.sql_analysis import outer_order
 
-            found = outer_order(self.statement or "", self.database.dialect)
-            if found is not None:
-                return found
+            order = outer_order(self.statement or "", self.database.dialect)
+            if order is not None:
+                return order
         return "order by" in text
 
     def compare(self, result: QueryResult, pred: str) -> str:
@@ -215,7 +215,7 @@ class _Gold:
         return same_width and (pred == self.gold or same_subject(self.gold, pred, self.database.dialect))
 
     def _sort_alike(self, pred_rows: list[tuple]) -> bool:
-        """Compare as the reference first does, only if that could differ from equality: numbers of two types."""
+        """Compare as the reference first does, but only where that can differ from equality: numbers of two types."""
         if self.answer.width == 1 or not (self.answer.has_whole_floats or ResultTable(pred_rows).has_whole_floats):
             return True
         return rows_sort_alike(self.result.rows, pred_rows, self.ordered)
@@ -256,10 +256,10 @@ class _Gold:
             last = key
         self._places = labels[keyed.offset : keyed.offset + size]
         wanted = set(self._places)
-        kept = [(row, label) for row, label in zip(rows, labels, strict=True) if label in wanted]
-        if len(wanted) == len(kept):  # every row alone in its block
+        labelled = [(row, label) for row, label in zip(rows, labels, strict=True) if label in wanted]
+        if len(wanted) == len(labelled):  # every row alone in its block
             return None
-        return ResultTable([row for row, _ in kept], [label for _, label in kept])
+        return ResultTable([row for row, _ in labelled], [label for _, label in labelled])
 
 
 # ---- gold answers, kept per process
@@ -302,13 +302,13 @@ def clear_gold_cache() -> None:
 LONG_TEXT = 10_000
 _CURRENT_YEAR = re.compile(r"YEAR\s*\(\s*CURDATE\s*\(\s*\)\s*\)\s*", re.IGNORECASE)
 _GO = re.compile(r"\bgo\b")
-"""sqlparse ends a statement at this word too."""
+"""Word at which sqlparse ends a statement too."""
 
 
 def prepare(sql: str, rules: Strictness = STRICT, keep_distinct: bool = False) -> str | None:
     """Return the statement to run for a query; None if the reference finds no statement at all.
 
-    A text of more than `LONG_TEXT` characters is run unchanged: sqlparse can take time with the square of its length.
+    A text of more than `LONG_TEXT` characters is run unchanged: sqlparse can take time quadratic in its length.
     """
     if len(sql) > LONG_TEXT:
         return sql
@@ -330,11 +330,11 @@ def prepare(sql: str, rules: Strictness = STRICT, keep_distinct: bool = False) -
 _WORDS = re.compile(r"'(?:''|[^'])*'|\"(?:\"\"|[^\"])*\"|\w+|\s+|.", re.DOTALL)
 _DISTINCT = re.compile(r"('(?:''|[^'])*'|\"(?:\"\"|[^\"])*\")|\bdistinct\b", re.IGNORECASE)
 _ODD = ("\\", "--", "/*", "#", "$", "`", "[", "@", "{")
-"""In a text without any of these, the two patterns find the same words as sqlparse's lexer, many times faster."""
+"""Marks without which the two patterns find the same words in a text as sqlparse's lexer, many times faster."""
 
 
 def _tokens(sql: str) -> list[tuple[bool, str]]:
-    """Split a text into tokens (is it space or comment, text), which together are the text."""
+    """Split a text into tokens, each with whether it is space or a comment; joined, the tokens are the text."""
     if any(odd in sql for odd in _ODD):
         return [(kind in T.Whitespace or kind in T.Comment, value) for kind, value in tokenize(sql)]
     return [(value.isspace(), value) for value in _WORDS.findall(sql)]
@@ -347,7 +347,7 @@ def _drop_distinct(sql: str, keep_inner: bool) -> str:
     tokens = _tokens(sql)
     if not keep_inner:
         return "".join([value for _, value in tokens if value.lower() != "distinct"])
-    kept, depth, before = [], 0, ""
+    parts, depth, before = [], 0, ""
     for i, (space, value) in enumerate(tokens):
         word = value.lower()
         if word == "distinct" and depth == 0 and before == "select":
@@ -357,5 +357,5 @@ def _drop_distinct(sql: str, keep_inner: bool) -> str:
         depth += (value == "(") - (value == ")")
         if not space:
             before = word
-        kept.append(value)
-    return "".join(kept)
+        parts.append(value)
+    return "".join(parts)

@@ -1,9 +1,9 @@
-"""One rollout: task in, trajectory with a reward out. Evaluation, training, environment and chat all run this one.
+"""One rollout, from a task to a trajectory with a reward; evaluation, training, environment and chat all run it.
 
 A broken model, database, agent or reward never raises: it becomes `Trajectory.error` with reward None, which is counted
-apart from a wrong answer (reward 0). Answers that make the next prompt too long are the policy's doing: reward 0, with
-a reason of its own. A task known to be unscorable has reward None and a reason, and did not fail; a
-gold query that fails though it ran when the data set was audited is a broken database.
+apart from a wrong answer (reward 0). Answers that make the next prompt too long are the policy's fault: reward 0, with
+a reason of its own. A task known to be unscorable has reward None and a reason, and its rollout did not fail. A gold
+query that fails although it ran in the gold audit counts as a broken database.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class RolloutContext:
     """One rollout: the question, what may be used to answer it, and everything done so far."""
 
     task: Task
-    """Without its gold query, which only the reward sees."""
+    """Task without its gold query, which only the reward sees."""
     model: Model
     database: Database
     schema: Schema
-    """What prompts show of the schema; with `schema_text` where that is cut."""
+    """Part of the schema that prompts show; `schema_text` may cut it further."""
     schema_text: str
     """The schema as prompts show it."""
     prompts: Prompts
@@ -80,11 +80,11 @@ class RolloutContext:
     error: str | None = None
     """The failure outside the policy, if any."""
     overlong: bool = False
-    """Whether the policy's own answers made a prompt too long, which is not a failure."""
+    """True if the policy's own answers made a prompt too long, which is not a failure."""
 
     @property
     def takes_temperature(self) -> bool:
-        """Tell whether the model can be asked at another temperature; one of your own may not."""
+        """Tell whether the model accepts another temperature; a model of your own may not."""
         return "temperature" in inspect.signature(self.model.complete).parameters
 
     async def ask(
@@ -96,7 +96,7 @@ class RolloutContext:
             agent: name of the sub-agent.
             messages: the prompt.
             strategy: the repair strategy that the prompt asks for.
-            temperature: of this answer; None is the model's own, and so is any where it does not take one.
+            temperature: temperature of this answer; None, or any where the model takes none, is the model's own.
         """
         turn = len(self.executions) + (agent != "check")
         options: dict[str, Any] = {}
@@ -106,14 +106,14 @@ class RolloutContext:
             options["temperature"] = temperature
         with self.boundary("model", self.transitions):
             completion = await self.model.complete(messages, **options)
-            made = Transition(agent=agent, turn=turn, messages=messages, completion=completion, strategy=strategy)
-        self.transitions.append(made)
+            transition = Transition(agent=agent, turn=turn, messages=messages, completion=completion, strategy=strategy)
+        self.transitions.append(transition)
         if self.observer is not None:
-            self.observer.transition(made)
+            self.observer.transition(transition)
         return completion.text
 
     async def execute(self, sql: str) -> Execution:
-        """Run a query; the last text of `history` is then what prompts show of its result."""
+        """Run a query and append it to `history`, with the text of its result that prompts show."""
         if not isinstance(sql, str):
             raise TypeError(f"Invalid query: {type(sql).__name__}. Pass a string.")
         self.sql = sql = clean(sql)
@@ -130,7 +130,7 @@ class RolloutContext:
 
     @contextmanager
     def boundary(self, where: str, done: Sequence[object] = ()) -> Iterator[None]:
-        """Attribute an exception of a block to a part of the rollout, which has then failed."""
+        """Attribute an exception of a block to a part of the rollout, and fail the rollout."""
         try:
             if self.error is not None:  # the agent continued after a failure
                 raise RolloutFailed(self.error)
@@ -147,7 +147,7 @@ class RolloutContext:
 
 
 def failure(where: str, error: Exception) -> str:
-    """Explain a failed rollout, as its trajectory does."""
+    """Return the error text of a failed rollout, as its trajectory stores it."""
     return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -194,7 +194,7 @@ async def rollout(
 
 
 async def judge(task: Task, context: RolloutContext, reward: Reward = execution_match) -> tuple[float | None, Verdict]:
-    """Return the reward of a finished rollout and its execution match; a fault goes to the context's `error`."""
+    """Return the reward of a finished rollout and its execution match; record a failure in the context's `error`."""
     value, verdict = None, Verdict(None, "no_gold")
     try:
         with context.boundary("reward"):
@@ -207,8 +207,8 @@ async def judge(task: Task, context: RolloutContext, reward: Reward = execution_
                     if verdict.reason == "gold_timeout":
                         hint = f"Raise --query-timeout from {context.config.query_timeout:g} s."
                     raise DatabaseError(f"Gold query of a scorable task failed: {verdict.reason}. {hint}")
-            given: Any = verdict.match if reward is execution_match else reward(task, context)
-            value = _in_range(await given if inspect.isawaitable(given) else given, reward)
+            outcome: Any = verdict.match if reward is execution_match else reward(task, context)
+            value = _in_range(await outcome if inspect.isawaitable(outcome) else outcome, reward)
     except RolloutFailed:
         pass
     return value, verdict
@@ -235,18 +235,18 @@ async def run_agent(
 ) -> RolloutContext:
     """Let an agent answer a question, which needs no gold query; `error` of the result says what broke, if anything.
 
-    A final query that was not executed yet is executed, so that its result is on record.
+    A final query that was not executed yet is executed, so that its result is recorded.
 
     Args:
         repair: chooses the strategy of each rewrite (`sqlbench.agent.repair`).
         observer: receives every event as it happens.
-        start: queries that did not answer it, oldest first, each with the text of its result: the built-in agent then
-            begins with a rewrite of the last one.
+        start: earlier queries that did not answer the question, oldest first, each with the text of its result; the
+            built-in agent then begins with a rewrite of the last one.
         agent: the self-correcting one by default.
     """
     agent = agent or SelfCorrectingAgent()
-    asked = task.model_copy(update={"gold": ""})
-    context = RolloutContext(asked, model, database, Schema(()), "", prompts, config, repair, observer, list(start))
+    visible = task.model_copy(update={"gold": ""})
+    context = RolloutContext(visible, model, database, Schema(()), "", prompts, config, repair, observer, list(start))
     try:
         with context.boundary("schema"):
             how = schema_style(prompts.family), config, getattr(model, "count_tokens", estimate_tokens)
@@ -265,7 +265,7 @@ async def run_agent(
     except RolloutFailed:
         pass
     answers = [transition.completion for transition in context.transitions]
-    # A policy in this process that says nothing is wrong; an endpoint that says nothing was not measured.
+    # A policy in this process that returns no text is wrong; an endpoint that returns none was not measured.
     if context.error is None and answers and all(a.empty and a.sent is not None for a in answers):
         flaws = ", ".join(sorted({a.flaw.removeprefix("empty: ") for a in answers}))
         context.error = failure("model", ModelError(f"No text at all from {model.name}: {flaws}. {NO_TEXT}"))
@@ -273,7 +273,7 @@ async def run_agent(
 
 
 def failed_rollout(task: Task, where: str, error: Exception) -> Trajectory:
-    """Record a rollout that could not even start."""
+    """Record a rollout that could not start."""
     return Trajectory(**_of(task), error=failure(where, error))
 
 
@@ -283,7 +283,7 @@ def _of(task: Task) -> dict[str, str]:
 
 
 def record_execution(turn: int, sql: str, result: QueryResult, max_chars: int) -> Execution:
-    """Keep the first rows of a query's result, cells as JSON values of at most `max_chars` characters."""
+    """Record the first rows of a query's result, with cells as JSON values of at most `max_chars` characters."""
     return Execution(
         turn=turn,
         sql=sql,

@@ -1,10 +1,10 @@
-"""A run is a folder: one process writes it at a time, whole lines only, and it can always be continued.
+"""Run folders: one process at a time writes a folder, in whole lines only, and any run can be resumed.
 
-``config.json`` (all settings), ``trajectories.jsonl`` (one rollout per line), ``metrics.jsonl`` (one step per line),
-``summary.json`` (present when the run is finished). Lines are flushed, not synced: after a crash of the machine
-the end of a file may be missing. A line that a kill or a full disk has torn is dropped wherever it is read, and by the
-next writer. The locks are the operating system's, so they end with their process; they do not hold across
-machines that share a network drive.
+The files are ``config.json`` (all settings), ``trajectories.jsonl`` (one rollout per line), ``metrics.jsonl`` (one step
+per line) and ``summary.json`` (present when the run is finished). Lines are flushed, not synced: after a crash of the
+machine the end of a file may be missing. Every reader, and the next writer, drops a line that was torn by a kill or a
+full disk. The locks are the operating system's, so they end with their process; they do not hold across machines that
+share a network drive.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sqlbench.errors import DataError, RunError
 CONFIG, TRAJECTORIES, METRICS, SUMMARY = "config.json", "trajectories.jsonl", "metrics.jsonl", "summary.json"
 _MADE = ("checkpoints", "policy", "logs", "tensorboard", "wandb", "mlflow.db", "gepa", "prompts.toml")
 PARTS = (SUMMARY, *_MADE, TRAJECTORIES, METRICS, CONFIG)
-"""All that a run leaves in its folder, in the order in which it is discarded: a kill in between leaves a run that is
-not finished, never the checkpoints of another."""
+"""Files and folders that a run leaves behind, in the order of removal: a kill in between leaves an unfinished run,
+never the checkpoints of another."""
 
 
 class RunFolder:
@@ -73,7 +73,7 @@ class RunFolder:
         Use the result as a context manager, or call `close`.
 
         Raises:
-            RunError: it cannot be written, another process writes it, it is finished without any failed rollout (and
+            RunError: it cannot be written, another process writes it, it is finished without a failed rollout (and
                 `overwrite` is not set), or it was started with another config.
         """
         wanted = json.loads(_dump(config))
@@ -136,12 +136,12 @@ class RunFolder:
         write_whole(self.root / name, (_dump(record) + "\n" for record in records))
 
     def finish(self, summary: BaseModel | dict[str, Any]) -> None:
-        """Write the summary: from now on the run is finished."""
+        """Write the summary, which marks the run as finished."""
         write_whole(self.root / SUMMARY, [json.dumps(json.loads(_dump(summary)), indent=2, ensure_ascii=False) + "\n"])
 
 
 def lock(folder: Path) -> IO[str]:
-    """Lock a folder for writing, made if it is missing; close the result or end the process to release it.
+    """Lock a folder for writing, creating it if missing; close the result or end the process to release it.
 
     Raises:
         RunError: it cannot be written, or another process has locked it.
@@ -262,7 +262,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """Add settings of an evaluation that did not exist when it was stored, with the values that it had."""
+    """Add the settings that did not exist when an evaluation was stored, with the values in effect then."""
     return config | {"rollout": CUT | config["rollout"]} if "rollout" in config else config
 
 
@@ -277,12 +277,12 @@ def _dump(record: BaseModel | dict[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {path}: {error}. Choose another --run, or pass --overwrite.") from error
-    return found
+    return content
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:

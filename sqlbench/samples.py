@@ -6,8 +6,8 @@ interval that resamples tasks: rollouts of one task are not independent. Failed 
 - ``avg@n``: the share of a task's rollouts that are right.
 - ``pass@k``: the unbiased estimate that one of k rollouts is right (Chen et al., arXiv 2107.03374). Tasks with fewer
   than k scored rollouts are left out.
-- ``majority@n``: the query whose result most rollouts have; of equally frequent ones that of the earliest rollout. A
-  query that did not run has no vote.
+- ``majority@n``: the query whose result most rollouts have, in a tie that of the earliest rollout. A query that did not
+  run has no vote.
 - ``best@n``: the first query that ran.
 """
 
@@ -63,11 +63,11 @@ class Samples(Record):
 
 
 Judge = Callable[[str, str, str], bool | None]
-"""Whether a query answers a question, from database, gold query and query; None where that cannot be said."""
+"""Function of database, gold query and query: True if the query is right, None where that cannot be decided."""
 
 
 def judge(dataset: Dataset, config: RolloutConfig) -> Judge:
-    """Judge queries of rollouts as their answers were judged, by running each once."""
+    """Return a judge that scores queries as the answers of rollouts were scored, running each query once."""
 
     @cache
     def right(db_id: str, gold: str, sql: str) -> bool | None:
@@ -78,15 +78,15 @@ def judge(dataset: Dataset, config: RolloutConfig) -> Judge:
 
 
 def by_turn(values: pd.Series) -> pd.DataFrame:
-    """Spread values of queries, indexed by rollout, over a column for each turn; the last one stands until the end."""
+    """Spread values of queries, indexed by rollout, over one column per turn; the last value stands until the end."""
     turns = values.groupby(level=0).cumcount()
     return values.set_axis(pd.MultiIndex.from_arrays([values.index, turns])).unstack().ffill(axis=1)
 
 
 def result_of(execution: Execution) -> bytes:
-    """Return a digest that is equal for equal results, whatever the names of the columns and the order of the rows.
+    """Return a digest that is equal for equal results, regardless of column names and row order.
 
-    Only the rows on record are compared, the first 20, and how many there are. Nothing stands for a query that failed.
+    It covers the recorded rows (the first 20) and the numbers of rows and columns. A failed query has `NOT_RUN`.
     """
     if not execution.answered:
         return NOT_RUN
@@ -95,7 +95,7 @@ def result_of(execution: Execution) -> bytes:
 
 
 def _text(value: str | int | float | None) -> str:
-    """Write a cell as a text that is equal for equal numbers, also if a sum differs in its last bits."""
+    """Write a cell as a text that is equal for equal numbers, even if a sum differs in its last bits."""
     if isinstance(value, float):
         near = value if value.is_integer() else float(f"{value:.9g}")
         value = int(near) if near.is_integer() else near
@@ -108,32 +108,32 @@ def pass_at(k: int, n: int, right: int) -> float:
 
 
 def estimate_samples(found: Rollouts, n: int, judge: Judge) -> Samples:
-    """Estimate everything from the rollouts of an evaluation.
+    """Compute all estimates from the rollouts of an evaluation.
 
     Args:
         found: n rollouts of each task.
         n: rollouts per task.
-        judge: tells of the queries that a rollout replaced; its answer was judged already.
+        judge: judges the queries that a rollout replaced; its answer is judged already.
     """
     scored = found.rollouts[found.rollouts["correct"].notna()].sort_values("sample", kind="stable")
-    asked = scored.join(found.queries.set_index("rollout")[["sql", "stands"]])  # also a rollout without any query
-    answer = ~asked.index.duplicated(keep="last")
-    asked["result"] = found.queries["result"].reindex(asked["stands"]).fillna(NOT_RUN).to_numpy()
-    asked.loc[answer & (asked["reason"] == OVERLONG), "result"] = NOT_RUN
-    known = answer | (asked["sql"] == asked["pred"])
-    keys = zip(asked["db_id"], asked["gold"], asked["sql"], strict=True)
-    asked["right"] = pd.Series(
-        [c if k else judge(*key) for c, k, key in zip(asked["correct"], known, keys, strict=True)], asked.index, float
+    rows = scored.join(found.queries.set_index("rollout")[["sql", "stands"]])  # also a rollout without any query
+    answer = ~rows.index.duplicated(keep="last")
+    rows["result"] = found.queries["result"].reindex(rows["stands"]).fillna(NOT_RUN).to_numpy()
+    rows.loc[answer & (rows["reason"] == OVERLONG), "result"] = NOT_RUN
+    judged = answer | (rows["sql"] == rows["pred"])
+    keys = zip(rows["db_id"], rows["gold"], rows["sql"], strict=True)
+    rows["right"] = pd.Series(
+        [c if k else judge(*key) for c, k, key in zip(rows["correct"], judged, keys, strict=True)], rows.index, float
     )
-    unknown = asked.index[asked["right"].isna()].unique()
-    stands = [by_turn(asked[column].drop(unknown)) for column in ("right", "result")]
+    unknown = rows.index[rows["right"].isna()].unique()
+    stands = [by_turn(rows[column].drop(unknown)) for column in ("right", "result")]
     tasks = scored["task"].drop(unknown)
     turns = [pd.DataFrame({"task": tasks, "right": stands[0][turn], "result": stands[1][turn]}) for turn in stands[0]]
     return Samples(n=n, by_turn=[_estimates(frame.loc[tasks.index], n) for frame in turns])
 
 
 def _estimates(queries: pd.DataFrame, n: int) -> dict[str, Estimate]:
-    """Estimate everything from one query of each rollout, in the order of each task's rollouts."""
+    """Compute all estimates from one query per rollout, in the order of each task's rollouts."""
     sizes, counts = (queries.groupby("task")["right"].agg(what) for what in ("size", "sum"))
     pairs = [(int(size), int(right)) for size, right in zip(sizes, counts, strict=True)]
     values = {f"avg@{n}": [right / size for size, right in pairs]}
@@ -141,10 +141,10 @@ def _estimates(queries: pd.DataFrame, n: int) -> dict[str, Estimate]:
         values[f"pass@{k}"] = [pass_at(k, size, right) for size, right in pairs if size >= k]
     ran = (queries["result"] != NOT_RUN).astype(int)
     votes = queries.groupby(["task", "result"])["right"].transform("size") * ran
-    for name, ranks in ((f"majority@{n}", votes), (f"best@{n}", ran)):  # of several the one that came first
+    for name, ranks in ((f"majority@{n}", votes), (f"best@{n}", ran)):  # in a tie the earliest
         best = queries.loc[ranks.sort_values(ascending=False, kind="stable").index].groupby("task")["right"]
         values[name] = best.first().tolist()
-    return {name: _mean(some) for name, some in values.items() if some}
+    return {name: _mean(numbers) for name, numbers in values.items() if numbers}
 
 
 def _mean(values: Sequence[float]) -> Estimate:

@@ -1,4 +1,4 @@
-"""Scores a file of (gold, predicted) query pairs: what ``sqlbench score`` does.
+"""Scoring of a file of (gold, predicted) query pairs, for ``sqlbench score``.
 
 Every input row comes out once and in order, with ``match``, ``reason``, ``pred_error`` where there is one, and ``ms``;
 its other fields are carried through. Rows are written as they are scored. A prediction that is null counts as empty. A
@@ -88,8 +88,8 @@ def score_pairs(settings: ScoreConfig) -> dict[str, int | float]:
             progress.update()
     matches = [row["match"] for row, _ in rows]
     scored = len(rows) - matches.count(None)
-    known = {k: value for k, some in metrics.items() if (value := mean(pd.Series(some, dtype=float))) is not None}
-    return {"pairs": len(rows), "scored": scored, "matched": matches.count(1)} | dict(counts) | known
+    means = {k: value for k, scores in metrics.items() if (value := mean(pd.Series(scores, dtype=float))) is not None}
+    return {"pairs": len(rows), "scored": scored, "matched": matches.count(1)} | dict(counts) | means
 
 
 def _verdicts(jobs: Iterator[tuple], workers: int) -> Iterator[tuple[Verdict, dict]]:
@@ -112,7 +112,7 @@ def _verdict_chunk(jobs: list[tuple]) -> list[tuple[Verdict, dict]]:
 
 
 def _verdict(job: tuple) -> tuple[Verdict, dict]:
-    """Score one pair; the metrics too where the gold query can be scored."""
+    """Score one pair; where the gold query can be scored, compute the metrics too."""
     data, fault, texts, keep_distinct, strict, limits, metrics = job
     if fault:
         return Verdict(None, "bad_row", fault), {}
@@ -132,17 +132,17 @@ def _verdict(job: tuple) -> tuple[Verdict, dict]:
 
 
 _databases = cache(find_databases)
-"""Every database of one name, as the reference evaluator takes them."""
+"""Function that returns every database of one name, as the reference evaluator takes them."""
 
 
 def _read(path: Path) -> Iterator[tuple[dict, str]]:
-    """Read every line that is not empty: the pair with no fault, or the line's number with its fault."""
+    """Yield for every line that is not empty the pair without a fault, or the line's number with its fault."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        row, fault = json.loads(line), ""  # of bytes: a mark of their order is left out
+                        row, fault = json.loads(line), ""  # from bytes, to ignore a byte order mark
                         texts = [row.get(k, 0) if isinstance(row, dict) else 0 for k in FIELDS]
                         if not all(isinstance(text, str) for text in texts[:2]) or not isinstance(texts[2], str | None):
                             fault = "needs text in db_id, gold and pred"

@@ -1,4 +1,4 @@
-"""The one way from a query to sqlglot's tree, and what the strict mode of the reward reads off it: order and subject.
+"""The one way to parse a query with sqlglot, and the order and subject that the reward's strict mode reads from a tree.
 
 Nothing here decides a verdict of the reference mode. The security boundary is the database, not the tree.
 """
@@ -31,7 +31,7 @@ MAX_CHARS, MAX_STEPS, MAX_DEPTH = 10_000, 5_000, 100
 Spider's 8,034 gold queries take at most 577 characters, 160 steps and a depth of 21.
 """
 MAX_HEX = 1000
-"""Digits of a hexadecimal number: sqlglot writes it in decimal, and Python refuses that from 4,300 digits on."""
+"""Most digits of a hexadecimal number: sqlglot writes it in decimal, which Python refuses from 4,300 digits on."""
 
 logging.getLogger("sqlglot").setLevel(logging.ERROR)  # its warnings are about queries of models and users
 
@@ -42,7 +42,7 @@ class _TooManySteps(Exception):
 
 @cache
 def _parser(dialect: str) -> Any:
-    """Make a class of sqlglot's parser that stops after `MAX_STEPS`.
+    """Return a subclass of sqlglot's parser that stops after `MAX_STEPS`.
 
     sqlglot backtracks to another rule if one does not fit, and the steps double with every join without ON.
     Every rule moves over tokens through the one method that counts here, so the bound holds for all of them.
@@ -116,14 +116,14 @@ def positive(unit: exp.Expression) -> exp.Expression:
 
 def subqueries(unit: exp.Expression) -> list[exp.Expression]:
     """Find the outermost queries inside a condition."""
-    found, stack = [], [unit]
+    queries, stack = [], [unit]
     while stack:
         node = stack.pop()
         if isinstance(node, (exp.Select, exp.SetOperation)):
-            found.append(node)
+            queries.append(node)
         else:
             stack += node.iter_expressions()
-    return found
+    return queries
 
 
 def has_aggregate(node: exp.Expression) -> bool:
@@ -194,7 +194,7 @@ class Subject:
     values: frozenset[str]
     """Literals of the conditions; quoted names count, since SQLite reads unknown ones as text."""
     constant: bool
-    """Whether a condition has no column or compares a thing with itself, or a LIMIT or OFFSET may leave nothing."""
+    """True if a condition has no column or compares a term with itself, or LIMIT or OFFSET may leave no row."""
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,6 @@
 """Intervals and tests between evaluations over the same tasks, through statsmodels and scipy.
 
-Outcomes are one number a task (1 right, 0 wrong; the mean of several rollouts), in the same order on both sides of a
+Outcomes are one number per task (1 right, 0 wrong; the mean of several rollouts), in the same order on both sides of a
 paired comparison.
 """
 
@@ -65,7 +65,7 @@ def clustered(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, 
 
 
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:
-    """Compute the two-sided p-value of McNemar's exact test: do as many tasks get better as worse?"""
+    """Compute the two-sided p-value of McNemar's exact test that as many tasks get better as worse."""
     from statsmodels.stats.contingency_tables import mcnemar as test
 
     _check(a, b)

@@ -1,4 +1,4 @@
-"""Standard output and error that never stop the work: a reader may be gone, and may read another encoding."""
+"""Standard output and error that never stop the work, even if the reader is gone or reads another encoding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 from typing import Any
 
 GONE = (errno.EPIPE, errno.EIO)
-"""The reader of a pipe has ended, or the terminal is closed."""
+"""Error numbers of a pipe whose reader has ended, or of a closed terminal."""
 
 
 class _Stream(io.FileIO):
-    """The file below a standard stream; drops output that cannot be written. A full disk is an error, once."""
+    """The file below a standard stream; drops output that cannot be written. A full disk raises an error, once."""
 
     failed = False
 
@@ -28,7 +28,7 @@ class _Stream(io.FileIO):
 
 
 def harden() -> None:
-    """Replace this process's standard output and error, also where they were closed before it began."""
+    """Replace this process's standard output and error, even where they were closed before it began."""
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # or the next file to be opened, a socket or a run's own, would be taken for a standard stream
     os.close(free)

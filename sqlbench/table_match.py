@@ -1,4 +1,4 @@
-"""Exactly when two result tables are the same answer, without trying column orders one by one.
+"""Exact comparison of two result tables, without trying column orders one by one.
 
 Columns may come in any order and column names do not matter. Rows are compared as a list or as a multiset, the latter
 optionally within blocks of rows that tie. The search fixes one column after the other and keeps
@@ -64,7 +64,7 @@ class ResultTable:
 
 
 def _within(part: Counter, whole: Counter, equal: bool) -> bool:
-    """Tell whether one multiset is contained in another; `equal` says that they are of one size."""
+    """Tell whether one multiset is contained in another; `equal` promises that they have the same size."""
     if equal:
         return dict.__eq__(part, whole)  # Counter compares in Python
     return all([count <= whole.get(item, 0) for item, count in part.items()])
@@ -100,8 +100,8 @@ def _search(gold: ResultTable, pred: ResultTable) -> bool:
         if not _within(Counter(pred.signatures), Counter(gold.signatures), True):
             return False
         fits = [[j for j in range(width) if pred.signatures[j] == s] for s in gold.signatures]
-        if all(len(found) == 1 for found in fits):  # the values alone tell the columns apart
-            swapped = ResultTable(list(zip(*[pred.columns[found[0]] for found in fits], strict=True)), pred.labels)
+        if all(len(fit) == 1 for fit in fits):  # the values alone tell the columns apart
+            swapped = ResultTable(list(zip(*[pred.columns[fit[0]] for fit in fits], strict=True)), pred.labels)
             return _within(swapped.bag, gold.bag, True)
     else:
         fits = [list(range(width)) for _ in range(width)]
@@ -184,7 +184,7 @@ def near(gold: ResultTable, pred: ResultTable) -> tuple[ResultTable, ResultTable
 def rows_sort_alike(gold: list[tuple], pred: list[tuple], ordered: bool) -> bool:
     """Compare as the reference evaluator first does: rows with their cells sorted as text have to agree.
 
-    It turns away some equal tables, (1, 10) against (1.0, 10) for one, because 1 and 1.0 sort differently as text.
+    It rejects some equal tables, such as (1, 10) against (1.0, 10), because 1 and 1.0 sort differently as text.
     """
     left, right = ([tuple(sorted(row, key=lambda cell: f"{cell}{type(cell)}")) for row in t] for t in (gold, pred))
     return left == right if ordered else set(left) == set(right)

@@ -39,4 +39,4 @@ def _clean(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_clean)]
-"""The type of a record's field that holds text from outside: cleaned when the record is made."""
+"""Type of a record's field for text from outside, which is cleaned when the record is made."""

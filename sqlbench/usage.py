@@ -1,8 +1,8 @@
-"""What the model calls of rollouts took: tokens, seconds and cost, by sub-agent.
+"""Usage of the model calls of rollouts: tokens, seconds and cost, by sub-agent.
 
-Every call on record counts, those of failed rollouts included, for they were paid for. An answer from a cache
-(`sqlbench.models.cache`) cost nothing and took no time: it counts as a call alone. Prices are in whatever currency the
-file has, for a million tokens, by the name of the model with or without ``openai:``:
+Every recorded call counts, including those of failed rollouts, because they were paid for. An answer from a cache
+(`sqlbench.models.cache`) cost nothing and took no time: it counts only as a call. Prices are per million tokens, in the
+currency of the file, by the name of the model with or without ``openai:``:
 
     [prices.my-model]
     prompt = 0.15
@@ -40,38 +40,38 @@ class Latency(Record):
 
     @classmethod
     def of(cls, seconds: pd.Series) -> Latency | None:
-        """Read them off some measurements; None where nothing was measured."""
-        known = seconds[seconds > 0]
-        return None if known.empty else cls(p50=known.quantile(0.5), p95=known.quantile(0.95))
+        """Compute the percentiles of some measurements; None where nothing was measured."""
+        positive = seconds[seconds > 0]
+        return None if positive.empty else cls(p50=positive.quantile(0.5), p95=positive.quantile(0.95))
 
 
 class Calls(Record):
-    """Some calls together."""
+    """Totals of some calls."""
 
     calls: int
     prompt: int
-    """Tokens that are known, as the next."""
+    """Known tokens, like the next field."""
     response: int
     seconds: Latency | None
     cost: float | None
-    """None without a price."""
+    """Cost in the currency of the price; None without a price."""
 
     @classmethod
     def of(cls, calls: pd.DataFrame, price: Price | None) -> Calls:
-        """Add some calls up."""
-        made = calls[~calls["cached"]]
-        prompt, response = int(made["prompt"].sum()), int(made["response"].sum())
+        """Add up some calls."""
+        paid = calls[~calls["cached"]]
+        prompt, response = int(paid["prompt"].sum()), int(paid["response"].sum())
         cost = None if price is None else (prompt * price.prompt + response * price.response) / 1e6
-        return cls(calls=len(calls), prompt=prompt, response=response, seconds=Latency.of(made["seconds"]), cost=cost)
+        return cls(calls=len(calls), prompt=prompt, response=response, seconds=Latency.of(paid["seconds"]), cost=cost)
 
 
 class Usage(Record):
-    """What an evaluation took."""
+    """Usage of an evaluation."""
 
     calls: dict[str, Calls]
-    """By sub-agent, and ``all``."""
+    """Totals by sub-agent, and under ``all``."""
     rollout: Latency | None
-    """Of rollouts that did not fail and of which no answer came from a cache."""
+    """Seconds of the rollouts that did not fail and had no answer from a cache."""
     cached: int
     """Answers that came from a cache."""
     uncounted: int
@@ -85,27 +85,27 @@ class Usage(Record):
 
         Args:
             found: the rollouts.
-            model: whose calls they are.
+            model: name of the model.
             prices: file of prices.
 
         Raises:
             DataError: the file cannot be read.
         """
-        known = {} if prices is None else read_prices(prices)
-        price = known.get(model) or known.get(model.removeprefix("openai:"))
+        priced = {} if prices is None else read_prices(prices)
+        price = priced.get(model) or priced.get(model.removeprefix("openai:"))
         calls, rows = found.calls, found.rollouts
         groups = {"all": calls} | {str(k): v for k, v in calls.groupby("agent", sort=False)}
-        whole = rows[~rows["failed"] & ~rows.index.isin(calls.loc[calls["cached"], "rollout"])]
+        complete = rows[~rows["failed"] & ~rows.index.isin(calls.loc[calls["cached"], "rollout"])]
         return cls(
             calls={name: Calls.of(group, price) for name, group in groups.items()},
-            rollout=Latency.of(whole["seconds"]),
+            rollout=Latency.of(complete["seconds"]),
             cached=int(calls["cached"].sum()),
             uncounted=int((calls["prompt"].isna() | calls["response"].isna()).sum()),
             note="" if prices is None or price else f"no cost: {model or 'the model'} is not in {prices}",
         )
 
     def table(self) -> pd.DataFrame:
-        """Tabulate it, one row per sub-agent."""
+        """Tabulate the usage, one row per sub-agent."""
         rows = [
             {
                 "calls of": name,
@@ -121,7 +121,7 @@ class Usage(Record):
         return pd.DataFrame(rows)
 
     def text(self) -> str:
-        """Write it in lines, for the command line."""
+        """Write the usage in lines for the command line."""
         lines = [self.table().to_string(index=False)]
         if self.rollout is not None:
             lines.append(f"a rollout took {self.rollout.p50:.2f} s (p50), {self.rollout.p95:.2f} s (p95)")
@@ -136,7 +136,7 @@ def read_prices(file: Path) -> dict[str, Price]:
     """Read a file of prices.
 
     Raises:
-        DataError: it cannot be read, or is not one.
+        DataError: it cannot be read, or is not a file of prices.
     """
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from sqlbench.database.engine import in_thread
 from sqlbench.database.types import QueryResult
-from sqlbench_chat.parts import WIDE, button, html
+from sqlbench_chat.parts import WIDE, button, close_tree, html
 from sqlbench_chat.result import ResultView
 from sqlbench_chat.session import ChatTurn
 from sqlbench_chat.turn import HTML, Turn
@@ -43,6 +43,11 @@ class TurnCard(w.VBox):
         super().__init__([self._body, self._stop])
         self.add_class("sqlbench-card")
         self.draw()
+
+    def discard(self) -> None:
+        """Close the card with all its parts, shown or not."""
+        parts = (self._stop, self._retry, self.result, self._tools, self._by_hand, self._judging, self._verdict)
+        close_tree(self, self._body, *parts)
 
     def html(self) -> Markup:
         """Render the transcript, first rows and verdict for display without a kernel."""

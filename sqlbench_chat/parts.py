@@ -32,6 +32,15 @@ def button(text: str, act: Callable[[], object], **options: str) -> w.Button:
     return widget
 
 
+def close_tree(*widgets: w.Widget) -> None:
+    """Close widgets that are no longer shown, with all below them; browser and kernel keep every open widget."""
+    for widget in widgets:
+        close_tree(*getattr(widget, "children", ()))
+        for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
+            if part is not None:
+                part.close()
+
+
 class Panel(w.VBox):
     """A part of the page. A click on an element with ``data-do="action:argument"`` in its HTML calls `do`."""
 

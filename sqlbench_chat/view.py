@@ -32,7 +32,7 @@ from sqlbench_chat.connection import Connection, Example, connect
 from sqlbench_chat.conversations import Conversations
 from sqlbench_chat.er import Diagram
 from sqlbench_chat.offer import Offer
-from sqlbench_chat.parts import WIDE, Panel, button, html
+from sqlbench_chat.parts import WIDE, Panel, button, close_tree, html
 from sqlbench_chat.prompts import PromptPanel
 from sqlbench_chat.session import ChatSession
 from sqlbench_chat.turn import HTML, LiveTranscript, Turn
@@ -333,7 +333,8 @@ class ChatView(Panel):
         buttons = [w.Button(description=example.question, tooltip="Ask this") for example in examples]
         for widget in buttons:
             widget.on_click(lambda pressed: self.ask(pressed.description))
-        self._examples.children = buttons
+        gone, self._examples.children = self._examples.children, buttons
+        close_tree(*gone)
         self._enable()
 
     # -- questions
@@ -367,7 +368,7 @@ class ChatView(Panel):
         self._tabs.selected_index = 0
         turn = Turn(question=question, database=connection.name, earlier=list(earlier), remark=remark)
         card = TurnCard(self, turn)
-        self._cards.children = (*self._cards.children, card)[-SHOWN_CARDS:]
+        self._show_cards((*self._cards.children, card)[-SHOWN_CARDS:])
         self._task = self.in_background(self._answer(card, connection))
         self._enable()
 
@@ -397,10 +398,16 @@ class ChatView(Panel):
         """Store a turn in the open conversation."""
         self.guarded(lambda: self.conversations.keep(turn))
 
+    def _show_cards(self, cards: Sequence[TurnCard]) -> None:
+        gone = [card for card in self._cards.children if card not in cards]
+        self._cards.children = cards
+        for card in gone:
+            card.discard()
+
     def show_turns(self, turns: Sequence[Turn]) -> None:
         """Show the turns of a stored conversation."""
         cards = [TurnCard(self, turn) for turn in turns[-SHOWN_CARDS:]]
-        self._cards.children = cards
+        self._show_cards(cards)
         for card in cards:
             self.in_background(card.ready())
 

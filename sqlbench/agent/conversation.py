@@ -1,7 +1,7 @@
 """The built-in agent ``conversation``: a conversation with the database, without a check.
 
-The model decides when it is done. The shape of MTIR-SQL (arXiv 2510.25510) and SQL-Trail (arXiv 2601.17699), with the
-transitions of the graph: the first query is a ``write``, every later answer a ``rewrite``, so both are trained and
+The model decides when it is done. The agent follows MTIR-SQL (arXiv 2510.25510) and SQL-Trail (arXiv 2601.17699) with
+the transitions of the graph: the first query is a ``write``, every later answer a ``rewrite``, so both are trained and
 credited alike.
 """
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class ConversationAgent:
     """Runs each query that the model gives and answers with its result, until the model repeats one or gives none.
 
-    Every result is shown, right or wrong, so the model, not a verdict, says whether there is anything left to do. A
-    prompt family without the component ``conversation.user`` is asked for rewrites with all earlier queries instead.
+    Every result is shown, right or wrong, so the model, not a verdict, decides whether to continue. A prompt family
+    without the component ``conversation.user`` is asked for rewrites with all earlier queries instead.
     """
 
     async def run(self, context: RolloutContext) -> str:
@@ -36,7 +36,7 @@ class ConversationAgent:
 
 
 def _prompt(context: RolloutContext) -> list[Message]:
-    """Show the question, and every query so far as the model's own answer with what the database said to it."""
+    """Return the question, and every query so far as the model's own answer followed by the database's reply."""
     about = (context.task.question, context.schema_text, context.database.dialect)
     if context.history and "conversation.user" not in context.prompts.components:
         *earlier, (sql, result) = context.history

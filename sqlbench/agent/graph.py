@@ -2,10 +2,10 @@
 
 ``write -> execute -> check -> (rewrite -> execute ...) -> END``. It ends when the check calls the query correct or
 when `max_turns` queries were executed; the last one is not checked, because its verdict would change nothing. A query
-that did not run to its end is rewritten without a check. A rewrite that repeats a query of this rollout that ran ends
-it with that query: the policy insists on it. One that repeats any other query is sampled again at the temperatures
-`AGAIN`, and the rollout ends when that brings nothing new. With a repair policy a rewrite follows the strategy it
-chooses. No checkpointer, no tracing.
+that did not run to its end is rewritten without a check. A rewrite that repeats a query which ran in this rollout ends
+the rollout with that query: the policy insists on it. One that repeats any other query is sampled again at the
+temperatures `AGAIN`, and the rollout ends when that brings nothing new. With a repair policy a rewrite follows the
+strategy it chooses. The graph has no checkpointer and no tracing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlbench.rollout import RolloutContext
 
 AGAIN = (1.0, 1.5)
-"""Temperatures at which a rewrite that gave a failed query again is sampled once more.
+"""Temperatures at which a rewrite that repeats a failed query is sampled again.
 
 The first is that of training, so such a rewrite can be trained on; see `sqlbench_train.credit`.
 """
@@ -103,7 +103,7 @@ async def _rewrite(state: State, runtime: Runtime) -> Command[Literal["execute_q
             return Command(update={"sql": ran[normal(sql)]}, goto=END)
         if normal(sql) not in before:
             return Command(update={"sql": sql}, goto="execute_query")
-    # A query from before this rollout was not its own: the repetition is its answer.
+    # A query from before this rollout is not the policy's own, so repeating it is an answer.
     return Command(update={"sql": ctx.executions[-1].sql if ctx.executions else sql}, goto=END)
 
 

@@ -1,4 +1,4 @@
-"""Puts prompts together from named components, and reads what models answer.
+"""Builds prompts from named components, and parses the answers of models.
 
 Two families share one graph: ``chat`` (the long prompts that instruction-tuned models expect) and ``nano`` (the few
 words on which the embedded policy was trained). ``prompts/chat.toml`` and ``prompts/nano.toml`` hold their components:
@@ -40,7 +40,7 @@ STRATEGIES = (
     "change_dialect",
     "relax_filter",
 )
-"""The repair strategies a rewrite can be told to follow; the component ``repair.<strategy>`` says each in words."""
+"""Repair strategies that a rewrite can be told to follow; the component ``repair.<strategy>`` holds the words."""
 
 FAMILIES = ("chat", "nano")
 _FIELD = re.compile(r"\{(dialect|question|schema|sql|execution|feedback|history|strategy)\}")
@@ -53,11 +53,11 @@ class Prompts(Record):
     components: dict[str, str]
 
     def write(self, question: str, schema_text: str, dialect: str) -> list[Message]:
-        """The prompt for the first query."""
+        """Return the prompt for the first query."""
         return self._fill("write", dialect=dialect, question=question, schema=schema_text)
 
     def check(self, question: str, schema_text: str, dialect: str, sql: str, execution_text: str) -> list[Message]:
-        """The prompt for a verdict on an executed query."""
+        """Return the prompt for a verdict on an executed query."""
         return self._fill(
             "check", dialect=dialect, question=question, schema=schema_text, sql=sql, execution=execution_text
         )
@@ -73,13 +73,13 @@ class Prompts(Record):
         earlier: Sequence[tuple[str, str]] = (),
         strategy: str | None = None,
     ) -> list[Message]:
-        """The prompt for the next query.
+        """Return the prompt for the next query.
 
         Args:
-            sql, execution_text: the last query and what the database answered.
+            sql, execution_text: the last query and the database's reply.
             feedback: the check's answer.
-            earlier: queries before the last one, oldest first, each with what the database answered.
-            strategy: one of `STRATEGIES`, or None to leave the way to the model.
+            earlier: queries before the last one, oldest first, each with the database's reply.
+            strategy: one of `STRATEGIES`, or None to leave the choice to the model.
         """
         dialect_name = DIALECTS[dialect]
         return self._fill(
@@ -95,7 +95,7 @@ class Prompts(Record):
         )
 
     def result(self, execution_text: str) -> Message:
-        """The next message of a conversation: what the database answered."""
+        """Return the next message of a conversation: the database's reply."""
         return Message(role="user", content=self._component("conversation.user", execution=execution_text))
 
     def toml(self) -> str:
@@ -123,24 +123,24 @@ def prompts_for(name: str) -> Prompts:
     ``family`` names, by default ``chat``.
 
     Raises:
-        ModelError: there is no such family, or the file is not one of prompt components.
+        ModelError: the family is unknown, or the file does not hold prompt components.
     """
-    family, own = name, {}
+    family, edits = name, {}
     if name.endswith(".toml"):
         try:
-            own = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+            edits = tomllib.loads(Path(name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"Cannot read prompts from {name}: {error}. Write them as in prompts/chat.toml."
             ) from error
-        family = own.pop("family", "chat")
+        family = edits.pop("family", "chat")
     if family not in FAMILIES:
-        known = ", ".join(FAMILIES)
+        choices = ", ".join(FAMILIES)
         raise ModelError(
-            f"unknown prompt family '{family}'; choose one of: {known}, or name a .toml file of components"
+            f"unknown prompt family '{family}'; choose one of: {choices}, or name a .toml file of components"
         )
     components = dict(_shipped(family))
-    for key, text in _flat(own).items():
+    for key, text in _flat(edits).items():
         if key not in components or not isinstance(text, str):
             raise ModelError(f"Not a prompt component: {key} in {name}. Choose from: {', '.join(components)}.")
         components[key] = text
@@ -159,12 +159,12 @@ def _flat(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def schema_style(family: str) -> str:
-    """The style of `sqlbench.database.schema.schema_text` that a family reads."""
+    """Return the style of `sqlbench.database.schema.schema_text` that a family reads."""
     return "compact" if family == "nano" else "ddl"
 
 
 def truncate(text: str, max_chars: int, mark: str = " ... (truncated)") -> str:
-    """At most `max_chars` characters of a text, ending in `mark` where something was cut and the mark fits."""
+    """Cut a text to at most `max_chars` characters, ending in `mark` if it is cut and the mark fits."""
     if len(text) <= max_chars:
         return text
     return text[: max_chars - len(mark)] + mark if max_chars > len(mark) else text[:max_chars]
@@ -173,15 +173,15 @@ def truncate(text: str, max_chars: int, mark: str = " ... (truncated)") -> str:
 def render_execution(
     execution: Execution, family: str, max_chars: int, schema: Schema | None = None, schema_text: str | None = None
 ) -> str:
-    """What a prompt shows of an execution, in at most `max_chars` characters.
+    """Render an execution as a prompt shows it, in at most `max_chars` characters.
 
     Args:
         execution: the statement's recorded result.
         family: ``nano`` gives one line in its training form, anything else a small table.
-        max_chars: cut here.
-        schema: where given, an unknown table or column is answered with the closest names that exist, and a column of
-            other tables than the query's with those.
-        schema_text: what the prompt shows of the schema; only what it shows is named.
+        max_chars: length at which the text is cut.
+        schema: if given, an unknown table or column is followed by the closest existing names, and a column that only
+            other tables have by those tables.
+        schema_text: text of the schema in the prompt; only names that it shows are suggested.
     """
     if not execution.answered:
         message = " ".join((execution.error or execution.status).split())
@@ -206,23 +206,23 @@ _UNKNOWN = (
 
 
 def _hint(message: str, schema: Schema | None, family: str, schema_text: str | None) -> str:
-    found = next((m for pattern in _UNKNOWN if (m := pattern.search(message))), None)
-    if schema is None or found is None:
+    match = next((m for pattern in _UNKNOWN if (m := pattern.search(message))), None)
+    if schema is None or match is None:
         return ""
     if schema_text is not None:
         schema = shown(schema, schema_text, schema_style(family))
-    if found[1] == "column":
+    if match[1] == "column":
         names = {c.name: identifier(c.name, schema.dialect) for table in schema.tables for c in table.columns}
-        if found[2] in names:  # it exists, only not in the tables of the query
-            tables = [table.label for table in schema.tables if found[2] in {column.name for column in table.columns}]
-            return f", {found[2]} is in {' or '.join(tables[:2])}"
-    else:  # of tables with the same name the first needs no schema before it, if any does not
+        if match[2] in names:  # it exists, but not in the tables of the query
+            tables = [table.label for table in schema.tables if match[2] in {column.name for column in table.columns}]
+            return f", {match[2]} is in {' or '.join(tables[:2])}"
+    else:  # among tables with the same name, the first has no schema prefix if any has none
         names = {t.name: identifier(t.name, schema.dialect, t.schema) for t in reversed(schema.tables)}
-    close = difflib.get_close_matches(found[2], sorted(names), 2, 0.4)
+    close = difflib.get_close_matches(match[2], sorted(names), 2, 0.4)
     return f", use {' or '.join(map(names.__getitem__, close))}" if close else ""
 
 
-# Hostile answers hold thousands of marks, so no pattern below can go back over what it has matched.
+# Hostile answers hold thousands of marks, so no pattern below can backtrack over what it has matched.
 _FENCE = re.compile(r"`{3,}|^[ \t]*+~{3,}", re.MULTILINE)
 _TAG = re.compile(
     r"[ \t]*+(?:(sql|sqlite|mysql|postgres|postgresql|pgsql|duckdb)\b|(?!(?:select|with|values)\b)[\w+-]*+[ \t]*+\n)",
@@ -237,7 +237,7 @@ _LABEL = re.compile(
 )
 _NEXT_LABEL = re.compile(r"\n[ \t*_#>]*+(?:sql ?result|result|answer|explanation|question)[*_]*+:", re.IGNORECASE)
 LABELS = 20
-"""Labels that are looked at, from the last one back."""
+"""Most labels that are tried, from the last one back."""
 _QUERY = re.compile(r"(?:\s|\(|--[^\n]*+|(?>/\*.*?\*/))*+(?:select|with|values)\b", re.IGNORECASE | re.DOTALL)
 
 
@@ -245,9 +245,9 @@ def extract_sql(text: str) -> str:
     """Return the query in a model's answer.
 
     It is looked for in elements such as ``<sql>``, then in blocks fenced by backticks or tildes, then after labels such
-    as ``SQLQuery:``. The last one that begins like a query counts, among blocks first those that are marked as SQL;
-    without any, the last block counts. A block left open (an answer cut at the token limit) reaches to the end. One
-    trailing semicolon goes. Text with none of these is returned as it is: whether it is SQL is for the database to say.
+    as ``SQLQuery:``. The last one that begins like a query counts, with preference for blocks marked as SQL; without
+    any, the last block counts. A block left open (an answer cut at the token limit) reaches to the end. One trailing
+    semicolon is removed. Text with none of these is returned as it is: the database decides whether it is SQL.
     """
     text = text.rsplit("</think>", 1)[-1]
     if not _QUERY.match(text):
@@ -258,7 +258,7 @@ def extract_sql(text: str) -> str:
 
 
 def is_query(text: str) -> bool:
-    """Tell whether a text begins as a query does; whether it is one is for the database to say."""
+    """Tell whether a text begins like a query; the database decides whether it is one."""
     return _QUERY.match(text) is not None
 
 
@@ -267,9 +267,9 @@ def _innermost(text: str) -> str:
     for block in _blocks(text):
         tag = _TAG.match(block)
         body = _unlabelled(block[tag.end() :] if tag else block)
-        found = _QUERY.match(body) is not None, bool(tag and tag[1])
-        if body.strip() and (best is None or found >= rank):
-            best, rank = body, found
+        body_rank = _QUERY.match(body) is not None, bool(tag and tag[1])
+        if body.strip() and (best is None or body_rank >= rank):
+            best, rank = body, body_rank
     if rank[0] or best is None:
         return _unlabelled(text) if best is None else best
     labelled = _unlabelled(text)
@@ -277,7 +277,7 @@ def _innermost(text: str) -> str:
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """What stands between fences; a fence is closed by one as long or, where there is none, by a shorter one."""
+    """Yield the text between fences; a fence is closed by one at least as long or, without any, by a shorter one."""
     fences = [(mark.start(), mark.end(), mark[0].strip()) for mark in _FENCE.finditer(text)]
     fences.append((len(text), len(text), ""))
     at = 0
@@ -295,7 +295,7 @@ def _blocks(text: str) -> Iterator[str]:
 
 
 def _unlabelled(text: str) -> str:
-    """The query after the last label that is followed by one, up to the next label; else the text itself."""
+    """Return the query after the last label that is followed by one, up to the next label; else the text itself."""
     if not _QUERY.match(text):
         for label in list(_LABEL.finditer(text))[: -LABELS - 1 : -1]:
             if _QUERY.match(text, label.end()):
@@ -311,9 +311,9 @@ _VERDICT = re.compile(r"the query is[\s*_`\"':]*(not\s+|in)?correct\b", re.IGNOR
 
 
 def parse_verdict(text: str) -> bool:
-    """Whether a check's answer calls the query correct. The last verdict wins; an answer without one means no.
+    """Return whether a check's answer calls the query correct. The last verdict wins; an answer without one means no.
 
-    No verdict is treated as *incorrect* because a needless rewrite costs one call, while a missed one costs the task.
+    A missing verdict counts as *incorrect* because a needless rewrite costs one call, and a missed one costs the task.
     """
     verdicts = _VERDICT.findall(text)
     return bool(verdicts) and not verdicts[-1]

@@ -1,4 +1,4 @@
-"""The built-in agent ``published``: the published run's, for comparisons with it (`--recipe seed`)."""
+"""The built-in agent ``published``: the agent of the published run, for comparisons with it (`--recipe seed`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class PublishedAgent:
-    """Checks every query, one that failed and the last one too, and takes a repetition as it is.
+    """Checks every query, including failed ones and the last one, and accepts a repetition like any query.
 
     The verdict on the last query changes nothing, but it is a transition: trained where checks are, and counted.
     """

@@ -1,15 +1,15 @@
 """Choice of the repair strategy for the next rewrite, and learning from its outcome.
 
 A rollout with repair describes its state (`BanditContext`) to a `RepairPolicy` before each rewrite. `LinUCBRepair`
-learns from finished rollouts which strategy suits which situation; `FixedRepair` follows one always. The same seed,
-choices and lessons give the same next choice, in another process too: the lessons are saved as plain JSON, and loading
+learns from finished rollouts which strategy suits which situation; `FixedRepair` always follows one. The same seed,
+choices and lessons give the same next choice, even in another process: the lessons are saved as plain JSON, and loading
 learns them again.
 
 Rewards are shaped by a potential (Ng, Harada, Russell: Policy invariance under reward transformations, ICML 1999): an
 attempt gets the potential of its outcome minus that of the outcome before. Start and end have potential 0, so
 the rewards of a rollout add up to its success minus the cost of its attempts for any potentials, and no policy
-gains by being bad first. The bandit looks one attempt ahead; the closer a potential is to what can still be won from
-there, the less it misses by that. Potentials are not negative: a rollout that ends in failure falls back to 0.
+gains by being bad first. The bandit looks one attempt ahead; the closer a potential is to the reward that can still be
+won, the less the bandit misses. Potentials are not negative: a rollout that ends in failure falls back to 0.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class BanditContext(Record):
     """Queries so far."""
     previous_strategy: str = GENERATE
     error_changed: bool = False
-    """Whether the database said something else to the query before."""
+    """True if the database's reply to the previous query was different."""
     repeats: int = 0
     """Number of queries just before the last one that failed in the same class."""
 
@@ -86,7 +86,7 @@ class RepairPolicy(Protocol):
 
 
 class FixedRepair:
-    """Follows the same strategy always."""
+    """Always follows the same strategy."""
 
     def __init__(self, strategy: str) -> None:
         _check(strategy)
@@ -98,7 +98,7 @@ class FixedRepair:
 
 
 class LinUCBRepair:
-    """LinUCB with one linear model a strategy (Li et al., WWW 2010), from mabwiser.
+    """LinUCB with one linear model per strategy (Li et al., WWW 2010), from mabwiser.
 
     Args:
         alpha: width of the confidence bound, in rewards; 0 never explores.
@@ -112,7 +112,7 @@ class LinUCBRepair:
         self.lessons: list[BanditObservation] = []
         # mabwiser takes l2_lambda * I for the *inverse* of an unseen arm's matrix too: only 1 makes its score right.
         self._bandit = MAB(list(STRATEGIES), LearningPolicy.LinUCB(alpha=alpha, l2_lambda=1.0))
-        # It cannot predict before a first lesson; one with all features 0 changes nothing.
+        # It cannot predict before a first lesson; a lesson with all features 0 changes nothing.
         self._bandit.fit([STRATEGIES[0]], [0.0], [[0.0] * len(features(BanditContext(error_class="none", attempt=1)))])
 
     def scores(self, situation: BanditContext) -> dict[str, float]:
@@ -123,7 +123,7 @@ class LinUCBRepair:
         """Return the strategy with the highest score."""
         scores = self.scores(situation)
         best = max(scores.values())
-        # Loading sums in another order than learning did: scores that differ by rounding only are equal.
+        # Loading sums in another order than learning did, so scores that differ only by rounding count as equal.
         tied = [name for name, score in scores.items() if math.isclose(score, best, abs_tol=1e-9)]
         self.choices += 1
         return Random(f"{self.seed} {self.choices}").choice(tied)
@@ -229,7 +229,7 @@ def lessons(
     A rollout that ended because a rewrite only repeated queries made an attempt that changed nothing.
 
     Args:
-        transitions, executions: the rollout's.
+        transitions, executions: those of the rollout.
         solved: 1 where the last query was right, else 0.
     """
     followed = {t.turn: t.strategy for t in transitions if t.strategy}

@@ -1,4 +1,4 @@
-"""The built-in agent ``resampling``: what self-correction has to beat at the same number of model calls."""
+"""The built-in agent ``resampling``: the baseline for self-correction at the same number of model calls."""
 
 from __future__ import annotations
 

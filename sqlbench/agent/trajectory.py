@@ -60,12 +60,12 @@ class Completion(Record):
 
     @property
     def cached(self) -> bool:
-        """Tell whether it came from a cache (`sqlbench.models.cache`): nothing was paid or waited for."""
+        """Tell whether it came from a cache (`sqlbench.models.cache`), without cost or waiting."""
         return bool(self.sent and self.sent.get("cached"))
 
     @property
     def empty(self) -> bool:
-        """Tell whether nothing is left without the model's thinking."""
+        """Tell whether the answer has no text besides the model's thinking."""
         _, closed, answer = self.text.rpartition("</think>")
         return not answer.strip() or (not closed and answer.lstrip().startswith("<think>"))
 
@@ -82,7 +82,7 @@ class Transition(Record):
     """One prompt and response of one sub-agent."""
 
     agent: str
-    """Name of the sub-agent: ``write``, ``check`` or ``rewrite``, or what an agent of your own calls it."""
+    """Name of the sub-agent: ``write``, ``check`` or ``rewrite``, or a name from an agent of your own."""
     turn: int
     """1-based turn (write-or-rewrite, execute, check) in which the call was made."""
     messages: list[Message]
@@ -109,7 +109,7 @@ class Execution(Record):
 
     @property
     def cut(self) -> bool:
-        """Tell whether it gave more rows or bytes than are kept; `error` then says how many, `rows` are the first."""
+        """Tell whether it gave more rows or bytes than the limit; `error` then says how many, `rows` are the first."""
         return self.status == "too_large" and bool(self.rows)
 
     @property
@@ -139,7 +139,7 @@ class Trajectory(Record):
     question: str
     gold: str
     dialect: str = "sqlite"
-    """Of the database, as in `sqlbench.interfaces.Database`."""
+    """Dialect of the database, as in `sqlbench.interfaces.Database`."""
     hardness: str = ""
     split: str = ""
     transitions: list[Transition] = []
@@ -153,12 +153,12 @@ class Trajectory(Record):
     reason: str = ""
     """Reason code of the verdict (`sqlbench.reward`), or `OVERLONG`."""
     error: str | None = None
-    """Why the rollout failed, as ``where: Type: message``; None when it did not."""
+    """Reason for the failure, as ``where: Type: message``; None if the rollout did not fail."""
     seconds: float = 0.0
     step: int | None = None
     """Trainer step; None outside training."""
     validation: bool = False
-    """Whether a training made it to measure, not to learn from."""
+    """True for a rollout that validates a training and is not learned from."""
     sample: int = 0
     """Index within the group of rollouts of one task."""
 

@@ -1,4 +1,4 @@
-"""The gold audit: which tasks of a data set can be trusted to give a verdict, found by running every gold query.
+"""The gold audit: runs every gold query to find the tasks of a data set whose verdicts can be trusted.
 
 A task is excluded (kept in its split, counted, never scored) when
 
@@ -9,10 +9,10 @@ A task is excluded (kept in its split, counted, never scored) when
 - ``self_check``: its gold query, scored as a prediction, is not accepted in both reward modes (for example because it
   gives another answer at every call).
 
-Three weaker findings are recorded without excluding: a gold query that returns no rows, one that reads a table without
-rows, and one that some small change leaves with the same result (`sqlbench.data.mutation`), so that a wrong prediction
+Three weaker findings are recorded without exclusion: a gold query that returns no rows, one that reads a table without
+rows, and one whose result some small change leaves the same (`sqlbench.data.mutation`), so that a wrong prediction
 scores. The audit writes ``audit.parquet`` (one row per task and split) and ``audit.json`` (counts per split and
-reason, the excluded tasks, empty tables, and the score of a policy that gives one constant query as every answer).
+reason, the excluded tasks, empty tables, and the score of a policy that answers everything with one constant query).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Finding(BaseModel):
     gold_runs: bool = False
     n_rows: int = 0
     needs_order: bool = False
-    """The order of rows decides: the gold query itself, not a subquery of it, ends in ORDER BY."""
+    """True if row order matters: the gold query itself, not a subquery of it, ends in ORDER BY."""
     hardness: str = ""
     empty_tables: str = ""
     """Comma-separated tables without rows that the gold query reads."""
@@ -77,7 +77,7 @@ class SplitAudit(BaseModel):
     scorable: int
     excluded: dict[str, int]
     with_rows: int
-    """Tasks whose database is there and has rows."""
+    """Tasks whose database exists and has rows."""
     zero_rows: int
     """Gold queries that run and return no rows, excluded tasks included."""
     zero_rows_scorable: int
@@ -88,7 +88,7 @@ class SplitAudit(BaseModel):
     unchanged: int
     """Scorable tasks that some mutation of the gold query leaves with the same result."""
     unchanged_by: dict[str, int]
-    """The same by mutation; a task counts once for each."""
+    """The same by mutation; a task counts once per mutation."""
     constant_floor: dict[str, float]
     """Share of scorable tasks that one constant query earns: the best one found (modes ``reference`` and ``strict``),
     and one without rows (``reference_no_rows``, ``strict_no_rows``)."""
@@ -104,10 +104,10 @@ class Audit(BaseModel):
     """Database to number of tasks that name it, each task counted once."""
     databases_without_rows: dict[str, int]
     tables_without_rows: dict[str, list[str]]
-    """Databases with rows: their tables that have none."""
+    """Tables without rows, by database that has rows in others."""
     excluded: list[Finding]
     unreadable_tables: dict[str, list[str]] = {}
-    """Databases and their tables and views that are left out because a module of SQLite is missing."""
+    """Tables and views, by database, that are left out because a module of SQLite is missing."""
 
     def summary(self) -> str:
         """Describe each split in one line, as the command line prints it."""
@@ -141,7 +141,7 @@ class Auditor:
             pair = (task.db_id, task.gold)
             if pair not in self._gold:
                 self._gold[pair] = self._examine(*pair)
-            found = Finding(
+            finding = Finding(
                 split=split,
                 task_id=task.task_id,
                 key=task.key,
@@ -149,15 +149,15 @@ class Auditor:
                 hardness=task.hardness or hardness(task.gold, self._dialect(task.db_id)),
                 **self._gold[pair],
             )
-            self.findings.append(found)
+            self.findings.append(finding)
             audited.append(
                 task.model_copy(
                     update={
-                        "hardness": found.hardness,
-                        "scorable": not found.excluded,
-                        "excluded": found.excluded,
-                        "needs_order": found.needs_order,
-                        "returns_rows": found.n_rows > 0,
+                        "hardness": finding.hardness,
+                        "scorable": not finding.excluded,
+                        "excluded": finding.excluded,
+                        "needs_order": finding.needs_order,
+                        "returns_rows": finding.n_rows > 0,
                     }
                 )
             )
@@ -173,7 +173,7 @@ class Auditor:
             splits={name: self._count(name, tasks) for name, tasks in splits.items()},
             missing_databases=_tally(f.db_id for f in first if f.excluded == "missing_database"),
             databases_without_rows=_tally(f.db_id for f in first if f.excluded == "database_without_rows"),
-            tables_without_rows={db: sorted(none) for db, (some, none) in empty.items() if some and none},
+            tables_without_rows={db: sorted(bare) for db, (filled, bare) in empty.items() if filled and bare},
             excluded=[f for f in self.findings if f.excluded],
             unreadable_tables={db: list(names) for db in empty if (names := self._database(db).schema().unreadable)},
         )
@@ -181,18 +181,18 @@ class Auditor:
         return audit
 
     def _count(self, split: str, tasks: list[Task]) -> SplitAudit:
-        found = [f for f in self.findings if f.split == split]
-        scorable = [f for f in found if not f.excluded]
+        findings = [f for f in self.findings if f.split == split]
+        scorable = [f for f in findings if not f.excluded]
         without = ("missing_database", "database_without_rows")
         return SplitAudit(
-            tasks=len(found),
+            tasks=len(findings),
             scorable=len(scorable),
-            excluded=_tally(f.excluded for f in found if f.excluded),
-            with_rows=sum(f.excluded not in without for f in found),
-            zero_rows=sum(f.gold_runs and f.n_rows == 0 for f in found),
+            excluded=_tally(f.excluded for f in findings if f.excluded),
+            with_rows=sum(f.excluded not in without for f in findings),
+            zero_rows=sum(f.gold_runs and f.n_rows == 0 for f in findings),
             zero_rows_scorable=sum(f.n_rows == 0 for f in scorable),
-            reads_empty_table=sum(bool(f.empty_tables) for f in found),
-            needs_order=sum(f.needs_order for f in found),
+            reads_empty_table=sum(bool(f.empty_tables) for f in findings),
+            needs_order=sum(f.needs_order for f in findings),
             hardness=_tally(f.hardness for f in scorable),
             unchanged=sum(bool(f.unchanged_by) for f in scorable),
             unchanged_by=_tally(name for f in scorable if f.unchanged_by for name in f.unchanged_by.split(",")),
@@ -231,21 +231,21 @@ class Auditor:
         ):
             self._values[db_id, gold] = value
         order = outer_order(gold, database.dialect)
-        found = {
+        fields = {
             "needs_order": "order by" in " ".join(gold.lower().split()) if order is None else order,
             "gold_runs": result.status == "ok",
             "n_rows": len(result.rows),
             "empty_tables": ",".join(sorted(self._reads(db_id, gold) & empty)) if empty else "",
         }
         if not filled:
-            return found | {"excluded": "database_without_rows"}
+            return fields | {"excluded": "database_without_rows"}
         if result.status != "ok":
-            return found | {"excluded": f"gold_{result.status}", "detail": result.error or ""}
+            return fields | {"excluded": f"gold_{result.status}", "detail": result.error or ""}
         for mode, strict in MODES.items():
             verdict = score(gold, gold, database, strict=strict)
             if verdict.match != 1:
-                return found | {"excluded": "self_check", "detail": f"{mode} mode: {verdict.reason}"}
-        return found | {"unchanged_by": ",".join(sorted(set(unchanged_by(gold, database))))}
+                return fields | {"excluded": "self_check", "detail": f"{mode} mode: {verdict.reason}"}
+        return fields | {"unchanged_by": ",".join(sorted(set(unchanged_by(gold, database))))}
 
     def _database(self, db_id: str) -> Database:
         return cached_database(find_databases(self.root, db_id)[0], self.limits)
@@ -274,11 +274,11 @@ class Auditor:
         return filled, empty
 
     def _reads(self, db_id: str, gold: str) -> set[str]:
-        """Return the lower-case names of the tables that a query reads; SQLite itself tells them, through views too."""
+        """Return the lower-case names of the tables that a query reads; SQLite itself reports them, even in views."""
         database = self._database(db_id)
         if not isinstance(database, engine.Database) or database.dialect != "sqlite":
-            found = subject(gold, database.dialect)
-            return set(found.tables) if found else set()
+            parsed = subject(gold, database.dialect)
+            return set(parsed.tables) if parsed else set()
         tables: set[str] = set()
 
         def note(action: int, first: str | None, *rest: str | None) -> int:
@@ -310,7 +310,7 @@ def audit_dataset(root: str | Path, query_timeout: float | None = None) -> Audit
 
     Args:
         root: the folder.
-        query_timeout: seconds that a gold query may take; by default as many as when it was imported, else 5.
+        query_timeout: seconds that a gold query may take; by default as many as in the import, else 5.
 
     Raises:
         DataError: the folder is not a data set, or one of its databases is damaged.

@@ -1,4 +1,4 @@
-"""Whether a gold query tells right from wrong: small changes of it, and those that leave its result as it was.
+"""Mutation test of a gold query: makes small changes to it, and finds those that leave its result the same.
 
 A task whose gold gives the same rows with its comparison flipped rewards a policy that flipped it. Mutants are made
 on sqlglot's tree of the gold query and compared by the reward itself, in strict mode, except that an outer DISTINCT
@@ -47,7 +47,7 @@ def mutants(sql: str, schema: Schema) -> Iterator[tuple[str, str]]:
     if tree is None:
         return
     root = exp.Paren(this=tree.copy())  # so that the query itself can be replaced like any part of it
-    # The generator would copy the tree each time: half of the work.
+    # By default the generator copies the tree each time, which is half of the work.
     seen = {root.this.sql(dialect=dialect_of(schema.dialect), copy=False)}
     for name, node, new in islice(_changes(root, schema), 10 * MAX_MUTANTS):
         node.replace(new)
@@ -67,7 +67,7 @@ def unchanged_by(gold: str, database: Database) -> Iterator[str]:
 
 
 def _changes(root: exp.Expression, schema: Schema) -> Iterator[Change]:
-    """Yield replacements of nodes; the caller makes and undoes each before it asks for the next."""
+    """Yield replacements of nodes; the caller makes and undoes each before it takes the next."""
     for node in list(root.walk()):
         yield from ((name, node, new) for name, new in _of_node(node))
         if isinstance(node, exp.Column):
@@ -77,8 +77,8 @@ def _changes(root: exp.Expression, schema: Schema) -> Iterator[Change]:
 
 def _within(node: exp.Expression, kind: type[exp.Expression]) -> bool:
     """Tell whether a node is in a clause of this kind in its own SELECT."""
-    found = node.find_ancestor(kind, exp.Select)
-    return isinstance(found, kind)
+    ancestor = node.find_ancestor(kind, exp.Select)
+    return isinstance(ancestor, kind)
 
 
 def _of_node(node: exp.Expression) -> Iterator[tuple[str, exp.Expression]]:

@@ -29,7 +29,7 @@ from sqlbench.interfaces import Dataset, is_plugin, load_plugin
 from sqlbench.text import Text
 
 Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
-"""A text; numbers, which other data sets have, are taken for their digits."""
+"""A text; a number, as other data sets have, becomes its digits."""
 
 
 class Task(BaseModel):
@@ -51,13 +51,13 @@ class Task(BaseModel):
     scorable: bool = True
     """False where the audit found that no verdict on this task can be trusted; such tasks are counted, never run."""
     excluded: str = ""
-    """Why the task is not scorable; empty otherwise."""
+    """Reason that the task is not scorable; empty otherwise."""
     needs_order: bool = False
     returns_rows: bool = True
 
     @property
     def key(self) -> str:
-        """Return the content key: the same for equal (database, question, gold), whatever the row number."""
+        """Return the content key: the same for equal (database, question, gold), regardless of the row number."""
         return hashlib.sha256("\x1f".join((self.db_id, self.question, self.gold)).encode()).hexdigest()[:16]
 
 
@@ -107,7 +107,7 @@ class DataSet:
     def load(self, split: str) -> list[Task]:
         """Return all tasks of a split, in file order, unscorable ones included.
 
-        A column ``evidence``, as BIRD has it, goes to the end of the question: "... Hint: <evidence>".
+        A column ``evidence``, as in BIRD, is appended to the question: "... Hint: <evidence>".
         """
         path = self.root / f"{split}.parquet"
         if not path.is_file():
@@ -123,8 +123,8 @@ class DataSet:
 
     def database(self, db_id: str) -> Path | str:
         """Return the path or address of a database."""
-        if found := find_databases(self.root, db_id):
-            return found[0]
+        if databases := find_databases(self.root, db_id):
+            return databases[0]
         where = self.root / "database" / db_id / db_id
         raise DataError(
             f"No database '{db_id}' in {self.root}. Put it at {where}.sqlite, or its address into {db_id}.url."
@@ -143,19 +143,19 @@ def find_databases(root: Path, db_id: str) -> list[Path | str]:
         return [_address(url)]
     inside = present.get(db_id)
     files = sorted(path for path in inside.iterdir() if path.is_file()) if inside and inside.is_dir() else []
-    found: list[Path | str] = [
+    databases: list[Path | str] = [
         p for p in files if ".sqlite" in p.name and not p.name.endswith(("-journal", "-wal", "-shm"))
     ]
-    found += [p for p in files if p.suffix == ".duckdb"]
-    if inside and not found and any(path.name.lower().endswith(TABLES) for path in files):
-        found = [inside]
-    return sorted(found, key=lambda path: Path(path).stem != db_id)
+    databases += [p for p in files if p.suffix == ".duckdb"]
+    if inside and not databases and any(path.name.lower().endswith(TABLES) for path in files):
+        databases = [inside]
+    return sorted(databases, key=lambda path: Path(path).stem != db_id)
 
 
 def _address(url: Path) -> str:
     """Read the address of a database; a path in it is relative to its folder.
 
-    It never names code: a data set that comes from elsewhere must not run any.
+    It never names code: a data set from elsewhere must not run any.
     """
     text = url.read_text(encoding="utf-8").strip()
     if (shown := without_password(text)) != text:

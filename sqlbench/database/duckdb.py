@@ -1,8 +1,8 @@
-"""The DuckDB half of `sqlbench.database.engine`: statements run in a few processes apart, which can be ended.
+"""The DuckDB half of `sqlbench.database.engine`: statements run in a few separate processes, which can be ended.
 
 DuckDB reads with ``access_mode=read_only``, without external access (no other file, no network, no extension) and with
-its configuration locked, and `sqlbench.database.duckdb_worker` runs one SELECT at most. Its limit of memory does not
-count every value, and an interrupt waits for the function that runs, so the kernel limits both: a process that takes
+its configuration locked, and `sqlbench.database.duckdb_worker` runs one SELECT at most. DuckDB's memory limit does not
+count every value, and an interrupt waits for the running function, so the kernel limits both: a process that takes
 more than `MEMORY` fails, and one that is late by `GRACE` seconds ends. At most `PROCESSES` run at a time; a statement's
 time begins when one of them takes it.
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 
 PROCESSES = 4
 MEMORY = 1 << 30
-"""Bytes that a process may take; `ENGINE_MEMORY` is what DuckDB itself keeps to."""
+"""Bytes that a process may take; `ENGINE_MEMORY` is DuckDB's own limit."""
 ENGINE_MEMORY = 512 << 20
 GRACE = 0.5
 _CATALOG = Limits(seconds=60.0, rows=1_000_000)
 
 
 def identity(path: str) -> tuple:
-    """Return a value that changes when the content may have: inode, size and time of change of all its files.
+    """Return a value that changes when the content may have changed: inode, size and mtime of all its files.
 
     Raises:
-        DatabaseError: there is no such file.
+        DatabaseError: the file does not exist.
     """
     files = _tables_of(path)
     return (path, *map(stamp, files)) if files else (path, stamp(path), side_stamp(path + ".wal"))
@@ -116,7 +116,7 @@ class _Process:
         )
 
     def ask(self, request: tuple) -> Any:
-        """Return its answer, or its exit status if it ended."""
+        """Send a request and return the answer, or the exit status if the process ended."""
         assert self.running.stdin and self.running.stdout
         try:
             marshal.dump(request, self.running.stdin)
@@ -143,7 +143,7 @@ class DuckdbConnection:
         """Do nothing: the process ends its statement by itself."""
 
     def close(self) -> None:
-        """Do nothing: its process may be in use, and closes what it did not need for a while."""
+        """Do nothing: the process may be in use, and closes databases that it has not needed for a while."""
 
     def run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:
         """Run one statement."""
@@ -175,7 +175,7 @@ class DuckdbConnection:
 
 def _after_fork() -> None:
     global _slots
-    _inherited.extend(_idle)  # kept, for closing their pipes could write to them
+    _inherited.extend(_idle)  # kept, since closing their pipes could write to them
     _idle.clear()
     _slots = threading.BoundedSemaphore(PROCESSES)
 
@@ -205,10 +205,10 @@ def read_tables(database: Database) -> tuple[Table, ...]:
     columns: dict[tuple[str, str, bool], list[Column]] = {}
     keys: dict[tuple[str, str], list[ForeignKey]] = {}
     for sql in (_COLUMNS, _KEYS):
-        found = database.execute(sql, _CATALOG)
-        if not found.ok:
-            raise DatabaseError(f"Cannot read the schema of {database.target}: {found.error}. Check the file.")
-        for schema, table, *fields in found.rows:
+        result = database.execute(sql, _CATALOG)
+        if not result.ok:
+            raise DatabaseError(f"Cannot read the schema of {database.target}: {result.error}. Check the file.")
+        for schema, table, *fields in result.rows:
             if sql == _KEYS:
                 keys.setdefault((schema, table), []).append(ForeignKey(*fields))
             else:

@@ -16,7 +16,7 @@ import duckdb
 from sqlbench.database.types import CHUNK_BYTES, NO_STATEMENT, SQL_BYTES, Limits, QueryResult, fetch, plain_rows
 
 KEPT = 4
-"""Databases kept open."""
+"""Number of databases kept open."""
 SETTINGS: dict[str, Any] = {
     "threads": 1,
     "temp_directory": "",  # nothing is spilled: a folder would appear beside the file
@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "lock_configuration": True,
 }
 _VALUE = 8 << 10
-"""Bytes of a value that are expected."""
+"""Expected bytes of a value."""
 
 
 class _Lost(Exception):
@@ -33,19 +33,19 @@ class _Lost(Exception):
 
 
 class _Broken(Exception):
-    """DuckDB met a defect of its own, after which it does not use the database any more."""
+    """DuckDB met a defect of its own, after which it no longer uses the database."""
 
 
 def serve(engine_memory: int, memory: int, grace: float) -> None:
     """Answer requests until the other end is closed.
 
     Each answer says whether the process is full: DuckDB keeps memory that a statement has freed, and the next statement
-    could fail for want of it.
+    could fail for lack of memory.
     """
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever holds it up
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever blocks it
     opened: OrderedDict[tuple[str, str], duckdb.DuckDBPyConnection] = OrderedDict()
     while True:
         try:
@@ -71,7 +71,7 @@ def serve(engine_memory: int, memory: int, grace: float) -> None:
 
 
 def _data_bytes() -> int:
-    """Return how much of its limit of memory the process takes (`proc_pid_statm(5)`, field ``data``)."""
+    """Return the bytes of the process that count towards its memory limit (`proc_pid_statm(5)`, field ``data``)."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[5]) * resource.getpagesize()
 
@@ -81,10 +81,10 @@ def _open(opened: OrderedDict, uri: str, version: str, memory: int) -> duckdb.Du
         opened.pop(key).close()
     if (uri, version) not in opened:
         try:
-            made = duckdb.connect(uri, read_only=True, config={"memory_limit": f"{memory}B"})
+            connection = duckdb.connect(uri, read_only=True, config={"memory_limit": f"{memory}B"})
             for name, value in SETTINGS.items():  # in this order, which a config given to connect() does not keep
-                made.execute(f"SET GLOBAL {name} = {value!r}")
-            opened[uri, version] = made
+                connection.execute(f"SET GLOBAL {name} = {value!r}")
+            opened[uri, version] = connection
         except duckdb.Error as error:
             raise _Lost(_message(error)) from error
         if len(opened) > KEPT:
@@ -94,7 +94,7 @@ def _open(opened: OrderedDict, uri: str, version: str, memory: int) -> duckdb.Du
 
 
 def _run(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> QueryResult:
-    cursor = connection.cursor()  # a session of its own, so that nothing that it sets stays
+    cursor = connection.cursor()  # a separate session, so that its settings do not stay
     timer = threading.Timer(limits.seconds, cursor.interrupt)
     timer.start()
     try:
@@ -133,7 +133,7 @@ def _is_select(statement: duckdb.Statement) -> bool:
 
 
 def _message(error: BaseException) -> str:
-    """Return the message without the line of the query that it points at and long lists of advice."""
+    """Return the message without the quoted line of the query and without long lists of advice."""
     return " ".join(
         re.split(r"\n(?:LINE |\s*Candidate functions|Possible solutions)|Either add", str(error))[0].split()
     )[:1000]

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from sqlbench.database.duckdb import DuckdbFile
 
 IDLE_CONNECTIONS = 2
-"""Kept open for each database: one takes about 150 kB of the heap that all databases of the process share."""
+"""Idle connections kept per database: one takes about 150 kB of the heap that all databases of the process share."""
 LOOK_SECONDS = 0.01
 """Minimum interval between checks for a changed file; a check per statement would cost 17% of a short query."""
 
@@ -110,7 +110,7 @@ class Database:
     def __init__(self, target: str, limits: Limits) -> None:
         self.dialect, self.address = resolve(target)
         self.target = without_password(self.address)
-        """As `address`, without its password."""
+        """Address without its password."""
         self.limits = limits
         self.name = Path(self.address).stem
         if self.dialect == "postgresql":
@@ -119,7 +119,7 @@ class Database:
             self.name = database_name(self.address)
         self._is_file = self.dialect != "postgresql" and self.address != ":memory:"
         self.described: tuple[tuple, Schema] | None = None
-        """The content seen, and its schema as `sqlbench.database.schema.introspect` read it."""
+        """Identity of the content, and its schema as `sqlbench.database.schema.introspect` read it."""
         self._idle: list[Connection] = []
         self._born = object()
         self._lock = threading.Lock()
@@ -129,7 +129,7 @@ class Database:
         _all[id(self)] = self
 
     def identity(self) -> tuple:
-        """Return a value that changes when the content may have: inode, size and mtime of all its files.
+        """Return a value that changes when the content may have changed: inode, size and mtime of all its files.
 
         PostgreSQL has no such value, so its results count as valid for as long as this object lives.
         """
@@ -220,9 +220,9 @@ class Database:
                 result = self._run(sql, limits, deadline)
                 break
             except MemoryError:
-                # The heap is the process's: a statement that fails soon may be the victim of another that is about to
-                # fail itself, or of connections that nothing uses, and gets a few more tries. One that has run for a
-                # while has used the memory up.
+                # All statements of the process share the heap: one that fails soon may be the victim of another that
+                # is about to fail, or of idle connections, and gets a few more tries. One that has run for a while has
+                # used up the memory itself.
                 now = time.perf_counter()
                 if now - tried > 0.05 or now - start > 0.15 or now + 0.1 > deadline:
                     error = f"needs more than {HEAP_BYTES} bytes of memory or {PROGRAM_STEPS} instructions"
@@ -241,25 +241,25 @@ class Database:
         return result
 
     def _run(self, sql: str, limits: Limits, deadline: float) -> QueryResult:
-        idle, kept = self._idle, True
+        idle, pooled = self._idle, True
         try:
             connection = idle.pop()
         except IndexError:
-            connection, kept = self._connect(), False
+            connection, pooled = self._connect(), False
         _watchdog.watch(connection, deadline)
         try:
             result = connection.run(sql, limits, deadline)
         except BaseException as error:
             _watchdog.forget(connection)
             connection.close()
-            if kept and isinstance(error, DatabaseError) and time.perf_counter() < deadline:
+            if pooled and isinstance(error, DatabaseError) and time.perf_counter() < deadline:
                 self.close()  # it was lost while nothing ran, and the others with it
                 return self._run(sql, limits, deadline)
             raise
         _watchdog.forget(connection)
         if idle is self._idle and len(idle) < IDLE_CONNECTIONS:
             idle.append(connection)
-        else:  # enough are kept, or the file was replaced since
+        else:  # enough are kept, or the file has been replaced
             connection.close()
         return result
 
@@ -279,12 +279,12 @@ _all: weakref.WeakValueDictionary[int, Database] = weakref.WeakValueDictionary()
 
 
 def _living() -> list[Database]:
-    """List the databases of the process; other threads may open some meanwhile, which an iteration would not bear."""
+    """List the databases of the process, safely while other threads open some, unlike a plain iteration."""
     return [database for reference in _all.valuerefs() if (database := reference()) is not None]
 
 
 def close_idle() -> None:
-    """Close the idle connections of all SQLite databases of the process: their heap is one, and limited."""
+    """Close the idle connections of all SQLite databases of the process, which share one limited heap."""
     for database in _living():
         if database.dialect == "sqlite":
             database.close()
@@ -337,9 +337,9 @@ def _after_fork() -> None:
     """Reset a forked child, which has no threads and must not reuse SQLite connections."""
     global _watchdog, _threads, _open_lock
     _watchdog, _threads, _open_lock = _Watchdog(), None, threading.Lock()
-    own = _living()
-    _inherited.extend(c for d in own for c in d._idle)  # kept alive: closing them would touch shared locks
-    for database in own:
+    databases = _living()
+    _inherited.extend(c for d in databases for c in d._idle)  # kept alive: closing them would touch shared locks
+    for database in databases:
         database._idle, database._lock = [], threading.Lock()
 
 

@@ -1,4 +1,4 @@
-"""Classes of the error messages of databases."""
+"""Classes of database error messages."""
 
 from __future__ import annotations
 
@@ -59,6 +59,6 @@ _PATTERNS = [
 
 
 def error_class(message: str) -> str:
-    """Classify a database's error message of SQLite, PostgreSQL or DuckDB as one of `ERROR_CLASSES`."""
-    told = re.sub(r'".*"', '""', message, flags=re.DOTALL)[:1000]  # without the query's own words, which may be many
-    return next((name for name, pattern in _PATTERNS if pattern.search(told)), "other")
+    """Classify an error message of SQLite, PostgreSQL or DuckDB as one of `ERROR_CLASSES`."""
+    text = re.sub(r'".*"', '""', message, flags=re.DOTALL)[:1000]  # without the query's own words, which may be many
+    return next((name for name, pattern in _PATTERNS if pattern.search(text)), "other")

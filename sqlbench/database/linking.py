@@ -1,8 +1,8 @@
-"""Schema linking: what prompts about one question show of a schema that is larger than their budget.
+"""Schema linking: choice of the part of a schema beyond the budget that prompts about one question show.
 
 Tables and columns are ranked by BM25 over the words of their names and comments, and by the values that the question
 names. Tables that join two ranked ones come in between them, a shown table keeps its primary key, and shown tables keep
-the columns that join them. A schema that fits is shown whole; values and sample rows get what room is left.
+the columns that join them. A schema that fits is shown whole; values and sample rows get the remaining room.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 WHOLE = 1 << 30
 """More characters than any schema has."""
 SEEDS, HOPS = 8, 3
-"""The best tables that are joined with each other, and the longest way between two of them."""
+"""Number of best tables that are joined with each other, and the longest path between two of them."""
 FIRST = 4
-"""So many of the best tables are opened before columns that the question says nothing of."""
+"""Number of best tables that are opened before columns that the question does not mention."""
 FURTHER = 40
-"""So many columns are tried where fewer fit: one that is too long does not hide the next."""
+"""Number of columns that are tried where fewer fit, so that one that is too long does not hide the next."""
 HINTS, HINTS_PER_COLUMN = 10, 2
-"""Columns that show values, and values of one."""
+"""Most columns that show values, and most values per column."""
 LONGEST_TOKEN = 16
-"""Characters of a token, on average over a text, at most."""
+"""Most characters per token, on average over a text."""
 _making = threading.Lock()
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each index
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs each index
 
 
 def estimate_tokens(text: str) -> int:
-    """Estimate the tokens of a text for a model that cannot count them: one for three characters."""
+    """Estimate the tokens of a text for a model that cannot count them: one per three characters."""
     return math.ceil(len(text) / 3)
 
 
@@ -59,15 +59,15 @@ def prompt_schema(
     shape: SchemaConfig,
     count: Callable[[str], int] = estimate_tokens,
 ) -> tuple[Schema, str]:
-    """Return what prompts about a question show of a schema, and its text, which never exceeds the budget.
+    """Return the part of a schema that prompts about a question show, and its text, which never exceeds the budget.
 
     Args:
-        schema: all of it.
-        database: where sample rows and values are read.
-        question: in words.
-        style: ``compact`` or ``ddl`` (`sqlbench.database.schema.schema_text`); values stand in ``ddl`` only.
+        schema: the whole schema.
+        database: source of sample rows and values.
+        question: the question in words.
+        style: ``compact`` or ``ddl`` (`sqlbench.database.schema.schema_text`); only ``ddl`` shows values.
         shape: the budget, and what is shown beside tables and columns.
-        count: tokens of a text, where the budget is in tokens.
+        count: counts the tokens of a text, where the budget is in tokens.
     """
     tokens, most_rows = shape.schema_tokens, shape.sample_rows or 0
     room = shape.table_info_truncate if tokens is None else LONGEST_TOKEN * tokens
@@ -77,9 +77,9 @@ def prompt_schema(
         return len(text) <= room and (tokens is None or count(text) <= tokens)
 
     def cut() -> tuple[Schema, str]:
-        whole = with_rows(schema, database, most_rows) if most_rows else schema
-        longest = room if tokens is None else _most(room, lambda n: fits(whole, n))
-        return whole, schema_text(whole, style, longest)
+        full = with_rows(schema, database, most_rows) if most_rows else schema
+        longest = room if tokens is None else _most(room, lambda n: fits(full, n))
+        return full, schema_text(full, style, longest)
 
     if not shape.schema_linking:
         return cut()
@@ -103,12 +103,12 @@ def prompt_schema(
     tables = list(dict.fromkeys(t for t, _ in order))
 
     def illustrated(number: int) -> Schema:
-        some = set(tables[:number])
-        shown = (replace(t, rows=rows[i].rows) if i in some else t for i, t in enumerate(valued.tables))
+        chosen = set(tables[:number])
+        shown = (replace(t, rows=rows[i].rows) if i in chosen else t for i, t in enumerate(valued.tables))
         return replace(valued, tables=tuple(shown))
 
-    found = illustrated(_most(len(tables) * bool(rows), lambda n: fits(illustrated(n))))
-    return found, schema_text(found, style, WHOLE)
+    best = illustrated(_most(len(tables) * bool(rows), lambda n: fits(illustrated(n))))
+    return best, schema_text(best, style, WHOLE)
 
 
 def _most(number: int, good: Callable[[int], bool]) -> int:
@@ -123,20 +123,20 @@ def _literal(value: str) -> str:
 
 def _with_values(schema: Schema, values: Mapping[Place, tuple[str, ...]]) -> Schema:
     tables = list(schema.tables)
-    for (t, c), some in values.items():
+    for (t, c), texts in values.items():
         columns = list(tables[t].columns)
-        columns[c] = replace(columns[c], values=some)
+        columns[c] = replace(columns[c], values=texts)
         tables[t] = replace(tables[t], columns=tuple(columns))
     return replace(schema, tables=tuple(tables))
 
 
 def _linker(schema: Schema, database: Database | None) -> Linker:
-    """Return the linker of a schema, made once; it knows values if it is given the database."""
-    known = database is not None
+    """Return the linker of a schema, made once; with the database given, it knows values."""
+    has_values = database is not None
     with _making:  # many rollouts begin at the same time
-        if known not in schema.linkers:
-            schema.linkers[known] = Linker(schema, Values(schema, database) if database is not None else None)
-        return schema.linkers[known]
+        if has_values not in schema.linkers:
+            schema.linkers[has_values] = Linker(schema, Values(schema, database) if database is not None else None)
+        return schema.linkers[has_values]
 
 
 class Linker:
@@ -148,13 +148,13 @@ class Linker:
         self.places: list[Place] = [(t, c) for t, table in enumerate(tables) for c in range(len(table.columns))]
         self.start = np.cumsum([0, *(len(table.columns) for table in tables)])
         names = [[name_words(c.name) + words(c.comment) for c in table.columns] for table in tables]
-        # A table's own name says more of it than its columns do.
+        # A table's own name says more about it than its columns do.
         own_and_columns = zip(tables, names, strict=True)
         self.tables = _index([3 * name_words(t.label) + list(chain(*columns)) for t, columns in own_and_columns])
-        self.columns = _index([own[c] for own in names for c in range(len(own))])
+        self.columns = _index([table_names[c] for table_names in names for c in range(len(table_names))])
         self.primary = [{c for c, column in enumerate(table.columns) if column.primary_key} for table in tables]
         self.links: list[list[tuple[ForeignKey, int, int, int | None]]] = [[] for _ in tables]
-        """The references of each table: with the column, and the table and column referred to."""
+        """References of each table, with their column and the table and column referred to."""
         at = {(table.name.lower(), table.schema): t for t, table in enumerate(tables)}
         columns = [{column.name.lower(): c for c, column in enumerate(table.columns)} for table in tables]
         for t, table in enumerate(tables):
@@ -162,20 +162,20 @@ class Linker:
                 c, target = columns[t].get(key.column.lower()), at.get((key.ref_table.lower(), key.ref_schema))
                 if c is not None and target is not None:
                     self.links[t].append((key, c, target, columns[target].get(key.ref_column.lower())))
-        self.edges = sorted({(t, target) for t, some in enumerate(self.links) for *_, target, _ in some})
+        self.edges = sorted({(t, target) for t, links in enumerate(self.links) for *_, target, _ in links})
 
     def order(self, question: str, named: Mapping[Place, Sequence[str]]) -> list[Place]:
-        """Return all columns, those that the question needs most likely first.
+        """Return all columns, those that the question most likely needs first.
 
         Args:
-            question: in words.
-            named: the values that it names, by column.
+            question: the question in words.
+            named: the values that the question names, by column.
         """
         spoken = [word for word in words(question) if word not in STOP_WORDS]
         fit = _scores(self.columns, spoken, len(self.places))
-        shared = Counter(value for some in named.values() for value in some)
-        for (t, c), some in named.items():  # a value of many columns says less of each
-            fit[self.start[t] + c] += 2 * min(3, sum(len(value.split()) / shared[value] ** 0.5 for value in some))
+        shared = Counter(value for values in named.values() for value in values)
+        for (t, c), values in named.items():  # a value of many columns says less about each
+            fit[self.start[t] + c] += 2 * min(3, sum(len(value.split()) / shared[value] ** 0.5 for value in values))
         spans = [slice(*span) for span in zip(self.start, self.start[1:], strict=False)]
         table_fit = _scores(self.tables, spoken, len(spans))
         table_fit += 0.5 * np.array([max(fit[span], default=0.0) for span in spans])
@@ -190,7 +190,7 @@ class Linker:
         return [self.places[i] for i in np.argsort(-worth, kind="stable")]
 
     def _joined(self, fit: Any) -> Any:
-        """Return the chance of each table to be needed: also of those that join good ones, or are joined to one."""
+        """Return each table's chance of being needed, raised for tables that join good ones or are joined to one."""
         chances = np.maximum(fit, 1e-6)
         for a, b in self.edges:
             chances[a], chances[b] = max(chances[a], 0.4 * fit[b]), max(chances[b], 0.4 * fit[a])
@@ -202,7 +202,7 @@ class Linker:
         for seed, before in zip(seeds, dijkstra(graph, indices=seeds, **how)[1], strict=True):
             for other in seeds:
                 t = before[other]
-                while t >= 0 and t != seed:  # a negative number begins the way
+                while t >= 0 and t != seed:  # a negative number is a missing predecessor
                     chances[t] = max(chances[t], 0.9 * min(fit[seed], fit[other]))
                     t = before[t]
         return chances
@@ -232,10 +232,10 @@ class Linker:
                     shown[target] |= set() if key is None else {key}
         tables = []
         for t, columns in sorted(shown.items()):
-            whole = self.schema.tables[t]
-            kept = tuple(replace(whole.columns[c], values=values.get((t, c), ())) for c in sorted(columns))
+            table = self.schema.tables[t]
+            parts = tuple(replace(table.columns[c], values=values.get((t, c), ())) for c in sorted(columns))
             links = tuple(key for key, _, target, _ in self.links[t] if target in shown)
-            tables.append(replace(whole, columns=kept, foreign_keys=links))
+            tables.append(replace(table, columns=parts, foreign_keys=links))
         return replace(self.schema, tables=tuple(tables), part=True)
 
 
@@ -248,5 +248,5 @@ def _index(texts: list[list[str]]) -> Any:
 
 
 def _scores(index: Any, spoken: Sequence[str], number: int) -> Any:
-    known = [word for word in spoken if index is not None and word in index.vocab_dict]
-    return index.get_scores(known).astype(float) if known else np.zeros(number)
+    indexed = [word for word in spoken if index is not None and word in index.vocab_dict]
+    return index.get_scores(indexed).astype(float) if indexed else np.zeros(number)

@@ -7,8 +7,8 @@ steps down to ``pg_read_all_data``.
 
 That leaves functions that anybody may call although they outlive the transaction, change the session (one could step up
 again) or run SQL held in a string. They are refused by the server's own parse: a statement whose text could name
-one is parsed first, and the server sends the tree (``debug_print_parse``), in which every call is a number. A server
-keeps such a tree in its own log too.
+one is parsed first, and the server sends the tree (``debug_print_parse``), in which every call is a number. The server
+also writes the tree to its own log.
 
 Text and values do not depend on the environment, the role or the database: sessions speak UTF-8, and `_SESSION` holds
 the settings that would change how a value is read or shown.
@@ -49,7 +49,7 @@ _SUSPECT = re.compile(
     r"binary_upgrade|plpgsql_|dblink|crosstab|connectby|xpath_table|U&\"",
     re.IGNORECASE,
 )
-"""A text without any of these calls no function of `_CALLS` by its name. U&"..." could spell any of them."""
+"""Parts of names without which a text calls no function of `_CALLS` by name; U&"..." could spell any of them."""
 _HARMLESS = (
     r"amvalidate|txid_status|random|random_normal|gen_random_uuid|uuidv[47]|clock_timestamp|timeofday|array_(sample|shuffle)|currval|lastval|"
     r"pg_sleep|pg_sleep_(for|until)|pg_(relation|table|indexes|total_relation|database|tablespace)_size|current_query|"
@@ -65,14 +65,14 @@ _JUDGE = f"""SELECT p.proname FROM pg_proc p WHERE {_CALLS} AND p.oid IN (
         UNION ALL SELECT unnest(ARRAY[aggtransfn, aggfinalfn]) FROM pg_aggregate WHERE aggfnoid = ANY (%(calls)s::oid[])
     ) UNION ALL SELECT relname FROM pg_class c WHERE oid = ANY (%(relations)s::oid[]) AND oid < 16384
         AND NOT has_table_privilege('public', oid, 'SELECT') LIMIT 1"""
-"""The first function that is refused among those called, or the first table of PostgreSQL itself that is not for
-everybody, such as the one of passwords: ``pg_read_all_data`` may read them all."""
+"""Query for the first refused function among those called, or the first system table that is not open to everybody,
+such as the table of passwords: ``pg_read_all_data`` may read them all."""
 _HIDDEN = rf"""SELECT EXISTS (SELECT FROM pg_proc p WHERE {_CALLS} AND p.oid IN (
         SELECT oprcode FROM pg_operator WHERE oid >= 16384 UNION ALL SELECT castfunc FROM pg_cast WHERE oid >= 16384
         UNION ALL SELECT unnest(ARRAY[aggtransfn, aggfinalfn]) FROM pg_aggregate WHERE aggfnoid >= 16384
         UNION ALL SELECT call[1]::oid FROM pg_rewrite, regexp_matches(ev_action::text, ':funcid (\d+)', 'g') call
         WHERE ev_class >= 16384))"""
-"""Whether a view, operator, cast or aggregate of the database's own calls such a function under another name."""
+"""Query for a view, operator, cast or aggregate of the database's own that hides a call to a refused function."""
 _SHOW_TREE = (
     "SET LOCAL client_min_messages = log; SET LOCAL debug_pretty_print = off; "
     "SET LOCAL debug_print_rewritten = on; SET LOCAL debug_print_parse = on"
@@ -97,12 +97,12 @@ _SESSION = (
 _TIMES = ("date", "time", "timetz", "timestamp", "timestamptz", "interval")
 """Types read as the server writes them: Python lacks infinite dates, years before Christ and 24 o'clock."""
 _COMMENTS = 1000
-"""The server reads nested comments in time that grows with their square, and nothing interrupts it there."""
+"""Most comments of a statement: nested ones take the server time quadratic in their number, without interruption."""
 _DECLARE = 'DECLARE "sqlbench" CURSOR FOR '
 
 
 class _AnyBytes(TextLoader):
-    """Text of a database whose encoding is SQL_ASCII, which keeps the bytes that it was given: UTF-8 as a rule."""
+    """Loader for text of an SQL_ASCII database, which keeps the bytes that it was given: UTF-8 as a rule."""
 
     def load(self, data: Any) -> str:
         return bytes(data).decode(errors="replace")
@@ -180,7 +180,7 @@ class PostgresConnection:
                 return QueryResult("rejected", error=f"not allowed in a read-only query: {refused}")
             return self._fetch(sql, limits)
         except (errors.QueryCanceled, errors.LockNotAvailable):
-            if time.perf_counter() < deadline - 0.002:  # meant for the statement before, or somebody else's
+            if time.perf_counter() < deadline - 0.002:  # meant for the statement before, or sent by somebody else
                 self.raw.rollback()
                 return self.run(sql, limits, deadline)
             return QueryResult("timeout", error=f"no result within {limits.seconds:g} s")
@@ -224,7 +224,7 @@ class PostgresConnection:
         if not trees:
             return NO_STATEMENT
         everything = " ".join([tree for _, tree in trees])
-        found = {
+        parameters = {
             "calls": re.findall(r":(?:funcid|aggfnoid|winfnoid)\s(\d+)", everything),
             "operators": re.findall(r":opno\s(\d+)", everything),
             # System views such as pg_roles show harmless columns of restricted tables.
@@ -232,7 +232,7 @@ class PostgresConnection:
                 r":relid\s(\d+)", " ".join([tree for name, tree in trees if name == "parse tree:"])
             ),
         }
-        row = self.raw.execute(_JUDGE, found).fetchone()
+        row = self.raw.execute(_JUDGE, parameters).fetchone()
         return row[0] if row else ""
 
     def _not_a_query(self, sql: str, error: errors.SyntaxError) -> QueryResult:
@@ -265,10 +265,10 @@ class PostgresConnection:
             return fetch(lambda n: plain_rows(cursor.fetchmany(n)), columns, 32768, limits, self._time_left)
 
     def _time_left(self) -> None:
-        left = int((self.deadline - time.perf_counter()) * 1000)
-        if left <= 0:
+        remaining = int((self.deadline - time.perf_counter()) * 1000)
+        if remaining <= 0:
             raise errors.QueryCanceled
-        self.raw.execute(_SETTINGS.format(ms=left).encode())
+        self.raw.execute(_SETTINGS.format(ms=remaining).encode())
 
 
 def _message(error: BaseException) -> str:
@@ -276,10 +276,10 @@ def _message(error: BaseException) -> str:
 
 
 def database_name(target: str) -> str:
-    """Name of the database that an address leads to.
+    """Return the name of the database at an address.
 
     Raises:
-        DatabaseError: it is not one; the message holds nothing of a password.
+        DatabaseError: the address is invalid; the message does not show any of its password.
     """
     shown, password = without_password(target), PASSWORD.search(target)
     if password and re.search(r"[/@?#\s]|%(?![0-9a-fA-F]{2})", password[2]):
@@ -308,7 +308,7 @@ _SHOWN = """WITH shown AS (
             AND EXISTS (SELECT FROM pg_constraint WHERE conrelid = c.oid AND contype = 'c' AND conislocal)
             AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND attislocal)))
 """
-"""Tables and views that this login may read at least a column of, but for extensions' own."""
+"""Tables and views of which this login may read at least one column, except those of extensions."""
 _COLUMNS = f"""{_SHOWN} SELECT c.schema, c.name, c.view, a.attname,
         CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN upper(type.name) ELSE type.name END,
         NOT a.attnotnull, coalesce(a.attnum = ANY (p.conkey), false), coalesce(col_description(c.oid, a.attnum), '')

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from sqlbench.interfaces import Database as AnyDatabase
 
 CELL = 100
-"""Characters of a value in a sample row."""
+"""Most characters of a value in a sample row."""
 ROW_SECONDS = 1.0
 """Seconds that the sample rows of one table may take: a view may never end."""
 
 
 def introspect(database: Database) -> Schema:
-    """Read the schema of a database, once for each content of it.
+    """Read the schema of a database, once for each content.
 
     Raises:
         DatabaseError: its catalogue cannot be read.
@@ -65,13 +65,13 @@ def _sqlite_tables(connection: sqlite3.Connection) -> tuple[tuple[Table, ...], t
     info, views, unreadable = {}, set(), []
     for name, kind in connection.execute(SQLITE_TABLES).fetchall():
         try:  # the last field says whether a column is hidden (1) or generated (2, 3)
-            found = connection.execute(f"PRAGMA table_xinfo({quote(name)})").fetchall()
+            described = connection.execute(f"PRAGMA table_xinfo({quote(name)})").fetchall()
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
                 raise
             unreadable.append(name)  # a view of something that is gone, or a table whose module SQLite lacks here
             continue
-        info[name] = [column for column in found if column[6] != 1]
+        info[name] = [column for column in described if column[6] != 1]
         if kind == "view":
             views.add(name)
     keys = {
@@ -92,7 +92,7 @@ def _sqlite_tables(connection: sqlite3.Connection) -> tuple[tuple[Table, ...], t
 
 
 def quote(name: str, schema: str = "") -> str:
-    """Quote a name as an SQL identifier, in both dialects, with its schema if it has one."""
+    """Quote a name as an SQL identifier of any dialect, with its schema if it has one."""
     return (quote(schema) + "." if schema else "") + '"' + name.replace('"', '""') + '"'
 
 
@@ -117,11 +117,11 @@ def _text(schema: Schema, style: str, max_chars: int) -> str:
     text = "\n".join(blocks)
     if len(text) <= max_chars:
         return text
-    for kept in range(len(blocks) - 1, -1, -1):
-        note = f"-- {len(blocks) - kept} of {len(blocks)} tables left out or cut to stay under {max_chars} characters"
-        head = "".join(block + "\n" for block in blocks[:kept])
+    for count in range(len(blocks) - 1, -1, -1):
+        note = f"-- {len(blocks) - count} of {len(blocks)} tables left out or cut to stay under {max_chars} characters"
+        head = "".join(block + "\n" for block in blocks[:count])
         if len(head) + len(note) <= max_chars:
-            cut = _fit(blocks[kept].split("\n"), max_chars - len(head) - len(note) - 1, whole=True)
+            cut = _fit(blocks[count].split("\n"), max_chars - len(head) - len(note) - 1, whole=True)
             return head + (cut + "\n" if cut else "") + note
     return _fit(blocks, max_chars)
 
@@ -160,7 +160,7 @@ def _fit(lines: list[str], max_chars: int, whole: bool = False) -> str:
 
 
 def _create_table(table: Table, schema: Schema) -> str:
-    """Write a table as a statement; of a part of a schema without NOT NULL and with short references."""
+    """Write a table as a statement; in a part of a schema, without NOT NULL and with short references."""
 
     def name(text: str, schema_name: str = "") -> str:
         return identifier(text, schema.dialect, schema_name)
@@ -236,13 +236,13 @@ def _plain(name: str) -> str:
 
 
 def with_rows(schema: Schema, database: AnyDatabase, n: int) -> Schema:
-    """Add the first `n` rows of each table to the schema, but for tables that cannot be read in time."""
+    """Add the first `n` rows of each table to the schema, except for tables that cannot be read in time."""
     if n not in schema.with_rows:
         tables = []
         limits = replace(database.limits, seconds=min(ROW_SECONDS, database.limits.seconds))
         for table in schema.tables:
-            found = database.execute(f"SELECT * FROM {quote(table.name, table.schema)} LIMIT {int(n)}", limits)
-            cells = [tuple(_short(value) for value in row) for row in found.rows[:n]] if found.ok else []
+            result = database.execute(f"SELECT * FROM {quote(table.name, table.schema)} LIMIT {int(n)}", limits)
+            cells = [tuple(_short(value) for value in row) for row in result.rows[:n]] if result.ok else []
             tables.append(replace(table, rows=tuple(cells)))
         schema.with_rows[n] = replace(schema, tables=tuple(tables))
     return schema.with_rows[n]

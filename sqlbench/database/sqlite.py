@@ -54,16 +54,16 @@ _WEIGHING = _Bounds(VALUE_BYTES)
 
 _READING = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE})
 _DATA_VERSION = (sqlite3.SQLITE_PRAGMA, "data_version", None)
-"""A number that FTS5 reads before a search."""
+"""Read of a number that FTS5 needs before a search."""
 _FORBIDDEN = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"})
 
-# Nanoseconds that one call may take for each byte of the longest value. Those of _NATIVE grow with its length and hold
-# for that of _SMALL; that of json_patch for _PATCH_BYTES.
+# Nanoseconds that one call may take per byte of the longest value. Those of _NATIVE grow with its length and hold for
+# the length of _SMALL; that of json_patch holds for _PATCH_BYTES.
 _CALL, _JSON, _PATTERN = 8, 25, 3
 _COST = {"strftime": 60, "printf": 60, "format": 60, "json_patch": 1600, "jsonb_patch": 1600}
 _NATIVE = {"instr": 30, "replace": 30, "trim": 60_000, "ltrim": 60_000, "rtrim": 60_000}
 _LINEAR = {"instr": 20, "replace": 40, "trim": 100, "ltrim": 100, "rtrim": 100}
-"""The same functions in `_FUNCTIONS`, which take their place on a connection that met long values."""
+"""The same for their replacements in `_FUNCTIONS`, on a connection that met long values."""
 _PATCH_BYTES = 16 << 10
 _PATTERNS = frozenset({"like", "glob"})
 _COSTLY = frozenset({*_COST, *_NATIVE, *_PATTERNS})
@@ -104,7 +104,7 @@ class SqliteConnection:
     """One connection, as the engine requires it (`sqlbench.database.engine.Connection`)."""
 
     def __init__(self, uri: str) -> None:
-        # No statement is kept: a kept one is not shown to the authorizer when it runs again.
+        # Statements are not cached: the authorizer does not see a cached one when it runs again.
         self.raw = raw = sqlite3.connect(
             uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1.0, cached_statements=0
         )
@@ -131,7 +131,7 @@ class SqliteConnection:
         raw.set_authorizer(self.authorizer.decide)
 
     def interrupt(self) -> None:
-        """Stop the statement that runs."""
+        """Stop the running statement."""
         self.raw.interrupt()
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class SqliteConnection:
             self.bounds = bounds
 
     def _expect_long_values(self) -> None:
-        """Change to functions that stay quick on long values."""
+        """Switch to functions that stay fast on long values."""
         self.holds_long = True
         for name, arguments, function in _FUNCTIONS:
             self.raw.create_function(name, arguments, function, deterministic=True)
@@ -192,7 +192,7 @@ class SqliteConnection:
     def _weigh(self, sql: str) -> _Bounds:
         """Return the limits under which no piece of the compiled statement exceeds `STEP_BUDGET`."""
         self._allow(_WEIGHING)
-        known = _COST | (_LINEAR if self.holds_long else _NATIVE)
+        costs = _COST | (_LINEAR if self.holds_long else _NATIVE)
         work, patterns, longest = 0, 0, VALUE_BYTES if self.holds_long else _SMALL.value
         with closing(self.raw.execute("EXPLAIN " + sql)) as program:
             for _, operation, _, second, _, what, *_ in program:
@@ -204,7 +204,7 @@ class SqliteConnection:
                     if name in _PATTERNS:
                         patterns += 1
                     else:
-                        work += _cost(what, known)
+                        work += _cost(what, costs)
                     if name.endswith("_patch"):
                         longest = min(longest, _PATCH_BYTES)
         value = min(longest, STEP_BUDGET // (work + 64 * _PATTERN * patterns))

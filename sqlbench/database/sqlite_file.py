@@ -23,7 +23,7 @@ _TRIES = 20
 
 
 def identity(path: str) -> tuple:
-    """Return a value that changes when the content may have: inode, size and time of change of all its files.
+    """Return a value that changes when the content may have changed: inode, size and mtime of all its files.
 
     Raises:
         DatabaseError: the file does not exist.
@@ -37,7 +37,7 @@ def _side_files(path: str) -> list[str]:
 
 
 def stamp(path: str) -> tuple[int, int, int]:
-    """Return the inode, size and time of change of one file.
+    """Return the inode, size and mtime of one file.
 
     Raises:
         DatabaseError: the file does not exist.
@@ -52,10 +52,10 @@ def stamp(path: str) -> tuple[int, int, int]:
 def side_stamp(path: str) -> tuple[int, int, int] | None:
     """Return the `stamp` of a file; None if it is missing or empty."""
     try:
-        found = stamp(path)
+        state = stamp(path)
     except DatabaseError:
         return None
-    return found if found[1] else None
+    return state if state[1] else None
 
 
 class Snapshot:

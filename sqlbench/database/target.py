@@ -1,4 +1,4 @@
-"""What the name of a database leads to: a file, a folder of files, or a server."""
+"""Resolution of a database's name: to a file, a folder of files, or a server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TARGETS = (
     "postgresql://user@host:port/name, or module:attribute of your own (sqlbench.interfaces.Database)"
 )
 TABLES = (".parquet", ".csv", ".tsv", ".csv.gz", ".tsv.gz")
-"""Files that are one table each."""
+"""Endings of files that are one table each."""
 
 
 def resolve(target: str) -> tuple[str, str]:
@@ -38,15 +38,15 @@ def is_postgres(target: str) -> bool:
 
 def _path(target: str, kind: str) -> str:
     """Return the path in an address such as ``sqlite:///shop.db`` or ``sqlite:////data/shop.db``."""
-    scheme, _, rest = target.partition(":")
+    scheme, _, location = target.partition(":")
     if target in ("sqlite://", "sqlite:///:memory:"):
         return ":memory:"
-    if scheme != kind or not rest.startswith("///") or not rest.strip("/"):
+    if scheme != kind or not location.startswith("///") or not location.strip("/"):
         raise DatabaseError(
             f"Not the address of a {'SQLite' if kind == 'sqlite' else 'DuckDB'} file: {target}. "
             f"Write {kind}:///shop.db, or {kind}:////data/shop.db for the file /data/shop.db."
         )
-    return rest[3:]
+    return location[3:]
 
 
 def _is_duckdb(path: str) -> bool:

@@ -58,9 +58,9 @@ def fetch(
 
     Args:
         some: fetches the next rows, at most as many as asked for.
-        columns: their names.
-        longest: bytes of a value that are expected at most; decides how many rows are fetched at a time.
-        limits: of rows and bytes.
+        columns: names of the columns.
+        longest: most bytes that are expected of a value; decides how many rows are fetched at a time.
+        limits: limits of rows and bytes.
         between: called after each chunk.
     """
     step = max(1, min(1000, limits.rows + 1, CHUNK_BYTES // (max(1, len(columns)) * longest)))
@@ -96,7 +96,7 @@ def _plain(cell: Any) -> Any:
     if isinstance(cell, (list, tuple, dict)):
         try:
             return json.dumps(cell, default=str, sort_keys=True, ensure_ascii=False)
-        except TypeError:  # a map whose keys are no texts
+        except TypeError:  # a map whose keys are not texts
             return str(cell)
     return str(cell)
 
@@ -110,9 +110,9 @@ class Column:
     nullable: bool = True
     primary_key: bool = False
     comment: str = ""
-    """What the database says of it, for schema linking."""
+    """The database's comment on it, for schema linking."""
     values: tuple[str, ...] = ()
-    """Values of it that a question names, which its text shows."""
+    """Its values that a question names, which its text shows."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class ForeignKey:
     ref_table: str
     ref_column: str
     ref_schema: str = ""
-    """As in `Table`."""
+    """Schema of `ref_table`, as in `Table`."""
 
     @property
     def ref_label(self) -> str:
@@ -165,7 +165,7 @@ class Schema:
     unreadable: tuple[str, ...] = ()
     """Tables and views that were left out because a part of them is missing here."""
     part: bool = False
-    """Whether it is what `sqlbench.database.linking` chose of a larger one, which is written as briefly as possible."""
+    """True for the part of a larger schema that `sqlbench.database.linking` chose, which is written briefly."""
 
     @cached_property
     def texts(self) -> dict[tuple[str, int], str]:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from sqlbench.interfaces import Database
 
 SECONDS, SECONDS_PER_COLUMN = 10.0, 0.5
-"""Longest time that the index of a database, and one column of it, may take; it then has what was read before."""
+"""Longest time for the index of a database, and for one of its columns; the index then has the values read so far."""
 MOST_VALUES, MOST_PER_COLUMN, ROWS_PER_COLUMN = 200_000, 5_000, 20_000
 LONGEST = 64
-"""Characters of a value that is indexed."""
+"""Most characters of a value that is indexed."""
 MOST_WORDS = 400
-"""Words of a question that are looked at."""
+"""Most words of a question that are looked up."""
 STOP_WORDS = frozenset(STOPWORDS_EN)
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -34,12 +34,12 @@ Place = tuple[int, int]
 
 
 def words(text: str) -> list[str]:
-    """Split a text at everything but letters, and numbers, into lower-case words without their plural endings."""
+    """Split a text into lower-case words without their plural endings, and numbers."""
     return [_singular(word) for word in _WORD.findall(text[:10_000].lower())]
 
 
 def name_words(name: str) -> list[str]:
-    """Split a name likewise, and at capitals; the name itself is added, for it may have no letters."""
+    """Split a name like `words`, and at capitals; add the name itself, since it may have no letters."""
     return [*words(_HUMP.sub(" ", name[:1000])), name.lower()]
 
 
@@ -53,7 +53,7 @@ def _singular(word: str) -> str:
 
 
 class Values:
-    """The index: what a value is in words, and where it stands."""
+    """Index of values by their words, with the columns that hold them."""
 
     def __init__(self, schema: Schema, database: Database) -> None:
         self.places: dict[tuple[str, ...], dict[Place, str]] = defaultdict(dict)
@@ -63,17 +63,17 @@ class Values:
             for c, column in enumerate(table.columns)
             if not column.type or any(kind in column.type.upper() for kind in _TEXT)
         ]
-        most = min(MOST_PER_COLUMN, MOST_VALUES // max(len(columns), 1))
+        limit = min(MOST_PER_COLUMN, MOST_VALUES // max(len(columns), 1))
         deadline = time.monotonic() + SECONDS
         for t, c in columns:
             seconds = min(SECONDS_PER_COLUMN, deadline - time.monotonic())
-            if seconds <= 0 or most == 0:
+            if seconds <= 0 or limit == 0:
                 break
             table, name = schema.tables[t], quote(schema.tables[t].columns[c].name)
             first = f"SELECT {name} FROM {quote(table.name, table.schema)} LIMIT {ROWS_PER_COLUMN}"
             sql = f"SELECT DISTINCT {name} FROM ({first}) AS x WHERE length({name}) BETWEEN 2 AND {LONGEST} ORDER BY 1"
-            found = database.execute(f"{sql} LIMIT {most}", Limits(seconds, most + 1))
-            for (value,) in found.rows if found.ok else ():
+            result = database.execute(f"{sql} LIMIT {limit}", Limits(seconds, limit + 1))
+            for (value,) in result.rows if result.ok else ():
                 key = tuple(words(value)) if isinstance(value, str) else ()
                 if set(key) - STOP_WORDS:
                     self.places[key].setdefault((t, c), clean(" ".join(value.split())))
@@ -82,9 +82,9 @@ class Values:
     def named_in(self, question: str) -> dict[Place, list[str]]:
         """Find the values that a question names, by column; those of more words come first."""
         spoken = words(question)[:MOST_WORDS]
-        found: dict[Place, list[str]] = defaultdict(list)
+        named: dict[Place, list[str]] = defaultdict(list)
         for size in range(min(self.longest, len(spoken)), 0, -1):
             for key in dict.fromkeys(zip(*(spoken[i:] for i in range(size)), strict=False)):
                 for place, value in self.places.get(key, {}).items():
-                    found[place].append(value)
-        return found
+                    named[place].append(value)
+        return named

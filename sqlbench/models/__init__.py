@@ -20,9 +20,9 @@ def open_model(
     """Open ``nano``, ``openai:NAME``, ``module:attribute``, a checkpoint or run folder, or a Hugging Face name.
 
     Args:
-        spec: which model.
-        temperature: 0 is greedy. A model of your own (``module:attribute``) samples as it is set itself.
-        max_tokens: tokens of an answer at most; None is the model's own default.
+        spec: name of the model.
+        temperature: 0 is greedy. A model of your own (``module:attribute``) keeps its own settings.
+        max_tokens: most tokens of an answer; None is the model's own default.
         timeout: seconds one call to an endpoint may take.
         cache: folder that keeps an endpoint's answers.
 
@@ -56,7 +56,7 @@ def open_model(
 
 
 def trained_with(spec: str) -> dict[str, Any] | None:
-    """Return the settings of the rollouts from which a policy was trained, by its run folder; None of other models."""
+    """Return the settings of the rollouts that trained a policy, from its run folder; None for other models."""
     from sqlbench.runs import CONFIG, RunFolder
 
     for folder in (Path(spec), Path(spec).parent):

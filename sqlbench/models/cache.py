@@ -1,7 +1,7 @@
 """Answers of an endpoint kept in a folder: one file each, named by a hash of the whole request.
 
-The request is address, model, messages and fields, and no key. Files are written whole under another name and renamed,
-so that processes may share a folder. A damaged file is a miss.
+The request is address, model, messages and fields, without the key. Files are written whole under another name and
+renamed, so that processes may share a folder. A damaged file is a miss.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class AnswerCache:
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> Completion | None:
-        """Return an answer, marked as cached and without seconds; None if it is not there."""
+        """Return an answer, marked as cached and without seconds; None if it is missing."""
         try:
             answer = Completion.model_validate_json(self._file(key).read_bytes())
         except (OSError, ValidationError):
@@ -39,7 +39,7 @@ class AnswerCache:
         return answer.model_copy(update={"seconds": 0.0, "sent": {**(answer.sent or {}), "cached": True}})
 
     def put(self, key: str, answer: Completion) -> None:
-        """Keep an answer.
+        """Store an answer.
 
         Raises:
             ModelError: the folder cannot be written.

@@ -1,8 +1,8 @@
 """Any OpenAI-compatible endpoint as a model.
 
 Every call ends within its deadline, and every failure (refused, hanging, garbage, unknown model) is one `ModelError`
-that names the endpoint and shows no key or password. Retries of transient failures are the client's own,
-with growing pauses or those that the endpoint asks for, set once, here. A field that an endpoint refuses with HTTP 400
+that names the endpoint and shows no key or password. The client itself retries transient failures up to `RETRIES`
+times, with growing pauses or those that the endpoint asks for. A field that an endpoint refuses with HTTP 400
 (the temperature, the name of the token limit, a system message) is not sent to it again. Text is kept up to `MAX_CHARS`
 characters. An endpoint gives no token ids, so trajectories of an endpoint can be evaluated but not trained on.
 """
@@ -37,7 +37,7 @@ REQUEST = "SQLBENCH_REQUEST"
 LIMITS = ("max_tokens", "max_completion_tokens")
 """Names of the token limit: servers know the first, OpenAI's newer models only the second."""
 OURS = ("messages", "model", "n", "stream", "stream_options")
-"""Request fields that are not for users to set."""
+"""Request fields that users cannot set."""
 _CUT = ("length", "max_tokens", "model_length")
 _NO_SYSTEM = re.compile(
     r"support\W+(the )?system|system (role|message|prompt|instruction)|roles? must alternate"
@@ -49,10 +49,10 @@ _UNKNOWN = re.compile(r"support|not (permitted|allowed)|unknown|unrecogni[sz]ed|
 
 
 def load_env() -> None:
-    """Add what ``.env`` of the working directory sets, or of a folder above, to the environment.
+    """Add the variables of ``.env``, in the working directory or a folder above, to the environment.
 
     Raises:
-        ModelError: it is not UTF-8.
+        ModelError: the file is not UTF-8.
     """
     from dotenv import find_dotenv, load_dotenv
 
@@ -69,12 +69,12 @@ class EndpointChatModel:
     Args:
         model: name of the model at the endpoint.
         temperature: 0 is greedy.
-        max_tokens: tokens of an answer at most.
+        max_tokens: most tokens of an answer.
         timeout: seconds one call may take, retries included.
         request: further fields of every request, which take precedence; None leaves a field out. By default those of
             the environment variable ``SQLBENCH_REQUEST``.
         cache: folder that keeps answers (`sqlbench.models.cache`): a request that it knows is not sent. Where answers
-            are sampled, the nth time the same request is made in a sample (`numbered`) is a request of its own.
+            are sampled, each repetition of a request within a sample (`numbered`) has an answer of its own.
 
     Raises:
         ModelError: neither an address nor a key is set, one of them cannot be used, or ``.env`` cannot be read.
@@ -102,7 +102,7 @@ class EndpointChatModel:
                 "own, in the environment or in .env."
             )
         self.base_url, self._query = _read_address(address)
-        """The address without its query, so that it can be shown; None is OpenAI's own."""
+        """Address without its query, so that it can be shown; None is OpenAI's own."""
         self._secrets = {self._key, *self._query.values()}
         self.temperature = temperature
         self.max_tokens = max_tokens
@@ -111,7 +111,7 @@ class EndpointChatModel:
         self.cache = None if cache is None else AnswerCache(cache)
         self._sample, self._asked = 0, Counter[str]()
         self._refused: set[str] = set()
-        """Fields that the endpoint does not take; ``system`` stands for system messages."""
+        """Fields that the endpoint refuses; ``system`` stands for system messages."""
         self._clients: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncIterator[None]]] = {}
 
     async def complete(
@@ -124,25 +124,25 @@ class EndpointChatModel:
         if self.cache is None:
             return await self._complete(messages, on_text, temperature)
         key = self._key_of(messages, temperature)
-        if (known := self.cache.get(key)) is not None:
+        if (cached := self.cache.get(key)) is not None:
             if on_text is not None:
-                on_text(known.text)
-            return known
+                on_text(cached.text)
+            return cached
         answer = await self._complete(messages, on_text, temperature)
         if not answer.empty:
             self.cache.put(key, answer)
         return answer
 
     def numbered(self, sample: int) -> EndpointChatModel:
-        """Return this model for one of several samples: each has answers of its own in the cache."""
-        made = copy(self)
-        made._sample, made._asked = sample, Counter()
-        return made
+        """Return this model for one of several samples, each with its own answers in the cache."""
+        model = copy(self)
+        model._sample, model._asked = sample, Counter()
+        return model
 
     def _key_of(self, messages: list[Message], temperature: float | None) -> str:
         fields = self._fields(frozenset(), temperature)
-        said = [(m.role, m.content) for m in messages]
-        key = AnswerCache.key({"url": self.base_url, "model": self.model, "fields": fields, "messages": said})
+        pairs = [(m.role, m.content) for m in messages]
+        key = AnswerCache.key({"url": self.base_url, "model": self.model, "fields": fields, "messages": pairs})
         if fields.get("temperature") == 0:
             return key
         self._asked[key] += 1
@@ -195,7 +195,7 @@ class EndpointChatModel:
     async def _ask(
         self, messages: list[Message], on_text: Callable[[str], None] | None, temperature: float | None
     ) -> tuple[Any, dict[str, Any]]:
-        """Return the answer and the request fields that brought it, without those that the endpoint refused."""
+        """Return the answer and the request fields that produced it, without those that the endpoint refused."""
         import openai
 
         refused = frozenset(self._refused)
@@ -215,15 +215,15 @@ class EndpointChatModel:
                     raise
                 refused = more
             else:
-                self._refused |= refused  # only what made the difference once is left out from now on
+                self._refused |= refused  # fields whose removal helped are left out from now on
                 return answer, fields | ({"system": "in the user's message"} if "system" in refused else {})
 
     def _fields(self, refused: frozenset[str], temperature: float | None) -> dict[str, Any]:
         at_openai = not self.base_url or "api.openai.com" in self.base_url
         limits = [] if self.request.keys() & set(LIMITS) else LIMITS[::-1] if at_openai else LIMITS
         limit = {name: self.max_tokens for name in [name for name in limits if name not in refused][:1]}
-        own = {"temperature": self.temperature if temperature is None else temperature} | limit
-        fields = {name: value for name, value in own.items() if name not in refused} | self.request
+        defaults = {"temperature": self.temperature if temperature is None else temperature} | limit
+        fields = {name: value for name, value in defaults.items() if name not in refused} | self.request
         return {name: value for name, value in fields.items() if value is not None}
 
     def _named(self, refusal: str, fields: dict[str, Any], messages: list[Message]) -> set[str]:
@@ -321,12 +321,12 @@ def _read_key(text: str) -> str:
 
 
 def _finish_reason(answer: Any) -> str:
-    """Return why an answer ended; if it has no text, what it has instead."""
-    said = str(answer.response_metadata.get("finish_reason") or "stop").lower()
-    if said in _CUT:
+    """Return the reason that an answer ended; for one without text, the kind of content that it has instead."""
+    reason = str(answer.response_metadata.get("finish_reason") or "stop").lower()
+    if reason in _CUT:
         return "length"
     instead = () if str(answer.text).strip() else answer.additional_kwargs.get("instead", ())
-    return next((what for what in ("refusal", "tool_calls", "reasoning") if what in instead), _filtered(said))
+    return next((what for what in ("refusal", "tool_calls", "reasoning") if what in instead), _filtered(reason))
 
 
 def _filtered(said: str) -> str:
@@ -335,7 +335,7 @@ def _filtered(said: str) -> str:
 
 @cache
 def _client_class() -> Any:
-    """Make langchain's client also note what a message holds instead of text.
+    """Return langchain's client, extended to note what a message holds instead of text.
 
     The client itself drops the fields in which servers give reasoning.
     """
@@ -344,8 +344,8 @@ def _client_class() -> Any:
     class Client(ChatOpenAI):
         def _create_chat_result(self, response: Any, generation_info: Any = None) -> Any:
             result = super()._create_chat_result(response, generation_info)
-            given = response if isinstance(response, dict) else response.model_dump(warnings=False)
-            _note(result.generations[0].message, given["choices"][0]["message"])
+            body = response if isinstance(response, dict) else response.model_dump(warnings=False)
+            _note(result.generations[0].message, body["choices"][0]["message"])
             return result
 
         def _convert_chunk_to_generation_chunk(self, chunk: Any, *arguments: Any) -> Any:
@@ -360,12 +360,12 @@ def _client_class() -> Any:
 def _note(message: Any, given: dict[str, Any]) -> None:
     parts = given.get("content")
     kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)} if isinstance(parts, list) else set()
-    found = {
+    present = {
         "refusal": given.get("refusal") or "refusal" in kinds,
         "tool_calls": given.get("tool_calls") or given.get("function_call"),
         "reasoning": given.get("reasoning_content") or given.get("reasoning") or kinds & {"thinking", "reasoning"},
     }
-    if instead := {what: True for what, there in found.items() if there}:
+    if instead := {what: True for what, there in present.items() if there}:
         message.additional_kwargs["instead"] = instead
 
 
@@ -373,13 +373,13 @@ async def _stream(
     chat: Any, prompt: list[tuple[str, str]], fields: dict[str, Any], on_text: Callable[[str], None]
 ) -> Any:
     """Return the answer after passing its pieces to `on_text`; stop at `MAX_CHARS` characters."""
-    answer, left, pieces = None, MAX_CHARS, CleanPieces()
+    answer, remaining, pieces = None, MAX_CHARS, CleanPieces()
     async for chunk in chat.astream(prompt, extra_body=fields):
-        if piece := pieces.add(str(chunk.text)[: max(left, 0)]):
+        if piece := pieces.add(str(chunk.text)[: max(remaining, 0)]):
             on_text(piece)
-        left -= len(str(chunk.text))
+        remaining -= len(str(chunk.text))
         answer = chunk if answer is None else answer + chunk
-        if left < 0:
+        if remaining < 0:
             break
     if piece := pieces.end():
         on_text(piece)
@@ -387,7 +387,7 @@ async def _stream(
 
 
 async def _closed_at_the_end(client: Any) -> AsyncIterator[None]:
-    """Closes a client when its event loop ends, which is when the loop ends the generators that were begun on it."""
+    """Close a client when its event loop ends, because the loop then ends the generators that were begun on it."""
     try:
         yield
     finally:

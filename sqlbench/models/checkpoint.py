@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as a folder: whether it is complete, and which prompts it was trained on."""
+"""Hugging Face checkpoint folders: their completeness, and the prompts that they were trained on."""
 
 from __future__ import annotations
 

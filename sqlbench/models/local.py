@@ -26,7 +26,7 @@ from verl_cpu.engine import EngineError, Generation, GenerationRequest, LocalEng
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    """Tokenize a chat prompt, generation prompt included: the one way in which sqlbench does it.
+    """Tokenize a chat prompt, including the generation prompt; all of sqlbench uses this function.
 
     Neighbouring messages are joined where the chat template asks for it (`joined_roles`).
     """
@@ -91,8 +91,8 @@ def check_chat_template(path: str | Path) -> None:
 class LocalChatModel:
     """A checkpoint of this machine as a `sqlbench.interfaces.Model`.
 
-    Its samples depend on the seed, the prompt and how often it was asked that prompt, so that an evaluation repeats
-    with any number of concurrent rollouts.
+    Its samples depend on the seed, the prompt and how often it was asked that prompt, so that an evaluation is
+    reproducible with any number of concurrent rollouts.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, or its chat template cannot be used.
@@ -116,7 +116,7 @@ class LocalChatModel:
         self.temperature = temperature
         self.max_tokens = max_tokens
         try:
-            # The embedded policy is so small that it gains nothing, and its published results are of float32.
+            # The embedded policy is too small to gain anything, and its published results are of float32.
             frozen = self.family != "nano"
             engine = LocalEngine(path, device, threads=threads, max_model_len=max_model_len, frozen=frozen)
         except EngineError as error:
@@ -185,7 +185,7 @@ class TextPieces:
         self.loop.call_soon_threadsafe(self.add, number, token_id)
 
     def add(self, number: int, token_id: int) -> None:
-        """Take in one token; `number` says which, for a batch that failed is generated once more from its start."""
+        """Add the token at index `number`, which repeats when a failed batch is generated again from its start."""
         self.ids[number:] = [token_id]
         text = clean(self.tokenizer.decode(self.ids, skip_special_tokens=True))
         if not text.endswith("\ufffd"):
@@ -199,7 +199,7 @@ class TextPieces:
 
 
 def completion(tokenizer: Any, prompt_ids: list[int], generation: Generation, seconds: float) -> Completion:
-    """Record one answer, as the agent sees it."""
+    """Return the record of one answer, as the agent sees it."""
     return Completion(
         text=tokenizer.decode(generation.token_ids, skip_special_tokens=True),
         prompt_ids=prompt_ids,

@@ -20,7 +20,7 @@ def export_policy(run: str | Path, start: str | Path | None = None) -> Path:
 
     Args:
         run: run folder.
-        start: that policy; as the run's configuration names it by default.
+        start: the policy that training started from; by default the one that the run's configuration names.
 
     Raises:
         TrainingError: the run has no checkpoint yet, or the policy it started from is gone.
@@ -95,11 +95,11 @@ def drop_others(run: str | Path, done: int, keep: int | None) -> None:
     verl forgets the checkpoints of earlier attempts, and one that a kill cut short.
     """
     saved = sorted((Path(run) / "checkpoints").glob("global_step_*"), key=_step_of)
-    whole = [folder for folder in saved if _step_of(folder) <= done]
-    for folder in saved[len(whole) :] + (whole[:-keep] if keep else []):
+    complete = [folder for folder in saved if _step_of(folder) <= done]
+    for folder in saved[len(complete) :] + (complete[:-keep] if keep else []):
         shutil.rmtree(folder)
 
 
 def _step_of(checkpoint: Path) -> int:
-    found = re.fullmatch(r"global_step_(\d+)", checkpoint.name)
-    return int(found[1]) if found else -1
+    match = re.fullmatch(r"global_step_(\d+)", checkpoint.name)
+    return int(match[1]) if match else -1

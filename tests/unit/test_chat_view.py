@@ -806,6 +806,26 @@ def test_what_a_browser_asks_at_once_has_to_fit_into_its_hour(tmp_path: Path, mo
     spend(tmp_path, 1, 10)
 
 
+def test_a_card_that_is_no_longer_shown_is_closed(tmp_path: Path, shop: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sqlbench_chat.view.SHOWN_CARDS", 2)
+
+    async def steps(view: ChatView) -> None:
+        view.connect(str(shop))
+        await view.wait()
+        counts = []
+        for i in range(5):
+            card = await ask(view, f"Who? {i}")
+            card.judge(False, "not this")
+            await view.wait()
+            counts.append(len(ipywidgets.widgets.widget._instances))
+        assert counts[1] < counts[2] + 60 and counts[2:] == counts[2:3] * 3, counts
+        view.conversations.turn_to("")
+        await view.wait()
+        assert len(ipywidgets.widgets.widget._instances) < counts[0]
+
+    drive(tmp_path, steps)
+
+
 def test_a_page_that_opens_is_sent_what_it_may_have_missed(tmp_path: Path, shop: Path, monkeypatch) -> None:
     sent: list[Any] = []
 
