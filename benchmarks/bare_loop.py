@@ -1,4 +1,4 @@
-"""The work of a laptop training's steps without verl and Ray: what `benchmarks/training.py` compares with.
+"""The work of a laptop training's steps without verl and Ray, for the comparison in `benchmarks/training.py`.
 
 One process and one loop over the tasks that a run has had, with the same engine, agent, seeds, advantage, clipped loss,
 micro-batches and optimizer.
@@ -67,7 +67,7 @@ class Policy:
 
 
 def measure_bare(folder: Path, steps: int) -> dict[str, Any]:
-    """Do a run's first steps again without verl; means over all but the first."""
+    """Repeat a run's first steps without verl; return means over all but the first."""
     config = RunFolder(folder).config()["config"]
     section = config["actor_rollout_ref"]
     optim = section["actor"]["optim"]
@@ -104,7 +104,7 @@ def measure_bare(folder: Path, steps: int) -> dict[str, Any]:
 
 
 async def rollouts(config: dict, batch: list[Trajectory], batched: Any) -> list[Trajectory]:
-    """The rollouts of one step, anew."""
+    """Sample the rollouts of one step again."""
     settings, dataset = config["sqlbench"], DataSet(config["sqlbench"]["data"])
     tasks = {task.key: task for task in dataset.load("train")}
     limits = RolloutConfig(**{k: settings[k] for k in ("max_turns", "table_info_truncate", "execution_truncate")})
@@ -120,14 +120,14 @@ async def rollouts(config: dict, batch: list[Trajectory], batched: Any) -> list[
 
 
 def agreement(ours: list[Trajectory], theirs: list[Trajectory]) -> float:
-    """Share of rollouts that consist of the same tokens."""
+    """Return the share of rollouts that consist of the same tokens."""
     pairs = zip(ours, theirs, strict=True)
     ids = [[[t.completion.response_ids for t in record.transitions] for record in pair] for pair in pairs]
     return sum(a == b for a, b in ids) / len(ids)
 
 
 def trained_rows(records: list[Trajectory], trained: str) -> list[tuple[Completion, float]]:
-    """The trained answers of groups that can teach something, each with its rollout's advantage."""
+    """Return the trained answers of groups that can teach something, each with its rollout's advantage."""
     groups: dict[str, list[Trajectory]] = defaultdict(list)
     for record in records:
         if record.reward is not None:
@@ -144,13 +144,13 @@ def trained_rows(records: list[Trajectory], trained: str) -> list[tuple[Completi
 
 
 def trained_tokens(records: list[Trajectory], trained: str) -> int:
-    """Sampled tokens of all trained answers, those without advantage included: what the loss is a mean over."""
+    """Count the sampled tokens of all trained answers, also without advantage: the loss is a mean over them."""
     scored = [record for record in records if record.reward is not None]
     return sum(len(t.completion.response_ids or ()) for record in scored for t in trained_transitions(record, trained))
 
 
 def update(policy: Any, optimizer: Any, rows: list[tuple[Completion, float]], total: int, section: dict) -> None:
-    """One step on the clipped loss, all tokens weighed alike: a mean over `total` tokens."""
+    """Take one step on the clipped loss with equal token weights: a mean over `total` tokens."""
     actor, size = section["actor"], section["actor"]["ppo_micro_batch_size_per_gpu"]
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]

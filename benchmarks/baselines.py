@@ -1,4 +1,4 @@
-"""What RL has to beat: trains and measures baselines and controls beside GRPO, with equal numbers of rollouts.
+"""Trains and measures baselines and controls for RL beside GRPO, with equal numbers of rollouts.
 
     python benchmarks/baselines.py --out DIR [--data DATA_SET] [--seeds N] [--turns N] [--only ARM ...]
 
@@ -13,7 +13,7 @@ Every arm but ``dynamic`` starts from nano and sees at most ``steps x 16 x 8`` r
 
 Each policy is measured greedily on the headline split and on unseen schemas in the wording of pretraining, and by
 eight samples at temperature 1 (``--samples``, first seed only): avg@8, pass@8, a majority vote and the first query that
-runs. That of ``before`` says what nano gives without training at the same calls. Everything is written below DIR as it
+runs. Samples of ``before`` show nano without training at as many calls. Everything is written below DIR as it
 is measured, and the same command resumes.
 """
 
@@ -56,13 +56,13 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 
 class Bench:
-    """Where the arms run, and with what."""
+    """Runs the arms with one set of options."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, options.out
 
     def policy(self, arm: str, seed: int) -> str:
-        """Train an arm where that was not done yet, and return its policy."""
+        """Train an arm unless that is done, and return its policy."""
         options = self.options
         run = f"{arm}-s{seed}"
         root = self.out / "laptop" / run
@@ -75,12 +75,12 @@ class Bench:
             place = {"steps": rollouts // 32, "batch_size": 32, "seed": seed, "results": self.out}
             return str(sft(options.data, run, lr=options.sft_lr, **place))
         if arm == "rejection":
-            own = f"{run}-rollouts"
-            if not RunFolder(self.out / "laptop" / own).finished:
+            source = f"{run}-rollouts"
+            if not RunFolder(self.out / "laptop" / source).finished:
                 self.evaluate(
-                    own, "nano", "train", samples=GROUP, temperature=1.0, seed=seed, limit=options.steps * TASKS
+                    source, "nano", "train", samples=GROUP, temperature=1.0, seed=seed, limit=options.steps * TASKS
                 )
-            place = {"source": self.out / "laptop" / own, "steps": rollouts // 32, "seed": seed, "results": self.out}
+            place = {"source": self.out / "laptop" / source, "steps": rollouts // 32, "seed": seed, "results": self.out}
             return str(sft(options.data, run, lr=options.sft_lr, **place))
         steps = [f"trainer.total_training_steps={options.steps}", f"sqlbench.max_turns={options.turns}"]
         quiet = ["trainer.test_freq=-1", "trainer.val_before_train=False", f"sqlbench.seed={seed}"]
@@ -89,7 +89,7 @@ class Bench:
         )
 
     def evaluate(self, run: str, model: str, split: str, **settings: Any) -> Summary:
-        """Evaluate a policy, or read what was found when that was done."""
+        """Evaluate a policy, or read the summary if that is done."""
         root = self.out / "laptop" / run
         if RunFolder(root).finished:
             return Summary(**RunFolder(root).summary())
@@ -98,29 +98,29 @@ class Bench:
         )
 
     def measure(self, arm: str, seed: int) -> dict[str, Any]:
-        """Everything about one policy."""
+        """Measure everything about one policy."""
         model = self.policy(arm, seed)
         run = f"{arm}-s{seed}"
         headline = self.evaluate(f"{run}-headline", model, "headline")
-        found: dict[str, Any] = {"arm": arm, "seed": seed, "ex": headline.score.ex}
-        found["trained_wording"] = mean(s.ex or 0.0 for name, s in headline.by_phrasing.items() if name in "BC")
-        found["other_wording"] = mean(s.ex or 0.0 for name, s in headline.by_phrasing.items() if name not in "BC")
-        found["pretrained_wording"] = self.evaluate(f"{run}-learned", model, LEARNED).score.ex
+        result: dict[str, Any] = {"arm": arm, "seed": seed, "ex": headline.score.ex}
+        result["trained_wording"] = mean(s.ex or 0.0 for name, s in headline.by_phrasing.items() if name in "BC")
+        result["other_wording"] = mean(s.ex or 0.0 for name, s in headline.by_phrasing.items() if name not in "BC")
+        result["pretrained_wording"] = self.evaluate(f"{run}-learned", model, LEARNED).score.ex
         rows = [row["data"] for row in RunFolder(self.out / "laptop" / run).metrics()] if arm != "before" else []
         steps = [row for row in rows if "sqlbench/seconds" in row]
         if steps:
-            asked = [row.get("sqlbench/tasks_sampled", TASKS) * GROUP for row in steps]
-            found |= {"rollouts": sum(asked), "seconds": sum(row["sqlbench/seconds"] for row in steps)}
-            found["zero_variance"] = mean(row["sqlbench/zero_variance_groups"] for row in steps)
+            sampled = [row.get("sqlbench/tasks_sampled", TASKS) * GROUP for row in steps]
+            result |= {"rollouts": sum(sampled), "seconds": sum(row["sqlbench/seconds"] for row in steps)}
+            result["zero_variance"] = mean(row["sqlbench/zero_variance_groups"] for row in steps)
         if seed == 1 and self.options.samples:
             several = self.evaluate(f"{run}-samples", model, "headline", samples=GROUP, temperature=1.0)
             assert several.samples is not None
-            found |= {name: estimate.value for name, estimate in several.samples.by_turn[-1].items()}
-        return found
+            result |= {name: estimate.value for name, estimate in several.samples.by_turn[-1].items()}
+        return result
 
 
 def table(found: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each arm: means over the seeds, and what each seed gave."""
+    """Return one row per arm: means over the seeds, and the EX of each seed."""
     rows = []
     before = next((one["ex"] for one in found if one["arm"] == "before"), None)
     for arm in ARMS:
@@ -153,7 +153,7 @@ def table(found: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def percent(share: float | None) -> str:
-    """A share as percent, empty where it was not measured."""
+    """Format a share as percent; empty if it was not measured."""
     return "" if share is None else f"{100 * share:.1f}"
 
 
@@ -180,10 +180,10 @@ def main() -> None:
                 one = bench.measure(arm, seed)
             except SqlbenchError as error:
                 sys.exit(f"error: {arm}, seed {seed}: {error}")
-            found = json.loads(file.read_text()) if file.is_file() else []
-            found = [row for row in found if (row["arm"], row["seed"]) != (arm, seed)] + [one]
-            file.write_text(json.dumps(found, indent=1) + "\n")
-            write_table(table(found), options.out, "baselines")
+            results = json.loads(file.read_text()) if file.is_file() else []
+            results = [row for row in results if (row["arm"], row["seed"]) != (arm, seed)] + [one]
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            write_table(table(results), options.out, "baselines")
             print(one, flush=True)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/compact_run.py RUN OUT [--data data/spider] [--model NAME] [--sample 40]
 
-It leaves in OUT:
+It writes into OUT:
 
 - ``config.json``, ``metrics.jsonl`` and ``summary.json`` as they are, with ``data/NAME`` for the place of the data, and
   ``--model`` for that of the model;
@@ -11,8 +11,8 @@ It leaves in OUT:
 - ``training.jsonl``: a line for each step, with counts over its training rollouts;
 - ``trajectories.jsonl``: some whole rollouts, without the ids of their prompts, for the inspector.
 
-Whether a query before the last one was right is found by running it again, so it needs ``--data``. Without it this is
-known only of queries that are the same as the last one.
+Queries before the last one are judged by running them again, which needs ``--data``. Without it, only those that are
+the same as the last one have a verdict.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Right = Callable[[dict[str, Any], str], bool | None]
 
 
 def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rollouts of a ``trajectories.jsonl`` with the place where each begins; a torn last line is dropped."""
+    """Yield the rollouts of a ``trajectories.jsonl`` with the offset of each; a torn last line is dropped."""
     offset = 0
     with path.open("rb") as file:
         for line in file:
@@ -47,13 +47,13 @@ def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def matched(record: dict[str, Any]) -> bool | None:
-    """Whether a rollout's last query was right; None where it has no verdict."""
+    """Return whether a rollout's last query was right; None if it has no verdict."""
     verdict = record["reward"] if record.get("match") is None else record["match"]
     return None if verdict is None else verdict == 1
 
 
 def judge(data: Path) -> Right:
-    """What tells whether a query of a rollout is right, by running it on the databases of a data set."""
+    """Return a judge of the queries of a rollout, which runs them on the databases of a data set."""
     from sqlbench.data.tasks import open_dataset
     from sqlbench.database.engine import cached_database
     from sqlbench.reward import score
@@ -61,20 +61,20 @@ def judge(data: Path) -> Right:
     dataset = open_dataset(data)
 
     def right(record: dict[str, Any], sql: str) -> bool | None:
-        found = score(record["gold"], sql, cached_database(dataset.database(record["db_id"]))).match
-        return None if found is None else found == 1
+        verdict = score(record["gold"], sql, cached_database(dataset.database(record["db_id"]))).match
+        return None if verdict is None else verdict == 1
 
     return right
 
 
 def compacted(record: dict[str, Any], right: Right | None) -> dict[str, Any]:
-    """What is kept of a validation rollout."""
+    """Return the small form of a validation rollout."""
     final = matched(record)
     queries = []
     for execution in record["executions"]:
         judged = execution["sql"] == record["pred"] and record["reason"] != OVERLONG
-        known = final if judged else right(record, execution["sql"]) if right else None
-        queries.append({"sql": execution["sql"], "status": execution["status"], "right": known})
+        verdict = final if judged else right(record, execution["sql"]) if right else None
+        queries.append({"sql": execution["sql"], "status": execution["status"], "right": verdict})
     calls = []
     for transition in record["transitions"]:
         answer = transition["completion"]
@@ -84,12 +84,12 @@ def compacted(record: dict[str, Any], right: Right | None) -> dict[str, Any]:
         if transition["agent"] == "check":
             call |= {"turn": transition["turn"], "correct": parse_verdict(answer["text"])}
         calls.append(call)
-    kept = {key: record[key] for key in ("step", "task_key", "task_id", "hardness", "reason", "error")}
-    return kept | {"right": final, "queries": queries, "calls": calls}
+    fields = {key: record[key] for key in ("step", "task_key", "task_id", "hardness", "reason", "error")}
+    return fields | {"right": final, "queries": queries, "calls": calls}
 
 
 def count(record: dict[str, Any]) -> Counter[str]:
-    """What is counted of a training rollout."""
+    """Return the counts of a training rollout."""
     executions, answers = record["executions"], record["transitions"]
     checks = [t["completion"]["text"] for t in answers if t["agent"] == "check"]
     return Counter(
@@ -107,19 +107,19 @@ def count(record: dict[str, Any]) -> Counter[str]:
 
 
 def chosen(index: list[tuple[int, bool, str, int, bool | None]], size: int) -> list[int]:
-    """Where the rollouts of the sample begin, in the order of the file.
+    """Return the offsets of the rollouts of the sample, in the order of the file.
 
     Half are the same validation tasks at the first and the last validation, half whole groups of the first and the last
     training step, first those whose rewards differ. Tasks come in the order of their keys, which are hashes.
 
     Args:
-        index: step, whether it is validation, task, place and verdict of each rollout.
-        size: how many rollouts.
+        index: step, validation flag, task, offset and verdict of each rollout.
+        size: number of rollouts.
     """
     groups: dict[tuple[bool, int, str], list[tuple[int, bool | None]]] = defaultdict(list)
     for step, validation, task, offset, verdict in index:
         groups[validation, step, task].append((offset, verdict))
-    found: list[int] = []
+    sample: list[int] = []
     for validation, room in ((True, size // 2), (False, size - size // 2)):
         steps = sorted({step for part, step, _ in groups if part == validation})
         ends = steps if len(steps) < 2 else [steps[0], steps[-1]]
@@ -132,21 +132,21 @@ def chosen(index: list[tuple[int, bool, str, int, bool | None]], size: int) -> l
             free = room // len(ends)
             for *_, offsets in ordered:
                 if len(offsets) <= free:
-                    found += offsets
+                    sample += offsets
                     free -= len(offsets)
-    return sorted(found)
+    return sorted(sample)
 
 
 def compact(run: Path, out: Path, data: Path | None = None, model: str | None = None, size: int = 40) -> dict[str, int]:
-    """Write the small form of a run folder, and return how many rollouts it was made from."""
+    """Write the small form of a run folder, and return the numbers of rollouts that it was made from."""
     out.mkdir(parents=True, exist_ok=True)
     right, index = judge(data) if data else None, []
-    whole = {json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()}
+    logged_steps = {json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()}
     training: dict[int, Counter[str]] = defaultdict(Counter)
     with gzip.GzipFile(out / VALIDATION, "wb", mtime=0) as file:
         for offset, record in records(run / "trajectories.jsonl"):
             step = record["step"] or 0
-            if step not in whole:  # the training was stopped within it
+            if step not in logged_steps:  # the training was stopped within it
                 continue
             index.append((step, record["validation"], record["task_key"], offset, matched(record)))
             if record["validation"]:
@@ -171,7 +171,7 @@ def compact(run: Path, out: Path, data: Path | None = None, model: str | None = 
     for folder, name in ((settings["data"], f"data/{Path(settings['data']).name}"), (settings["model"], model)):
         config = config.replace(json.dumps(folder)[1:-1], name) if name else config
     (out / "config.json").write_text(config, encoding="utf-8")
-    for name in ("metrics.jsonl", "summary.json"):  # the second is there when the training ended by itself
+    for name in ("metrics.jsonl", "summary.json"):  # the second exists if the training ended by itself
         if (run / name).is_file():
             (out / name).write_bytes((run / name).read_bytes())
     validated = sum(validation for _, validation, *_ in index)
@@ -190,9 +190,9 @@ def main() -> None:
     for name in ("config.json", "metrics.jsonl", "trajectories.jsonl"):
         if not (options.run / name).is_file():
             parser.error(f"{options.run} has no {name}; name the run folder of a training")
-    made = compact(options.run, options.out, options.data, options.model, options.sample)
+    totals = compact(options.run, options.out, options.data, options.model, options.sample)
     size = sum(file.stat().st_size for file in options.out.iterdir())
-    rollouts = f"{made['validation']} validation and {made['training']} training rollouts"
+    rollouts = f"{totals['validation']} validation and {totals['training']} training rollouts"
     print(f"{rollouts}: {size / 1e6:.2f} MB in {options.out}")
 
 

@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--max-turns", type=int, default=1)
     parser.add_argument("--run", default="chinook")
     parser.add_argument("--results", type=Path, default=Path("results"))
-    given = parser.parse_args()
-    evaluate(**vars(given), split="dev", table_info_truncate=LARGE, concurrency=1)
-    found = table(RunFolder(given.results / "laptop" / given.run).trajectories())
-    print(markdown(found.replace(r"\|", r"\|", regex=True)))
-    print(f"{(found.verdict == 'right').sum()} of {len(found)} right")
+    options = parser.parse_args()
+    evaluate(**vars(options), split="dev", table_info_truncate=LARGE, concurrency=1)
+    frame = table(RunFolder(options.results / "laptop" / options.run).trajectories())
+    print(markdown(frame.replace(r"\|", r"\|", regex=True)))
+    print(f"{(frame.verdict == 'right').sum()} of {len(frame)} right")
 
 
 if __name__ == "__main__":

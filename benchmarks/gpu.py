@@ -1,4 +1,4 @@
-"""Measures trainings on a GPU: what a step takes, what it is made of, and how much of the GPU's memory it uses.
+"""Measures trainings on a GPU: the time of a step, its parts, and the GPU memory that it uses.
 
     python benchmarks/gpu.py --out DIR [--part a b c] [--data data/pocket] [--model FOLDER] [--steps N] [--minutes M]
                              [key=value ...]
@@ -12,13 +12,13 @@ Every measurement is one ``sqlbench train``. It leaves ``DIR/<measurement>.json`
 - ``b``: *vllm-model*, the GPU profile on the checkpoint of ``--model``; left out without it.
 - ``a``: *local*, the laptop profile on the GPU: nano and our own engine.
 - ``b``: *vllm-nano*, the GPU profile on nano.
-- ``c``: *grown*, a nano of 15M parameters, trained from nothing on the GPU for ``--pretrain`` minutes and then improved
+- ``c``: *grown*, a nano of 15M parameters, trained from scratch on the GPU for ``--pretrain`` minutes and then improved
   by GRPO; accuracy is that of the trainer's own validation, before the first step and after the last.
 
-``--minutes`` bounds all of it: when they are over, the training that runs is interrupted, and what it has measured
-counts. A measurement that has its JSON is not made again, so the same command resumes with the next one.
+``--minutes`` bounds all of it: when they are over, the running training is interrupted, and its steps so far count.
+A measurement that has its JSON is not made again, so the same command resumes with the next one.
 
-The first step (it compares probabilities) is left out of the times, and the last of a training that ended by itself
+The times leave out the first step (it compares probabilities) and the last step of a training that ended by itself
 (it saves). The GPU's peak is that of all processes on it; vLLM takes a fixed share whatever it needs, so the trainer's
 own peak stands beside it. Nothing is downloaded. ``--device cpu`` rehearses it all on tiny models, ``b`` only where
 vLLM's CPU build is installed.
@@ -62,7 +62,7 @@ TINY_SHAPE = SHAPE | {
 }  # fmt: skip
 CONTEXT = 32768
 STOP_SECONDS = 20
-"""How long an interrupted training may take to end; it is interrupted that much before the time is over."""
+"""Time for an interrupted training to end in; it is interrupted that much before the time is over."""
 PARTS = {
     "rollout": "timing_s/gen",
     "log-prob": "timing_s/old_log_prob",
@@ -123,16 +123,16 @@ MEASUREMENTS = {
     ),
     "grown": Measurement("c", "a larger nano, trained here, our own engine", "laptop", 40),
 }
-"""In the order in which they are made: the most valuable one first."""
+"""Measurements in the order in which they are made: the most valuable one first."""
 PUBLISHED = {"vllm-random": "qwen-1.5b"}
-"""The row of the seed experiment whose time a step stands beside a measurement."""
+"""Row of the seed experiment whose time per step is shown beside a measurement."""
 
 
 # ---- models
 
 
 def policy(name: str, options: argparse.Namespace, minutes: float) -> Path:
-    """What a measurement starts from; made where it is missing. Its note ``sqlbench.json`` is written last."""
+    """Return the checkpoint to start from; make it if it is missing. Its note ``sqlbench.json`` is written last."""
     if name in ("local", "vllm-nano"):
         return NANO_PATH
     if name == "vllm-model":
@@ -160,16 +160,16 @@ def random_checkpoint(out: Path, shape: dict[str, Any], tokenizer: Path | None =
             shutil.copy(file, out)
     if tokenizer is None:
         fill_vocabulary(out, shape["vocab_size"])
-    known = AutoTokenizer.from_pretrained(out)
+    loaded = AutoTokenizer.from_pretrained(out)
     config = AutoConfig.for_model(
         **shape
-        | {"vocab_size": max(shape["vocab_size"], len(known))},  # a tiny shape with the tokenizer of a large one
+        | {"vocab_size": max(shape["vocab_size"], len(loaded))},  # a tiny shape with the tokenizer of a large one
         max_position_embeddings=CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         rms_norm_eps=1e-6,
         bos_token_id=None,
-        eos_token_id=known.eos_token_id,
-        pad_token_id=known.pad_token_id,
+        eos_token_id=loaded.eos_token_id,
+        pad_token_id=loaded.pad_token_id,
     )
     torch.manual_seed(0)
     with torch.device(device):  # drawing 1.5 billion numbers takes a CPU a minute
@@ -186,10 +186,10 @@ def fill_vocabulary(folder: Path, size: int) -> None:
     """Add words of four letters, so that every id stands for some text."""
     path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     content = json.loads(path.read_text())
-    known = content["model"]["vocab"]
+    vocabulary = content["model"]["vocab"]
     words = ("\u0120" + "".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
-    new = (word for word in words if word not in known)
-    known |= {next(new): number for number in range(len(known), size)}
+    new = (word for word in words if word not in vocabulary)
+    vocabulary |= {next(new): number for number in range(len(vocabulary), size)}
     path.write_text(json.dumps(content, ensure_ascii=False))
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": CONTEXT}, indent=1))
 
@@ -198,14 +198,14 @@ def fill_vocabulary(folder: Path, size: int) -> None:
 
 
 class Memory(threading.Thread):
-    """Follows how much of the GPU's memory is in use, by all processes."""
+    """Follows the GPU memory that all processes use."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.ended, self.peak = threading.Event(), 0
 
     def run(self) -> None:
-        """Look five times a second, until `ended` is set."""
+        """Poll five times per second until `ended` is set."""
         import torch
 
         while not self.ended.wait(0.2):
@@ -214,7 +214,7 @@ class Memory(threading.Thread):
 
 
 def settings(name: str, options: argparse.Namespace) -> tuple[str, list[str]]:
-    """Profile and overrides of a measurement."""
+    """Return the profile and overrides of a measurement."""
     one = MEASUREMENTS[name]
     steps = options.steps or one.steps
     every = [f"trainer.{key}={steps}" for key in ("total_training_steps", "save_freq", "test_freq")]
@@ -225,7 +225,7 @@ def settings(name: str, options: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def log_of(name: str, options: argparse.Namespace) -> Path:
-    """Where the output of a measurement's training goes."""
+    """Return the file for the output of a measurement's training."""
     return options.out / "logs" / f"{name}.log"
 
 
@@ -233,7 +233,7 @@ def follow(command: list[str], run: Path, deadline: float, log: Path) -> float |
     """Run a training until it ends or the time is over; return the seconds to its first metrics, None without any.
 
     Raises:
-        TrainingError: it ended by itself and badly.
+        TrainingError: it failed by itself.
     """
     started, first = time.monotonic(), None
     before = (run / METRICS).stat().st_mtime_ns if (run / METRICS).is_file() else 0
@@ -266,7 +266,7 @@ def follow(command: list[str], run: Path, deadline: float, log: Path) -> float |
 
 
 def measure(name: str, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Train until the time is over at the latest, and sum up.
+    """Train until the time is over at the latest, and summarize.
 
     Raises:
         SqlbenchError: it cannot be trained, or made no second step in its time.
@@ -307,7 +307,7 @@ def measure(name: str, options: argparse.Namespace, deadline: float) -> dict[str
 
 
 def published(name: str) -> dict[str, float] | None:
-    """Seconds per step, and prompt tokens, of the seed experiment's row that a measurement is like."""
+    """Return seconds per step and prompt tokens of the seed experiment's row for a measurement; None without one."""
     if name not in PUBLISHED:
         return None
     with SEED_FIGURES.open(newline="") as file:
@@ -316,14 +316,14 @@ def published(name: str) -> dict[str, float] | None:
 
 
 def measured(run: Path) -> list[dict[str, float]]:
-    """Metrics of a run's steps without the first, and without the last where the training ended by itself."""
+    """Return the metrics of a run's steps without the first, and the last if the training ended by itself."""
     rows, folder = read_rows(run / METRICS), RunFolder(run)
-    kept = [s for s in sorted(rows) if s > 1 and not (folder.finished and s == max(rows))]
-    return [rows[step] for step in kept if "timing_s/step" in rows[step]]
+    steps = [s for s in sorted(rows) if s > 1 and not (folder.finished and s == max(rows))]
+    return [rows[step] for step in steps if "timing_s/step" in rows[step]]
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """What a run's metrics say about its `measured` steps."""
+    """Summarize the metrics of a run's `measured` steps."""
     config, rows, middle = RunFolder(run).config()["config"], read_rows(run / METRICS), measured(run)
 
     def mean(key: str) -> float:
@@ -364,13 +364,13 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 def records(out: Path) -> list[dict[str, Any]]:
-    """All that has been measured, in the order of the measurements."""
+    """Return all results so far, in the order of the measurements."""
     files = [out / f"{name}.json" for name in MEASUREMENTS]
     return [json.loads(file.read_text()) for file in files if file.is_file()]
 
 
 def table(made: list[dict[str, Any]]) -> str:
-    """All that was measured, as Markdown."""
+    """Format all results as Markdown."""
     head = ["trained", "parameters", "batch", "a step, s", "median", *(f"{part}, %" for part in (*PARTS, "other"))]
     head += ["rows updated", "no variance", "answers cut", "prompt", "response", "transitions"]
     head += ["sampled tokens/s", "updated tokens/s", "GPU, GB", "trainer, GB", "start, s"]
@@ -401,7 +401,7 @@ def table(made: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure and print; what fails is said in one line, and the rest still runs."""
+    """Measure and print; report a failure in one line and run the rest."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results, models and run folders")
     parser.add_argument("--part", nargs="+", choices="abc", default="abc")
@@ -439,8 +439,8 @@ def main() -> None:
         if result.is_file():
             print(f"{name}: measured before, in {result}", flush=True)
             continue
-        known = records(options.out)
-        start = max((record["startup_seconds"] for record in known), default=STOP_SECONDS)
+        results = records(options.out)
+        start = max((record["startup_seconds"] for record in results), default=STOP_SECONDS)
         if deadline - time.monotonic() < start + 2 * STOP_SECONDS:
             print(f"{name}: too little time is left; give the same command again", file=sys.stderr, flush=True)
             failed = True

@@ -45,7 +45,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as it is read."""
+    """A run read from its folder."""
 
     name: str
     config: dict[str, Any]
@@ -56,12 +56,12 @@ class Run:
 
     @property
     def model(self) -> str:
-        """What was trained, without the owner's name."""
+        """Name of the trained model, without the owner's name."""
         return Path(self.config["sqlbench"]["model"]).name
 
     @property
     def settings(self) -> str:
-        """How it was trained, where runs differ: what is not usual is named."""
+        """Settings in which runs differ; unusual ones are named."""
         ours = self.config["sqlbench"]
         usual = {"sampling": "uniform", "credit": "rollout", "max_turns": 3, "control": None}
         usual |= {"random_reward": False}  # the older name
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def batch(self) -> str:
-        """Tasks and rollouts of each."""
+        """Tasks per step and rollouts per task."""
         return f"{self.config['data']['train_batch_size']} x {self.config['actor_rollout_ref']['rollout']['n']}"
 
 
@@ -91,7 +91,7 @@ def read_run(folder: Path, root: Path) -> Run:
 
 
 def read_runs(root: Path) -> list[Run]:
-    """All runs in a folder, those that were validated first."""
+    """Read all runs in a folder, those with validations first."""
     folders = sorted(path.parent for path in root.glob(f"*/{METRICS}") if (path.parent / CONFIG).is_file())
     return sorted((read_run(folder, root) for folder in folders), key=lambda run: not run.validations)
 
@@ -100,12 +100,12 @@ def read_runs(root: Path) -> list[Run]:
 
 
 def share(values: Sequence[bool]) -> float:
-    """Percent that are true; not a number where there are none."""
+    """Return the percentage of true values; not a number without any values."""
     return 100 * sum(values) / len(values) if values else float("nan")
 
 
 def side(records: list[dict[str, Any]]) -> EvalStats:
-    """The outcome of every task, for a comparison task by task."""
+    """Return the outcome of every task, for a comparison task by task."""
     ordered = sorted(records, key=lambda r: (r["task_key"], r["task_id"]))
     calls = [call for r in records for call in r["calls"]]
     return EvalStats(
@@ -118,38 +118,38 @@ def side(records: list[dict[str, Any]]) -> EvalStats:
 
 @dataclass(frozen=True)
 class Loop:
-    """What the agent's loop did in one validation; shares are in percent."""
+    """Statistics of the agent's loop in one validation; shares are in percent."""
 
     first: float
     """EX of the first queries, where it is known."""
     last: float
     """EX of the same rollouts' last queries."""
     compared: int
-    """Rollouts of which both are known."""
+    """Number of rollouts for which both are known."""
     fixed: int
     spoiled: int
     unknown: int
-    """Rewrites of which it is not known whether both queries were right."""
+    """Number of rewrites without a verdict on both queries."""
     repeated: int
     rewrites: int
     said_incorrect: float
-    """Of the checks, how many called the query incorrect."""
+    """Share of checks that called the query incorrect."""
     balanced: float
     """Balanced accuracy of the checks: 50 is that of a coin, and of one verdict for all."""
     calls: float
     """Model calls per rollout."""
     cut: float
-    """Of the answers, how many ran into the token limit."""
+    """Share of answers that ran into the token limit."""
     broken: float
-    """Of the last queries, how many did not run."""
+    """Share of last queries that did not run."""
 
 
 def loop(records: list[dict[str, Any]]) -> Loop:
-    """Sum up a validation."""
+    """Summarize a validation."""
     scored = [r for r in records if r["right"] is not None]
     followed = [r for r in scored if r["queries"]]
     steps = [pair for r in followed for pair in pairwise(r["queries"])]
-    known = [(a["right"], b["right"]) for a, b in steps if None not in (a["right"], b["right"])]
+    verdicts = [(a["right"], b["right"]) for a, b in steps if None not in (a["right"], b["right"])]
     calls = [call for r in scored for call in r["calls"]]
     checks = [
         (call["correct"], r["queries"][call["turn"] - 1]["right"] if r["queries"] else None)
@@ -157,18 +157,18 @@ def loop(records: list[dict[str, Any]]) -> Loop:
         for call in r["calls"]
         if call["agent"] == "check"
     ]
-    right, wrong = ([said == truth for said, truth in checks if truth is which] for which in (True, False))
+    right, wrong = ([answer == truth for answer, truth in checks if truth is which] for which in (True, False))
     ends = [(r["queries"][0]["right"], r["right"]) for r in followed if r["queries"][0]["right"] is not None]
     return Loop(
         first=share([first for first, _ in ends]),
         last=share([last for _, last in ends]),
         compared=len(ends),
-        fixed=known.count((False, True)),
-        spoiled=known.count((True, False)),
-        unknown=len(steps) - len(known),
+        fixed=verdicts.count((False, True)),
+        spoiled=verdicts.count((True, False)),
+        unknown=len(steps) - len(verdicts),
         repeated=sum(a["sql"] == b["sql"] for a, b in steps),
         rewrites=len(steps),
-        said_incorrect=share([not said for said, _ in checks]),
+        said_incorrect=share([not answer for answer, _ in checks]),
         balanced=(share(right) + share(wrong)) / 2,
         calls=len(calls) / len(scored),
         cut=share([call.get("cut", False) for call in calls]),
@@ -177,14 +177,14 @@ def loop(records: list[dict[str, Any]]) -> Loop:
 
 
 def accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each run: validation EX before training and at the last validation, compared task by task."""
+    """Return a row per run: validation EX before training and at the last validation, compared task by task."""
     rows = []
     for run in runs:
         if not run.validations:
             continue
         first_step, last_step = min(run.validations), max(run.validations)
         before, after = side(run.validations[first_step]), side(run.validations[last_step])
-        found = difference(before.right, after.right)
+        gain = difference(before.right, after.right)
         rows.append(
             {
                 "run": f"`{run.name}`",
@@ -194,32 +194,32 @@ def accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
                 "EX before": f"{before.score.percent:.1f}% ({before.score.interval_text})",
                 "EX after": f"{after.score.percent:.1f}% ({after.score.interval_text})",
                 "steps": last_step,
-                "gain": f"{found.points:+.1f} ({found.interval_text})",
-                "McNemar p": found.p_text,
+                "gain": f"{gain.points:+.1f} ({gain.interval_text})",
+                "McNemar p": gain.p_text,
             }
         )
     return pd.DataFrame(rows)
 
 
 def validation_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each validation: accuracy, also by hardness, and what the loop of check and rewrite did."""
+    """Return a row per validation: accuracy, also by hardness, and statistics of the loop of check and rewrite."""
     rows = []
     for run in runs:
         for step, records in run.validations.items():
-            found = loop(records)
+            stats = loop(records)
             row = {"run": f"`{run.name}`", "step": step}
             row["EX"] = f"{side(records).score.percent:.1f}%"
             for level in HARDNESS:
                 row[level] = f"{share([r['right'] is True for r in records if r['hardness'] == level]):.0f}"
-            row["first → last query"] = f"{found.first:.1f} → {found.last:.1f}%, {found.compared} tasks"
-            unknown = f", {found.unknown} unknown" * (found.unknown > 0)
-            row["fixed / broken"] = f"{found.fixed} / {found.spoiled}{unknown}"
-            row["rewrites that repeat"] = f"{found.repeated} of {found.rewrites}"
-            row["check says incorrect"] = f"{found.said_incorrect:.1f}%"
-            row["balanced accuracy"] = f"{found.balanced:.1f}%"
-            row["calls"] = f"{found.calls:.2f}"
-            row["answers cut"] = f"{found.cut:.1f}%"
-            row["last query fails"] = f"{found.broken:.0f}%"
+            row["first → last query"] = f"{stats.first:.1f} → {stats.last:.1f}%, {stats.compared} tasks"
+            unknown = f", {stats.unknown} unknown" * (stats.unknown > 0)
+            row["fixed / broken"] = f"{stats.fixed} / {stats.spoiled}{unknown}"
+            row["rewrites that repeat"] = f"{stats.repeated} of {stats.rewrites}"
+            row["check says incorrect"] = f"{stats.said_incorrect:.1f}%"
+            row["balanced accuracy"] = f"{stats.balanced:.1f}%"
+            row["calls"] = f"{stats.calls:.2f}"
+            row["answers cut"] = f"{stats.cut:.1f}%"
+            row["last query fails"] = f"{stats.broken:.0f}%"
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -229,7 +229,7 @@ def validation_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time of a run's steps goes, and on how much work."""
+    """Time of a run's steps by part, and the work done in it."""
 
     steps: int
     median: float
@@ -237,11 +237,11 @@ class Seconds:
     parts: dict[str, float]
     """Mean seconds of each part, and of the rest."""
     work: dict[str, float]
-    """Means of what the step worked on, by metric."""
+    """Mean amounts of work per step, by metric."""
 
 
 def seconds(run: Run) -> Seconds | None:
-    """Sum up the steps after the first, and before the last of a finished run, which saves; None without any."""
+    """Summarize the steps after the first, and before the last of a finished run, which saves; None without any."""
     steps = [s for s in run.rows if s > 1 and not (run.finished and s == max(run.rows))]
     rows = [run.rows[step] for step in steps if "timing_s/step" in run.rows[step]]
     if not rows:
@@ -261,16 +261,16 @@ def seconds(run: Run) -> Seconds | None:
 
 
 def time_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each run: seconds per step by part, and the work that was done in them."""
+    """Return a row per run: seconds per step by part, and the work that was done in them."""
     rows = []
     for run in runs:
-        found = seconds(run)
-        if found is None:
+        timing = seconds(run)
+        if timing is None:
             continue
-        work = found.work
-        row: dict[str, Any] = {"run": f"`{run.name}`", "batch": run.batch, "steps": found.steps}
-        row |= {"a step, s (median)": f"{found.median:.1f}", "mean": f"{found.mean:.1f}"}
-        row |= {part: f"{value:.1f}" for part, value in found.parts.items()}
+        work = timing.work
+        row: dict[str, Any] = {"run": f"`{run.name}`", "batch": run.batch, "steps": timing.steps}
+        row |= {"a step, s (median)": f"{timing.median:.1f}", "mean": f"{timing.mean:.1f}"}
+        row |= {part: f"{value:.1f}" for part, value in timing.parts.items()}
         row["rollouts"] = f"{work['rollouts']:.0f}"
         row["rows updated"] = f"{work['rows_updated']:.0f} of {work['rows']:.0f}"
         row["groups without variance"] = f"{100 * work['zero_variance_groups']:.0f}%"
@@ -285,7 +285,7 @@ def time_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def figure(runs: Sequence[Run]) -> Figure:
-    """Validation EX with intervals, the same by hardness, what the loop did, and seconds per step."""
+    """Draw validation EX with intervals, the same by hardness, the loop's statistics, and seconds per step."""
     validated, timed = [run for run in runs if run.validations], [run for run in runs if seconds(run)]
     with plt.rc_context(STYLE):
         drawn, ((ex, hardness), (repeats, time)) = plt.subplots(2, 2, figsize=(9.9, 6.6), layout="constrained")
@@ -308,7 +308,7 @@ def figure(runs: Sequence[Run]) -> Figure:
                 hardness.plot(steps, cells, label=None if number else level, **{**look, "color": shade})
         bottoms = [0.0] * len(timed)
         for part, shade in zip([*PARTS, "rest"], ("#56B4E9", "#CC79A7", "#E69F00", "#BBBBBB"), strict=True):
-            values = [found.parts[part] for run in timed if (found := seconds(run))]
+            values = [timing.parts[part] for run in timed if (timing := seconds(run))]
             time.barh(range(len(timed)), values, left=bottoms, label=part, color=shade, edgecolor="white", height=0.6)
             bottoms = [a + b for a, b in zip(bottoms, values, strict=True)]
         for number, total in enumerate(bottoms):
@@ -339,7 +339,7 @@ def figure(runs: Sequence[Run]) -> Figure:
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
-    """Replace the tables of a page that stand between their marks."""
+    """Replace the tables of a page between their marks."""
     for name, table in tables.items():
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)"
         text = re.sub(pattern, lambda found, table=table: found[1] + table + found[2], text, flags=re.DOTALL)
@@ -347,9 +347,9 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 
 def tables_of(runs: Sequence[Run]) -> dict[str, str]:
-    """All tables as Markdown, by name."""
-    made = {"gpu-accuracy": accuracy_table, "gpu-validation": validation_table, "gpu-time": time_table}
-    return {name: markdown(table(runs)) for name, table in made.items()}
+    """Return all tables as Markdown, by name."""
+    builders = {"gpu-accuracy": accuracy_table, "gpu-validation": validation_table, "gpu-time": time_table}
+    return {name: markdown(table(runs)) for name, table in builders.items()}
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ FILTERS = (
 
 
 def repeat(source: Path, target: Path, count: int) -> float:
-    """Write `count` rollouts made of those in `source`; returns the size of the file in megabytes."""
+    """Write `count` rollouts made of those in `source`; return the size of the file in megabytes."""
     shutil.copy2(source / CONFIG, target)
     rollouts = list(read_trajectories(source))
     with (target / TRAJECTORIES).open("w", encoding="utf-8") as file:
@@ -44,25 +44,25 @@ def repeat(source: Path, target: Path, count: int) -> float:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds."""
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="a run folder with rollouts")
     parser.add_argument("--rollouts", type=int, default=5000)
     parser.add_argument("--repeat", type=int, default=5)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sqlbench-bench-") as folder:
-        size = repeat(asked.run, Path(folder), asked.rollouts)
-        opened = [timed(lambda: Inspector(folder)) for _ in range(asked.repeat)]
+        size = repeat(options.run, Path(folder), options.rollouts)
+        opened = [timed(lambda: Inspector(folder)) for _ in range(options.repeat)]
         inspector = Inspector(folder)
-        filtered = [timed(lambda f=f: inspector.filter(**f)) for _ in range(asked.repeat) for f in FILTERS]
-    print(f"{asked.rollouts} rollouts, {size:.0f} MB, {platform.machine()}, Python {platform.python_version()}\n")
+        filtered = [timed(lambda f=f: inspector.filter(**f)) for _ in range(options.repeat) for f in FILTERS]
+    print(f"{options.rollouts} rollouts, {size:.0f} MB, {platform.machine()}, Python {platform.python_version()}\n")
     print("| | median (s) | worst (s) |\n|---|---|---|")
     for name, times in (("open", opened), ("filter", filtered)):
         print(f"| {name} | {statistics.median(times):.3f} | {max(times):.3f} |")

@@ -1,4 +1,4 @@
-"""How much of what a gold query needs stands in the prompt, by what part of the schema may be shown.
+"""Measures the share of what a gold query needs that is in the prompt, by the share of the schema shown.
 
     python benchmarks/linking.py --data data/spider --tokenizer models/Qwen2.5-Coder-0.5B-Instruct --out DIR
 
@@ -7,8 +7,8 @@ task's own, and a wide one into which all databases of the data set are merged (
 in DIR once). Three ways to fill a budget: the first tables (the cut), linking by names, and linking by names and the
 values that the question names. What a gold query needs is read from its tree.
 
-It writes ``linking.json``, after each kind, and prints its tables, with the time that the first question to a database
-takes, which reads its values, and the others.
+It writes ``linking.json`` after each kind, and prints its tables, with the times of the first question to a database,
+which reads its values, and of the others.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 SHARES = {"own": (0.1, 0.25, 0.5, 0.75), "wide": (0.01, 0.05, 0.1)}
 WIDE = 100
-"""Questions that are asked of the wide database."""
+"""Number of questions that are asked of the wide database."""
 Needed = tuple[set[str], set[tuple[str, str]]]
 """Tables, and columns with their tables, in lower case."""
 
 
 def needed(sql: str, schema: Schema) -> Needed | None:
-    """Read from a query which tables and columns of a schema it needs; None if it cannot be parsed."""
+    """Return the tables and columns of a schema that a query needs; None if it cannot be parsed."""
     tree = parse(sql)
     if tree is None:
         return None
     columns = {table.name.lower(): {column.name.lower() for column in table.columns} for table in schema.tables}
     sources = [table for table in tree.find_all(exp.Table) if table.name.lower() in columns]
     meant = {name.lower(): t.name.lower() for t in sources for name in (t.name, t.alias) if name}
-    found = set()
+    references = set()
     for column in tree.find_all(exp.Column):
         name, of = column.name.lower(), meant.get(column.table.lower())
         tables = [of] if of else meant.values()  # without a qualifier it may be of any; a quoted text is of none
-        found |= {(table, name) for table in tables if name in columns[table]}
-    return set(meant.values()), found
+        references |= {(table, name) for table in tables if name in columns[table]}
+    return set(meant.values()), references
 
 
 def merge(data: DataSet, path: Path) -> None:
@@ -87,7 +87,7 @@ def merge(data: DataSet, path: Path) -> None:
 
 
 class Bench:
-    """What is measured, and with what."""
+    """Tasks, databases and token counter of the measurements."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.data, self.count = DataSet(options.data), estimate_tokens
@@ -98,7 +98,7 @@ class Bench:
 
             tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
             line = cache(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
-            self.count = lambda text: sum(line(text + "\n") for text in text.split("\n"))  # lines come again and again
+            self.count = lambda text: sum(line(text + "\n") for text in text.split("\n"))  # lines repeat often
         self.wide = options.out / "wide.sqlite"
         if not self.wide.is_file():
             merge(self.data, self.wide)
@@ -110,7 +110,7 @@ class Bench:
         return self.count(schema_text(database.schema(), "ddl", WHOLE))
 
     def ask(self, database: Database, question: str, way: str, share: float) -> tuple[Needed, float]:
-        """Return what a prompt shows, and the seconds that it took to choose it."""
+        """Return the tables and columns that a prompt shows, and the seconds that it took to choose them."""
         budget = max(1, int(share * self.tokens(database)))
         shape = SchemaConfig(schema_tokens=budget, **WAYS[way])
         began = time.perf_counter()
@@ -126,10 +126,10 @@ class Bench:
         rows, first = [], {way: [0.0] for way in WAYS}
         opened: set[Database] = set()
         for task in tqdm(self.tasks[: WIDE if kind == "wide" else None], desc=kind, unit="question"):
-            own = self.open(self.data.database(task.db_id))
-            if (wanted := needed(task.gold, own.schema())) is None:
+            task_database = self.open(self.data.database(task.db_id))
+            if (wanted := needed(task.gold, task_database.schema())) is None:
                 continue
-            database = self.open(self.wide) if kind == "wide" else own
+            database = self.open(self.wide) if kind == "wide" else task_database
             prefix = f"{task.db_id}_".lower() if kind == "wide" else ""
             tables = {prefix + table for table in wanted[0]}
             columns = {(prefix + table, column) for table, column in wanted[1]}
@@ -139,9 +139,9 @@ class Bench:
                     took.append(self.ask(database, "", way, SHARES[kind][0])[1])
             for way, share in product(WAYS, SHARES[kind]):
                 (have, have_columns), took = self.ask(database, task.question, way, share)
-                whole = tables <= have and columns <= have_columns
-                found = len(tables & have), len(tables), len(columns & have_columns), len(columns)
-                rows.append((way, share, *found, whole, took))
+                complete = tables <= have and columns <= have_columns
+                counts = len(tables & have), len(tables), len(columns & have_columns), len(columns)
+                rows.append((way, share, *counts, complete, took))
         frame = pd.DataFrame(rows, columns=["way", "share", "tables", "of", "columns", "of_columns", "all", "seconds"])
         groups = frame.groupby(["way", "share"], sort=False)
         sums = groups.sum()
@@ -160,7 +160,7 @@ class Bench:
             "tokens": max(self.tokens(database) for database in opened),
             "recall": recall.round(1).reset_index().to_dict("records"),
             "seconds": {way: values.round(3).to_dict() for way, values in speed.iterrows()},
-            "first_seconds": {way: round(max(some), 3) for way, some in first.items()},
+            "first_seconds": {way: round(max(times), 3) for way, times in first.items()},
         }
 
 
@@ -186,14 +186,14 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     place, bench = options.out / "linking.json", Bench(options)
-    found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    results = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     for kind in options.only or SHARES:
-        found[kind] = bench.measure(kind)
-        place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"\n{kind}: {found[kind]['questions']} questions, up to {found[kind]['tables']} tables\n")
-        print(table(found[kind]))
+        results[kind] = bench.measure(kind)
+        place.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(f"\n{kind}: {results[kind]['questions']} questions, up to {results[kind]['tables']} tables\n")
+        print(table(results[kind]))
         for way in WAYS:
-            seconds = {**found[kind]["seconds"][way], "first": found[kind]["first_seconds"][way]}
+            seconds = {**results[kind]["seconds"][way], "first": results[kind]["first_seconds"][way]}
             print(f"{way}: " + ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items()))
 
 

@@ -1,4 +1,4 @@
-"""Measures what a rollout with a checkpoint in this process takes, in seconds of wall and of CPU time.
+"""Measures the wall and CPU seconds of a rollout with a checkpoint in this process.
 
     python benchmarks/local_model.py --model MODEL --out DIR [--data data/spider] [--split dev_500] [--rollouts N]
 
@@ -26,7 +26,7 @@ from verl_cpu.engine import LocalEngine
 
 
 def measure(model: LocalChatModel, data: Path, split: str, rollouts: int) -> dict[str, float | None]:
-    """Seconds a rollout, calls and tokens, and what was right."""
+    """Measure seconds per rollout, calls, tokens, and right answers."""
     with TemporaryDirectory() as results:
         started, cpu = time.perf_counter(), time.process_time()
         summary = evaluate(data, split, model, "run", results=results, limit=rollouts)
@@ -52,9 +52,9 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "local_model.json"
-    found = json.loads(file.read_text()) if file.is_file() else {"rollouts": options.rollouts, "model": options.model}
+    results = json.loads(file.read_text()) if file.is_file() else {"rollouts": options.rollouts, "model": options.model}
     for form in ("frozen", "plain"):
-        if form in found:
+        if form in results:
             continue
         model = open_model(options.model)
         assert isinstance(model, LocalChatModel)
@@ -62,9 +62,9 @@ def main() -> None:
             model.batched.engine = LocalEngine(policy_folder(options.model), threads=0, max_model_len=8192)
         measured = measure(model, options.data, options.split, options.rollouts)
         load = [round(x, 1) for x in os.getloadavg()]
-        found[form] = measured | {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": load}
-        file.write_text(json.dumps(found, indent=1) + "\n")
-        print(form, found[form], flush=True)
+        results[form] = measured | {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": load}
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        print(form, results[form], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A text-to-SQL agent as one usually writes it with LangGraph, and a model that answers at once.
 
-What `benchmarks/rollout.py` compares with. Each rollout copies the database for itself and once more for the scoring,
+Used in `benchmarks/rollout.py` for comparison. Each rollout copies the database for itself and once more for scoring,
 opens a SQLAlchemy engine, reflects the schema with three rows of every table, and calls its model through langchain.
-The graph and the client are made once a process.
+The graph and the client are made once per process.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ OVER_HTTP, IN_PROCESS = FORMS = ("over HTTP", "in the process")
 
 @cache
 def answers(data: Path) -> dict[str, str]:
-    """The answer to every question of the data set."""
+    """Return the answer to every question of the data set."""
     return {task.question: f"```sql\n{task.gold}\n```" for task in DataSet(data).load("train")}
 
 
 def reply(data: Path, prompt: str) -> str:
-    """What the model says to a prompt of either agent."""
+    """Return the model's reply to a prompt of either agent."""
     if CORRECT in prompt:
         return CORRECT
     question = re.search(r"^Question: (.*)$", prompt, re.MULTILINE)
@@ -51,7 +51,7 @@ def reply(data: Path, prompt: str) -> str:
 
 
 def serve(data: Path, port: Any) -> None:
-    """An OpenAI-compatible server that answers at once; sends its port."""
+    """Run an OpenAI-compatible server that answers at once; send its port."""
     from aiohttp import web
 
     async def complete(request: web.Request) -> web.Response:
@@ -98,7 +98,7 @@ class PlainState(TypedDict, total=False):
 
 @cache
 def plain_agent(data: Path, form: str) -> Any:
-    """The compiled graph."""
+    """Return the compiled graph."""
 
     class AtOnce(SimpleChatModel):
         def _call(self, messages: list[Any], *_: Any, **__: Any) -> str:
@@ -110,13 +110,13 @@ def plain_agent(data: Path, form: str) -> Any:
 
     at = os.environ.get("OPENAI_BASE_URL")
     llm: Any = ChatOpenAI(model="at-once", base_url=at, api_key="none") if form == OVER_HTTP else AtOnce()
-    asked = "Question: {question}\nQuery: {query}\nResult: {result}\nRemarks: {feedback}"
+    review = "Question: {question}\nQuery: {query}\nResult: {result}\nRemarks: {feedback}"
     templates = {
         name: ChatPromptTemplate.from_messages([("system", system), ("user", user)])
         for name, system, user in (
             ("write", WRITE, "Question: {question}"),
-            ("check", CHECK, asked.removesuffix("\nRemarks: {feedback}")),
-            ("rewrite", REWRITE, asked),
+            ("check", CHECK, review.removesuffix("\nRemarks: {feedback}")),
+            ("rewrite", REWRITE, review),
         )
     }
 
@@ -125,8 +125,8 @@ def plain_agent(data: Path, form: str) -> Any:
         return str(llm.invoke(prompt).content)
 
     def query_of(answer: str) -> str:
-        found = re.search(r"```(?:sql)?\s*(.*?)```", answer, re.DOTALL)
-        return (found[1] if found else answer).strip()
+        block = re.search(r"```(?:sql)?\s*(.*?)```", answer, re.DOTALL)
+        return (block[1] if block else answer).strip()
 
     def write(state: PlainState) -> PlainState:
         return {"query": query_of(ask("write", state)), "turns": 1}
@@ -158,7 +158,7 @@ def plain_agent(data: Path, form: str) -> Any:
 
 
 def table_info(engine: Any) -> str:
-    """CREATE TABLE of every table with its first rows."""
+    """Return the CREATE TABLE of every table with its first rows."""
     schema = MetaData()
     schema.reflect(engine)
     parts = []
@@ -170,21 +170,21 @@ def table_info(engine: Any) -> str:
 
 
 def plain_rollout(data: Path, task: Task, form: str) -> int:
-    """One rollout: whether it was right."""
+    """Run one rollout; return 1 if it was right, else 0."""
     with tempfile.TemporaryDirectory() as folder:
         database = DataSet(data).database(task.db_id)
         copies = [shutil.copy(database, f"{folder}/{name}.sqlite") for name in ("own", "gold")]
-        own, other = (create_engine(f"sqlite:///{copy}") for copy in copies)
-        state = plain_agent(data, form).invoke({"question": task.question, "db": own})
+        engine, other = (create_engine(f"sqlite:///{copy}") for copy in copies)
+        state = plain_agent(data, form).invoke({"question": task.question, "db": engine})
         with other.connect() as connection:
             got, wanted = (Counter(connection.execute(text(q)).fetchall()) for q in (state["query"], task.gold))
-        own.dispose()
+        engine.dispose()
         other.dispose()
     return int(got == wanted)
 
 
 def plain_chunk(data: Path, form: str, tasks: list[Task]) -> tuple[int, float]:
-    """Some rollouts one after another: how many were right, and the CPU seconds of this process meanwhile."""
+    """Run some rollouts one after another; return how many were right, and the CPU seconds of this process."""
     start = time.process_time()
     right = sum(plain_rollout(data, task, form) for task in tasks)
     return right, time.process_time() - start

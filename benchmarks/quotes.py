@@ -1,4 +1,4 @@
-"""Write the numbers of README and docs from the stored results, so that a page quotes nothing else.
+"""Writes the numbers of README and docs from the stored results, so that a page quotes nothing else.
 
 python benchmarks/quotes.py     fills the tables between `<!-- table:NAME -->` and `<!-- /table:NAME -->`, and prints
 the sentences with numbers that a page should hold and does not.
@@ -57,15 +57,15 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def change(name: str, before: EvalStats, after: EvalStats) -> list[str]:
     """Write one row of a paired comparison."""
-    found = difference(before.right, after.right)
+    gain = difference(before.right, after.right)
     scores = [f"{side.score.percent:.1f}% ({side.score.interval_text})" for side in (before, after)]
-    return [name, str(after.score.n), *scores, f"{found.points:+.1f} ({found.interval_text})", found.p_text]
+    return [name, str(after.score.n), *scores, f"{gain.points:+.1f} ({gain.interval_text})", gain.p_text]
 
 
 def seeds() -> list[CellResult]:
     """Return the seeds of the main cell."""
-    found = cells(GRID)
-    return [found[MAIN], found[f"{MAIN}_seed2"], found[f"{MAIN}_seed3"]]
+    grid = cells(GRID)
+    return [grid[MAIN], grid[f"{MAIN}_seed2"], grid[f"{MAIN}_seed3"]]
 
 
 def gpu_runs() -> list[gpu_report.Run]:
@@ -91,7 +91,7 @@ def permuted() -> list[float]:
 
 
 def summary_table() -> str:
-    """Write what GRPO brought, one row for each stored experiment."""
+    """Write the gains of GRPO, one row per stored experiment."""
     runs = sampling()
     start = 100 * runs[runs["arm"] == "before"]["ex"].item()
     arms = {arm: 100 * rows["ex"] for arm, rows in runs.groupby("arm")} | {"permuted": pd.Series(permuted())}
@@ -120,9 +120,9 @@ def summary_table() -> str:
 
 def laptop_table() -> str:
     """Write the headline of every seed, the control and the splits."""
-    found = cells(GRID)
+    grid = cells(GRID)
     rows = [change(f"**headline**, seed {i}", r.initial, r.final) for i, r in enumerate(seeds(), 1)]
-    control = found[f"{MAIN}_random-reward"]
+    control = grid[f"{MAIN}_random-reward"]
     rows.append(change("headline, random rewards", control.initial, control.final))
     stored = pd.read_csv(GRID / "tables/before_after.csv").set_index("Split")
     for split, name in SPLITS.items():
@@ -164,12 +164,12 @@ def reward_table() -> str:
 
 def tables() -> dict[str, str]:
     """Return all tables by name."""
-    own = {"summary": summary_table(), "laptop": laptop_table(), "ablation": ablation_table(), "reward": reward_table()}
-    return own | gpu_report.tables_of(gpu_runs())
+    cpu = {"summary": summary_table(), "laptop": laptop_table(), "ablation": ablation_table(), "reward": reward_table()}
+    return cpu | gpu_report.tables_of(gpu_runs())
 
 
 def minutes(run: Path, steps: int) -> float:
-    """Return the minutes that the first steps of a training took, validation left out of account."""
+    """Return the minutes that the first steps of a training took, without validation."""
     rows = [row for row in read_jsonl(run / "metrics.jsonl") if 1 <= row["step"] <= steps]
     assert len(rows) == steps
     return sum(row["data"]["timing_s/step"] for row in rows) / 60
@@ -177,7 +177,7 @@ def minutes(run: Path, steps: int) -> float:
 
 def sentences() -> dict[str, list[str]]:
     """Return, by page, the pieces of prose that quote numbers, with the numbers of the stored files."""
-    laptop, shipped, found = seeds(), demo(), cells(GRID)
+    laptop, shipped, grid = seeds(), demo(), cells(GRID)
     single = difference(cells(RESULTS / "laptop/demo")["t1_c2048_write-rewrite"].final.right, shipped.final.right)
     gains = statistics.fmean(result.gain.points for result in laptop)
     after = ", ".join(f"{result.final.score.percent:.1f}" for result in laptop)
@@ -187,7 +187,7 @@ def sentences() -> dict[str, list[str]]:
     chinook = json.loads((RESULTS / "laptop/chinook/summary.json").read_text())["score"]
     loop = pd.read_csv(RESULTS / "laptop/demo/tables/self_correction.csv").iloc[0]
     fixed, broken = str(loop["Fixed / broken"]).split(" / ")
-    one, three = found["t1_c2048_write-rewrite"], laptop[0]
+    one, three = grid["t1_c2048_write-rewrite"], laptop[0]
     turns = difference(one.final.right, three.final.right)
     correction = (RESULTS / "laptop/self_correction/README.md").read_text()
     arms = {
@@ -222,7 +222,7 @@ def sentences() -> dict[str, list[str]]:
             f"Over 120 steps dynamic sampling arrives at {arms_ex['dynamic-120']:.1f}%",
             f"{chinook['correct']} of {chinook['n']}",
             f"{three.initial.score.percent:.1f}% before, {after}% after: {gains:+.1f} points on average",
-            f"falls to {found[f'{MAIN}_random-reward'].final.score.percent:.1f}%",
+            f"falls to {grid[f'{MAIN}_random-reward'].final.score.percent:.1f}%",
             f"{turns.points:+.1f} points ({turns.interval_text})",
             f"{shipped.initial.score.percent:.1f}% before and {shipped.final.score.percent:.1f}% after "
             f"({shipped.gain.interval_text} points)",
@@ -245,10 +245,10 @@ def sentences() -> dict[str, list[str]]:
 
 def main() -> None:
     """Fill the tables of all pages and print missing sentences."""
-    made, wanted = tables(), sentences()
+    contents, wanted = tables(), sentences()
     for path in [REPO / "README.md", RESULTS / "gpu/README.md", *sorted((REPO / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
-        if (filled := gpu_report.fill(text, made)) != text:
+        if (filled := gpu_report.fill(text, contents)) != text:
             path.write_text(filled, encoding="utf-8")
             print(f"filled {path.relative_to(REPO)}")
         for sentence in wanted.get(str(path.relative_to(REPO)), []):

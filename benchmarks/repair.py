@@ -6,7 +6,7 @@
 *simulate* needs no model: each class of failure has one right strategy, which solves the task with a known
 probability; the table says how often each policy knows it in the last quarter of the episodes. *tasks* runs the real
 agent with a real model, one rollout after another for each policy, since the bandit learns between them; all policies
-get the same tasks in the same order. Interrupted, it resumes when it is started again. Rollouts and
+get the same tasks in the same order. An interrupted run resumes when it is started again. Rollouts and
 the bandit's state are in DIR, and the table as JSON and Markdown.
 
 Success has 95% Wilson intervals, differences have bootstrap intervals over tasks (seeds in the simulator). The best
@@ -54,43 +54,43 @@ from sqlbench.stats import paired_bootstrap, wilson
 
 ATTEMPTS = 5
 STOP_AFTER = 5
-"""So many failed rollouts of one policy in a row end the benchmark: the model is gone."""
+"""Number of failed rollouts of one policy in a row that ends the benchmark: the model is gone."""
 
 
-# ---- what repair is compared with, and by what
+# ---- baselines and metrics of repair
 
 
 class RandomRepair:
-    """Any strategy, each as likely as the others."""
+    """Chooses every strategy with the same probability."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = Random(seed)
 
     def choose(self, situation: BanditContext) -> str:
-        """The next draw."""
+        """Return the next draw."""
         return self._random.choice(STRATEGIES)
 
 
 def shaped_rewards(trajectory: Trajectory) -> list[float]:
-    """The reward of each attempt of a rollout; none where the rollout has no reward (failed is not wrong)."""
+    """Return the reward of each attempt of a rollout; none if the rollout has no reward (failed is not wrong)."""
     if trajectory.reward is None:
         return []
     return shaped([failure_class(e) for e in trajectory.executions], trajectory.reward)
 
 
 class RepairMetrics(Record):
-    """How repair went over some rollouts; those without a reward are left out."""
+    """Metrics of repair over some rollouts; those without a reward are left out."""
 
     rollouts: int
     solved: int
     attempts: float | None
     """Mean number of queries."""
     choices: dict[str, dict[str, tuple[int, float]]]
-    """By failure class and strategy: how often it was chosen, and the mean reward that it brought."""
+    """Number of choices and their mean reward, by failure class and strategy."""
 
 
 def repair_metrics(trajectories: Iterable[Trajectory]) -> RepairMetrics:
-    """The metrics of some rollouts."""
+    """Compute the metrics of some rollouts."""
     scored = [(t, t.reward) for t in trajectories if t.reward is not None]
     rewards: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for t, solved in scored:
@@ -109,7 +109,7 @@ def repair_metrics(trajectories: Iterable[Trajectory]) -> RepairMetrics:
 
 
 def cumulative_regret(returns: Sequence[float], fixed: Mapping[str, Sequence[float]]) -> tuple[str, list[float]]:
-    """The fixed strategy that is best in hindsight, and what was lost against it after each rollout.
+    """Return the fixed strategy that is best in hindsight, and the cumulative regret against it by rollout.
 
     Args:
         returns: the sum of rewards of each rollout, in order.
@@ -120,13 +120,13 @@ def cumulative_regret(returns: Sequence[float], fixed: Mapping[str, Sequence[flo
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table."""
+    """Format rows as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(row[k]) for k in rows[0]] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write(out: Path, name: str, result: dict[str, Any], text: str) -> None:
-    """Write and print what was found."""
+    """Write and print a result."""
     (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
@@ -153,12 +153,12 @@ class Oracle:
     """Knows the answers."""
 
     def choose(self, situation: BanditContext) -> str:
-        """The right strategy."""
+        """Return the right strategy."""
         return RIGHT[situation.error_class]
 
 
 def episode(policy: RepairPolicy, world: Random) -> tuple[float, int, list[tuple[str, bool]]]:
-    """One simulated task whose first query failed; the policy learns from it if it can.
+    """Simulate one task whose first query failed; the policy learns from it if it can.
 
     Returns:
         The return, the number of attempts, and for each choice the failure class and whether the choice was right.
@@ -198,29 +198,29 @@ def simulate(out: Path, episodes: int, seeds: int, alpha: float) -> dict[str, An
     last: dict[str, list[float]] = {}  # per policy and seed, mean return of the last quarter
     right: dict[str, dict[str, list[bool]]] = {}
     for name, make in tqdm(policies.items(), desc="policies"):
-        runs, known = [], defaultdict(list)
+        runs, by_class = [], defaultdict(list)
         for seed in range(seeds):
             policy, world = make(seed), Random(f"world {seed}")
             run = [episode(policy, world) for _ in range(episodes)]
             runs.append([r for r, _, _ in run])
             for error_class, hit in (x for _, _, hits in run[-(episodes // 4) :] for x in hits):
-                known[error_class].append(hit)
+                by_class[error_class].append(hit)
         returns[name] = [mean(column) for column in zip(*runs, strict=True)]
         last[name] = [mean(run[-(episodes // 4) :]) for run in runs]
-        right[name] = {c: known[c] for c in RIGHT if known[c]}
+        right[name] = {c: by_class[c] for c in RIGHT if by_class[c]}
     best, regret = cumulative_regret(returns["linucb"], {s: returns[s] for s in STRATEGIES})
     _, missed = cumulative_regret(returns["linucb"], {"oracle": returns["oracle"]})
     rows = []
     for name in dict.fromkeys(("linucb", "random", "rewrite_full", best, "oracle")):
         low, high = paired_bootstrap(last[best], last[name])
-        hits = [hit for some in right[name].values() for hit in some]
+        hits = [hit for group in right[name].values() for hit in group]
         rows.append(
             {
                 "policy": name + (" (best fixed)" if name == best else ""),
                 "return, last quarter": f"{mean(last[name]):.3f}",
                 "against the best fixed": f"{mean(last[name]) - mean(last[best]):+.3f} ({low:+.3f} to {high:+.3f})",
                 "right choices": f"{mean(hits):.1%}",
-                "in the worst class": f"{min(mean(some) for some in right[name].values()):.1%}",
+                "in the worst class": f"{min(mean(group) for group in right[name].values()):.1%}",
             }
         )
     result = {
@@ -231,7 +231,7 @@ def simulate(out: Path, episodes: int, seeds: int, alpha: float) -> dict[str, An
         "luck": LUCK,
         "stays": STAYS,
         "rows": rows,
-        "right_choices": {name: {c: mean(hits) for c, hits in some.items()} for name, some in right.items()},
+        "right_choices": {name: {c: mean(hits) for c, hits in group.items()} for name, group in right.items()},
         "best_fixed": best,
         "regret": regret,
         "regret_against_oracle": missed,
@@ -257,7 +257,7 @@ async def run_policy(
     model: Model,
     bar: tqdm,
 ) -> None:
-    """The tasks that this policy has no good rollout of yet, one after the other."""
+    """Run the tasks that this policy has no good rollout of yet, one after the other."""
     done = {t.task_key for t in folder.trajectories() if not t.failed}
     bar.update(sum(task.key in done for task in tasks))
     prompts, config, failed = prompts_for(model.family), RolloutConfig(max_turns=ATTEMPTS), 0
@@ -287,12 +287,12 @@ async def run_tasks(options: argparse.Namespace, model: Model, dataset: DataSet,
         **{name: FixedRepair(name) for name in STRATEGIES},
         "without repair": None,
     }
-    asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("out", "command")}
-    asked["weights"] = weights(model)
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("out", "command")}
+    config["weights"] = weights(model)
     folders = {name: RunFolder(out / name.replace(" ", "_")) for name in policies}
     try:
         for name, folder in folders.items():
-            folder.open({**asked, "policy": name})
+            folder.open({**config, "policy": name})
         with tqdm(total=len(policies) * len(tasks), desc="rollouts", unit="rollout", mininterval=0.5) as bar:
             async with asyncio.TaskGroup() as group:
                 for name, policy in policies.items():
@@ -305,7 +305,7 @@ async def run_tasks(options: argparse.Namespace, model: Model, dataset: DataSet,
 
 
 def weights(model: Model) -> str | None:
-    """Checksum of a model in this process, so that a run is never continued with other weights."""
+    """Return the checksum of a model in this process, so that a run is never continued with other weights."""
     if model.name.startswith("openai:"):
         return None
     from sqlbench.models.local import LocalChatModel
@@ -330,14 +330,14 @@ def compare(out: Path, tasks: Sequence[Task], asked: dict[str, Any]) -> dict[str
     rows = []
     for name in dict.fromkeys(("linucb", "random", "rewrite_full", best, "without repair")):
         solved = [runs[name][k].reward or 0.0 for k in keys]
-        some = [runs[name][k].reward or 0.0 for k in rewritten]
+        rewards = [runs[name][k].reward or 0.0 for k in rewritten]
         difference = [b - a for a, b in zip(returns[best], returns[name], strict=True)]
         low, high = paired_bootstrap(returns[best], returns[name])
         rows.append(
             {
                 "policy": name + (" (best fixed)" if name == best else ""),
                 "success": _share(solved),
-                "where something was rewritten": _share(some),
+                "where something was rewritten": _share(rewards),
                 "attempts": f"{mean(len(runs[name][k].executions) for k in keys):.2f}",
                 "return": f"{mean(returns[name]):.3f}",
                 "return against the best fixed": f"{mean(difference):+.3f} ({low:+.3f} to {high:+.3f})",
@@ -345,7 +345,7 @@ def compare(out: Path, tasks: Sequence[Task], asked: dict[str, Any]) -> dict[str
         )
     metrics = {name: repair_metrics(runs[name][k] for k in keys).model_dump() for name in names}
     choices: dict[str, dict[str, tuple[int, float]]] = metrics["linucb"]["choices"]
-    chosen = [{"failure": c, **{s: _choice(some.get(s)) for s in STRATEGIES}} for c, some in choices.items()]
+    chosen = [{"failure": c, **{s: _choice(by_choice.get(s)) for s in STRATEGIES}} for c, by_choice in choices.items()]
     result = {**asked, "tasks": len(keys), "rewritten": len(rewritten), "rows": rows, "metrics": metrics,
               "best_fixed": best, "regret": regret}  # fmt: skip
     text = (
@@ -371,7 +371,7 @@ def _choice(choice: tuple[int, float] | None) -> str:
 
 
 def positive(text: str) -> int:
-    """A number of at least 1, from the command line."""
+    """Parse a number of at least 1 from the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no number of at least 1")
     return int(text)

@@ -1,4 +1,4 @@
-"""Measures what a verdict costs, on real (gold, predicted) pairs: ours against the reference's steps and bare SQLite.
+"""Measures the cost of a verdict on real (gold, predicted) pairs: ours against the reference's steps and bare SQLite.
 
     python benchmarks/reward.py --data SPIDER_FOLDER --pairs PAIRS.jsonl.gz [--limit N] [--repeat R]
 
@@ -42,7 +42,7 @@ Pair = tuple[str, str, str]
 
 
 def reference_verdict(path: str, gold: str, pred: str, keep_distinct: bool = False) -> int:
-    """One verdict, by the steps of the reference evaluator."""
+    """Compute one verdict, by the steps of the reference evaluator."""
     queries = [q.replace("> =", ">=").replace("< =", "<=").replace("! =", "!=") for q in (gold, pred)]
     if not keep_distinct:
         words = [[t.value for t in sqlparse.parse(q)[0].flatten()] for q in queries]
@@ -55,7 +55,7 @@ def reference_verdict(path: str, gold: str, pred: str, keep_distinct: bool = Fal
 
 
 def reference_run(path: str, sql: str) -> list[tuple] | None:
-    """All rows, through a connection of its own."""
+    """Fetch all rows through a new connection; None if the query fails."""
     connection = sqlite3.connect(path)
     connection.text_factory = lambda raw: raw.decode(errors="ignore")
     try:
@@ -67,7 +67,7 @@ def reference_run(path: str, sql: str) -> list[tuple] | None:
 
 
 def reference_equal(expected: list[tuple], got: list[tuple], ordered: bool) -> bool:
-    """Equality under some column order, tried one after the other."""
+    """Return whether results are equal under some column order; all are tried one after the other."""
     if not expected and not got:
         return True
     if len(expected) != len(got) or len(expected[0]) != len(got[0]):
@@ -90,7 +90,7 @@ def reference_equal(expected: list[tuple], got: list[tuple], ordered: bool) -> b
 
 
 def bare_runner(paths: dict[str, str]) -> Callable[[str, str], None]:
-    """A function that executes one query and fetches its rows on the cached connection of a database."""
+    """Return a function that executes one query and fetches its rows on the cached connection of a database."""
     connections = {db: sqlite3.connect(Path(p).absolute().as_uri() + "?mode=ro", uri=True) for db, p in paths.items()}
 
     def run(db_id: str, sql: str) -> None:
@@ -106,14 +106,14 @@ _texts = count()
 
 
 def new_text(sql: str) -> str:
-    """The same query as a text that was never executed: a number in blanks and tabs at its end."""
+    """Return the query as a text that was never executed: with a number in blanks and tabs at its end."""
     return sql + f"{next(_texts):024b}".replace("0", " ").replace("1", "\t")
 
 
 def cpu_per_pair(works: dict[str, Callable[[Pair], object]], pairs: list[Pair], repeat: int) -> dict[str, float]:
-    """CPU milliseconds a pair: per work the median over repetitions.
+    """Measure the CPU milliseconds per pair: for each work, the median over repetitions.
 
-    Each repetition goes round all works, so that all see the same machine. A work is done once before it is timed: the
+    Each repetition does all works in turn, so that all see the same machine. A work is done once before its timing: the
     cold works empty the cache that the warm ones need.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -129,7 +129,7 @@ def cpu_per_pair(works: dict[str, Callable[[Pair], object]], pairs: list[Pair], 
 
 
 def score_chunk(job: tuple[dict[str, str], list[Pair], int]) -> float:
-    """Score some pairs several times; return when it ended."""
+    """Score some pairs several times; return the time at the end."""
     paths, pairs, times = job
     databases = {db: cached_database(path) for db, path in paths.items()}
     for _ in range(times):
@@ -139,7 +139,7 @@ def score_chunk(job: tuple[dict[str, str], list[Pair], int]) -> float:
 
 
 def throughput(paths: dict[str, str], pairs: list[Pair], workers: int, times: int = 10) -> float:
-    """Pairs a second with some processes that have started and warmed up before the clock does."""
+    """Measure pairs per second with processes that have started and warmed up before the clock starts."""
     chunks = [pairs[i::workers] for i in range(workers)]
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(score_chunk, [(paths, chunk, 1) for chunk in chunks]))

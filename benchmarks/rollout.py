@@ -1,4 +1,4 @@
-"""Measures what a rollout costs beside the model: our graph against a plain LangGraph agent of the usual form.
+"""Measures the cost of a rollout beside the model: our graph against a plain LangGraph agent of the usual form.
 
     python benchmarks/rollout.py --out DIR [--data data/pocket] [--rollouts N] [--repeat R] [--profile]
 
@@ -7,8 +7,8 @@ once, with the gold query and then with the verdict that it is correct: over HTT
 process of its own, or in the process. Every rollout writes, executes, checks and is scored. Ours runs on one event loop
 with 1, 16 and 64 rollouts in flight, the plain agent on one thread, 16 threads, and 16 processes.
 
-Rates are rollouts a second, of wall time and of the client's CPU time (all its threads and processes; the server is not
-counted): the median of the repetitions, each of which goes round all forms. Wall time means something on an idle
+Rates are rollouts per second, of wall time and of the client's CPU time (all its threads and processes; the server is
+not counted): the median of the repetitions, each of which runs all forms. Wall time means something on an idle
 machine. ``--profile`` prints where the time of ours goes, as cProfile sees it. Writes ``rollout.json`` and
 ``rollout.md``.
 """
@@ -58,7 +58,7 @@ class Scripted:
 
 
 async def our_rollouts(data: Path, tasks: list[Task], form: str, in_flight: int) -> int:
-    """Run all tasks; how many were right."""
+    """Run all tasks; return how many were right."""
     from sqlbench.models.chat import EndpointChatModel
     from sqlbench.rollout import rollout
 
@@ -83,26 +83,26 @@ Measure = Callable[[list[Task]], tuple[int, float]]
 
 
 def ours(data: Path, form: str, in_flight: int, tasks: list[Task]) -> tuple[int, float]:
-    """Right rollouts and CPU seconds."""
+    """Run all tasks; return the number of right rollouts and the CPU seconds."""
     start = time.process_time()
     right = asyncio.run(our_rollouts(data, tasks, form, in_flight))
     return right, time.process_time() - start
 
 
 def plain(data: Path, form: str, pool: Executor | None, tasks: list[Task]) -> tuple[int, float]:
-    """Right rollouts and CPU seconds, by one thread or by a pool."""
+    """Do the same with the plain agent, in one thread or in a pool."""
     if pool is None:
         return plain_chunk(data, form, tasks)
     start = time.process_time()
     chunks = [tasks[i::MANY] for i in range(MANY)]
     results = list(pool.map(partial(plain_chunk, data, form), chunks))
-    own = time.process_time() - start  # threads measure the whole process, each for all of them
-    cpu = own if isinstance(pool, ThreadPoolExecutor) else own + sum(seconds for _, seconds in results)
+    client = time.process_time() - start  # threads measure the whole process, each for all of them
+    cpu = client if isinstance(pool, ThreadPoolExecutor) else client + sum(seconds for _, seconds in results)
     return sum(right for right, _ in results), cpu
 
 
 def compare(works: dict[str, Measure], tasks: list[Task], repeat: int) -> dict[str, dict[str, float]]:
-    """Rates of all works; each is done once, on a part, before it is timed."""
+    """Measure the rates of all works; each is done once, on some tasks, before it is timed."""
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for work in works.values():
         work(tasks[: max(2 * MANY, len(tasks) // 4)])
@@ -117,7 +117,7 @@ def compare(works: dict[str, Measure], tasks: list[Task], repeat: int) -> dict[s
 
 
 def table(rates: dict[str, dict[str, float]]) -> str:
-    """The rates and what they come to, as Markdown."""
+    """Format the rates and their ratios as Markdown."""
     lines = ["| | rollouts/s | rollouts/CPU-s | CPU ms a rollout |", "|---|---|---|---|"]
     for name, rate in rates.items():
         cpu = rate["per_cpu_second"]

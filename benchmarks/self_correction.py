@@ -1,4 +1,4 @@
-"""What it takes that self-correction corrects: trains the arms of an experiment and measures their repair loops.
+"""Conditions for self-correction to correct: trains the arms of an experiment and measures their repair loops.
 
     python benchmarks/self_correction.py --out DIR [--data DATA_SET] [--seeds N] [--only ARM]
 
@@ -13,7 +13,7 @@ The warm-up is supervised and uses the material of pretraining only, no task of 
 which words were replaced by words that do not exist, so that it fails about as often as on wording it does not know;
 then it learns to rewrite those wrong queries, to tell them from right ones, and to keep the right answers it gave.
 
-Everything is written below DIR and can be re-entered: ``mistakes.jsonl``, the policy ``warm``, the cells as
+Everything is written below DIR and can be resumed: ``mistakes.jsonl``, the policy ``warm``, the cells as
 `sqlbench_lab.ablation` lays them out, and the table as Markdown and JSON.
 """
 
@@ -50,7 +50,7 @@ from verl_cpu.engine import GenerationRequest, LocalEngine
 
 QUESTIONS, STEPS, RATE, BATCH_TOKENS = 8000, 900, 3e-4, 4096
 REPLACED = 0.35
-"""How often a word that names nothing is replaced or, one time in five, left out."""
+"""Probability that a word that names nothing is replaced or, one time in five, left out."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "baseline": {"agents": AGENTS},
@@ -65,7 +65,7 @@ def disturb(question: str, domain: Domain, sql: str, words: list[str], rng: rand
     keep = {part for table, fields in domain.tables.items() for name in (table, *(f.name for f in fields))
             for part in name.split("_")}  # fmt: skip
     keep |= {word.lower() for value in re.findall(r"'[^']*'|\d[\d.]*", sql) for word in re.findall(r"\w+", value)}
-    found = []
+    kept_words = []
     for word in question.split():
         core = re.sub(r"\W", "", word)
         idle = core and not core[0].isdigit() and not {core.lower(), core.lower().rstrip("s")} & keep
@@ -73,12 +73,12 @@ def disturb(question: str, domain: Domain, sql: str, words: list[str], rng: rand
             if rng.random() < 0.2:
                 continue
             word = word.replace(core, rng.choice(words))
-        found.append(word)
-    return " ".join(found)
+        kept_words.append(word)
+    return " ".join(kept_words)
 
 
 def write_mistakes(path: Path, seed: int) -> None:
-    """Let nano answer disturbed questions, greedily and sampled once, and write down what it wrote."""
+    """Let nano answer disturbed questions, greedily and sampled once, and write down its answers."""
     engine = LocalEngine(str(NANO_PATH))
     tokenizer, prompts, rng = engine.tokenizer, prompts_for("nano"), random.Random(f"mistakes {seed}")
     source = Examples(seed + 77, *word_pieces(tokenizer))
@@ -109,7 +109,7 @@ def write_mistakes(path: Path, seed: int) -> None:
 
 
 def warm_up(mistakes: Path, out: Path, seed: int) -> None:
-    """Train nano on what it got wrong and right; returns when the policy is written."""
+    """Train nano on its wrong and right answers, and write the policy."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -157,22 +157,22 @@ def warm_up(mistakes: Path, out: Path, seed: int) -> None:
 
 
 def table(bench: Workspace, cells: dict[str, list[Experiment]]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """One row for each policy that was measured: the two before training, and every trained cell."""
-    rows, found = [], []
+    """Return one row per measured policy: the two before training, and every trained cell."""
+    rows, records = [], []
 
     def add(arm: str, seed: int | str, folder: Path) -> None:
         if not (folder / "summary.json").is_file():
             return
         result = correction(RunFolder(folder).trajectories(), bench.data)
         rows.append({"Arm": arm, "Seed": seed} | row(result))
-        found.append({"arm": arm, "seed": seed} | result.model_dump())
+        records.append({"arm": arm, "seed": seed} | result.model_dump())
 
     add("nano, before training", "", bench.folder / "cells/before_t3_c2048")
     add("warm-up, before training", "", bench.folder / "cells/before_t3_c2048_warm")
     for arm, trained in cells.items():
         for cell in trained:
             add(arm, cell.seed, bench.cell(cell) / "after")
-    return pd.DataFrame(rows), found
+    return pd.DataFrame(rows), records
 
 
 def main() -> None:
@@ -203,13 +203,13 @@ def main() -> None:
             ]
             for arm, fields in ARMS.items()
         }
-        for seed in range(options.seeds):  # a seed of every arm before the next
+        for seed in range(options.seeds):  # one seed of every arm before the next
             for arm, trained in cells.items():
                 if options.only in (None, arm):
                     run_cell(trained[seed], bench, Sweep((trained[seed],), overrides=tuple(options.override)))
-        frame, found = table(bench, cells)
+        frame, records = table(bench, cells)
         (out / "self_correction.md").write_text(markdown(frame) + "\n")
-        (out / "self_correction.json").write_text(json.dumps(found, indent=1) + "\n")
+        (out / "self_correction.json").write_text(json.dumps(records, indent=1) + "\n")
         print(frame.to_string(index=False))
     except (SqlbenchError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Measures what verl and Ray cost: a training step of the laptop profile against a bare loop over the same work.
+"""Measures the cost of verl and Ray: a training step of the laptop profile against a bare loop over the same work.
 
     python benchmarks/training.py --out DIR [--data data/pocket] [--parameters N ...] [--steps N] [key=value ...]
 
@@ -6,8 +6,8 @@ First a real `sqlbench_train.launch.train` of a few steps; then, in this process
 same tasks with the same sampling engine, agent, seeds, advantage, clipped loss, micro-batches and optimizer. Both are
 split into rollout, log-prob, update, weight sync, and orchestration, which is the rest of the time from one step's end
 to the next. The first step (it compares probabilities) and the last (it saves) are run and left out. CPU seconds are
-those of the whole process tree for verl, also by process, and of this process for the bare loop. How many rollouts are
-the same, token by token, says whether both did the same work; floating-point sums make later steps drift apart.
+those of the whole process tree for verl, also by process, and of this process for the bare loop. The share of equal
+rollouts, token by token, shows whether both did the same work; floating-point sums make later steps drift apart.
 
 ``--parameters 0`` is nano; a larger number is nano widened to about that many, which answers as nano does, so that
 only the arithmetic grows. The time to the first step is that from calling `train` to the step's beginning, without the
@@ -45,7 +45,7 @@ ORCHESTRATION = "orchestration"
 
 
 class Meter(threading.Thread):
-    """Follows the CPU time of this process and all below it; notes it when a step is logged."""
+    """Follows the CPU time of this process and all below it; records it when a step is logged."""
 
     def __init__(self, metrics: Path) -> None:
         super().__init__(daemon=True)
@@ -54,7 +54,7 @@ class Meter(threading.Thread):
         self.marks: dict[int, tuple[float, dict[str, float]]] = {}
 
     def run(self) -> None:
-        """Look ten times a second, until `ended` is set."""
+        """Poll ten times per second until `ended` is set."""
         size, this = 0, psutil.Process()
         while not self.ended.wait(0.1):
             grown = self.metrics.stat().st_size if self.metrics.is_file() else 0
@@ -68,7 +68,7 @@ class Meter(threading.Thread):
                 size, total = grown, dict.fromkeys(("other", *(role for role, _ in self.used.values())), 0.0)
                 for role, seconds in self.used.values():
                     total[role] += seconds
-                total["other"] -= time.thread_time()  # what looking costs
+                total["other"] -= time.thread_time()  # the cost of polling
                 for step in read_rows(self.metrics):
                     self.marks.setdefault(step, (time.perf_counter(), dict(total)))
 
@@ -78,12 +78,12 @@ class Meter(threading.Thread):
             return "other"
         if command[0].startswith("ray::"):
             return command[0].removeprefix("ray::").split(".")[0]
-        known = {"verl_cpu.forkserver": "driver", "raylet": "raylet", "gcs_server": "gcs_server"}
-        return next((role for text, role in known.items() if any(part.endswith(text) for part in command)), "other")
+        roles = {"verl_cpu.forkserver": "driver", "raylet": "raylet", "gcs_server": "gcs_server"}
+        return next((role for text, role in roles.items() if any(part.endswith(text) for part in command)), "other")
 
 
 def measure_verl(data: Path, model: Path, results: Path, steps: int, overrides: list[str]) -> tuple[Path, dict]:
-    """Train; the run folder, and means over the measured steps."""
+    """Train; return the run folder, and means over the measured steps."""
     folder = results / "laptop/speed"
     meter = Meter(folder / METRICS)
     shutil.rmtree(folder, ignore_errors=True)
@@ -116,7 +116,7 @@ def measure_verl(data: Path, model: Path, results: Path, steps: int, overrides: 
 
 
 def widened(parameters: int, out: Path) -> Path:
-    """Nano with more heads, wider layers and the same answers: what is new gives nothing until it is trained."""
+    """Write nano with more heads, wider layers and the same answers: new weights add nothing until they are trained."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -145,7 +145,7 @@ def widened(parameters: int, out: Path) -> Path:
 
 
 def table(results: list[dict]) -> str:
-    """All that was measured, as Markdown."""
+    """Format all results as Markdown."""
     lines = []
     for result in results:
         verl, bare = result["verl"], result["bare"]
@@ -190,7 +190,7 @@ def main() -> None:
 
 
 def count(model: Path) -> int:
-    """Parameters of a checkpoint."""
+    """Count the parameters of a checkpoint."""
     from transformers import AutoModelForCausalLM
 
     return sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())

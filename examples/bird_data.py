@@ -1,4 +1,4 @@
-"""Data of your own: BIRD's layout, a JSON file of questions a split and a folder of databases.
+"""Data of your own: BIRD's layout, one JSON file of questions per split and a folder of databases.
 
     sqlbench eval --run bird --data examples.bird_data:Bird --split dev
 
@@ -22,11 +22,11 @@ class Bird:
         self.root = Path(root)
 
     def splits(self) -> list[str]:
-        """Names of the JSON files."""
+        """Return the names of the JSON files."""
         return sorted(path.stem for path in self.root.glob("*.json"))
 
     def load(self, split: str) -> list[Task]:
-        """The questions of one file."""
+        """Return the questions of one file."""
         if split not in self.splits():
             raise DataError(f"No split '{split}' in {self.root}. There are: {', '.join(self.splits()) or 'none'}.")
         return [
@@ -42,5 +42,5 @@ class Bird:
         ]
 
     def database(self, db_id: str) -> Path:
-        """One SQLite file."""
+        """Return the path of one SQLite file."""
         return next(self.root.glob(f"*_databases/{db_id}/{db_id}.sqlite"), self.root / f"{db_id}.sqlite")

@@ -2,7 +2,7 @@
 
     sqlbench eval --run react --agent examples.react_agent:ReAct --model openai:NAME
 
-A model that knows no ACT and FINISH, such as nano, answers with a query; that query is then what it did.
+A model that does not know ACT and FINISH, such as nano, answers with a query, which counts as its action.
 """
 
 from sqlbench.agent.prompts import extract_sql
@@ -15,10 +15,10 @@ FINISH and the final query in a ```sql block."""
 
 
 class ReAct:
-    """Looks at results until the model finishes, or until `max_turns` queries were run."""
+    """Looks at results until the model finishes, or until `max_turns` queries have run."""
 
     async def run(self, context: RolloutContext) -> str:
-        """Return the query that was finished with, or the last one."""
+        """Return the final query, or else the last one that ran."""
         database, question = context.database, context.task.question
         system = Message(role="system", content=SYSTEM.format(dialect=database.dialect))
         talk = [system, Message(role="user", content=f"{question}\n{context.schema_text}")]

@@ -1,4 +1,4 @@
-"""An agent of your own: ask three times and keep the query whose result comes most often (self-consistency).
+"""An agent of your own: ask three times and keep the query whose result occurs most often (self-consistency).
 
 sqlbench eval --run vote --agent examples.self_consistency:SelfConsistency --temperature 1
 """
@@ -15,7 +15,7 @@ class SelfConsistency:
     samples = 3
 
     async def run(self, context: RolloutContext) -> str:
-        """Ask, execute, count."""
+        """Return a query with the most frequent result, or the last query if all fail."""
         prompt = context.prompts.write(context.task.question, context.schema_text, context.database.dialect)
         votes, query, sql = Counter[str](), {}, ""
         for _ in range(self.samples):

@@ -19,7 +19,7 @@ async def soft_f1(task: Task, context: RolloutContext) -> float | None:
         return None
     if not pred.ok:
         return 0.0
-    wanted, found = (Counter(cell for row in result.rows for cell in row) for result in (gold, pred))
-    if not wanted and not found:
+    wanted, predicted = (Counter(cell for row in result.rows for cell in row) for result in (gold, pred))
+    if not wanted and not predicted:
         return 1.0
-    return 2 * (wanted & found).total() / (wanted.total() + found.total())
+    return 2 * (wanted & predicted).total() / (wanted.total() + predicted.total())

@@ -34,7 +34,7 @@ def nano_train(
     threads: Annotated[int, Field(ge=1, le=256, description="Processors to use.")] = 2,
     device: Annotated[str, Field(description="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train the embedded policy from nothing."""
+    """Train the embedded policy from scratch."""
     from pocket.nano import train_nano
 
     train_nano(out, minutes=minutes, seed=seed, threads=threads, device=device)

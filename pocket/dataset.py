@@ -6,8 +6,8 @@ and C, and family D. The headline split is unseen schemas with phrasing outside 
 the dev splits occurs in pretraining or in ``train``. The ``sealed`` split is a data set of its own, written only on
 request: its schemas, its family E and its rows are used nowhere else.
 
-Every gold query runs and returns rows, no ties decide an ordering, and every small change of it (a comparison turned
-round, another column, a condition left out: `sqlbench.data.mutation`) changes its result.
+Every gold query runs and returns rows, no ordering depends on ties, and every small change to it (an inverted
+comparison, another column, a condition left out: `sqlbench.data.mutation`) changes its result.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from sqlbench.errors import DataError
 VERSION = 2
 """Incremented with every change of the tasks; results of different versions are not comparable."""
 TRAIN = {"A": 400, "B": 2200, "C": 2200}
-"""Tasks of each phrasing family in the training split."""
+"""Number of tasks of each phrasing family in the training split."""
 TRAIN_EVERYDAY = 0.6
-"""How often B and C speak like A in the training split; less than in the dev splits, because the policy learns nothing
-from wording that it knows."""
+"""Probability that B and C use a word of A in the training split; lower than in the dev splits, because the policy
+learns nothing from wording that it knows."""
 MADE_UP = 40
-"""Databases with synthetic names, which only the training split has besides the seen ones."""
+"""Number of databases with synthetic names; only the training split has them, besides the seen ones."""
 DEV = 400
-"""Tasks of each dev cell."""
+"""Number of tasks of each dev cell."""
 CELLS = {"pretrain": ("A",), "train": ("B", "C"), "never": ("D",)}
 HEADLINE = "headline"
 SEALED = "sealed"
 _TURNS = 8
-"""Databases tried for a construct before another is drawn."""
+"""Number of databases tried for a construct before another construct is drawn."""
 SEALED_TASKS = 800
 
 
@@ -85,7 +85,7 @@ class _Bench:
         return None
 
     def accepts(self, question: Question) -> bool:
-        """Tell whether the gold result is worth asking for, has no ties, and differs from that of every mutant."""
+        """Return whether the gold result is worth asking for, has no ties, and differs from that of every mutant."""
         rows = self.database.execute(question.sql).rows
         if not rows or (len(rows) == 1 and all(cell in (None, 0) for cell in rows[0])):
             return False
@@ -97,7 +97,7 @@ class _Bench:
 
 
 def _skeleton(sql: str) -> str:
-    """Blur the names and literals of a query: hardness depends on the rest, which has few forms."""
+    """Mask the names and literals of a query: hardness depends on the rest, which has few forms."""
     return re.sub(r"\b[a-z][a-z_]*\b(?!\()", "x", re.sub(r"'(?:[^']|'')*'|\b\d[\d.]*", "1", sql))
 
 
@@ -105,7 +105,7 @@ _hardness = functools.cache(hardness)
 
 
 def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Random) -> list[Task]:
-    """Draw the tasks of one split, evenly over its databases; no question, in dev no gold query, occurs twice."""
+    """Draw the tasks of one split, evenly over its databases; no question (in dev no gold query) occurs twice."""
     dev = split != "train"
     everyday = EVERYDAY if dev else TRAIN_EVERYDAY
     seen: set[tuple[str, str]] = set()
@@ -146,15 +146,15 @@ def _tasks(benches: list[_Bench], split: str, families: dict[str, int], rng: Ran
 
 def _made_up(seed: int) -> list[Domain]:
     """Make synthetic schemas for training only: wording learned on many of them carries over to unseen ones."""
-    inventor, found = SchemaGenerator(), []
+    inventor, domains = SchemaGenerator(), []
     for i in range(MADE_UP):
         domain = inventor.domain(Random(f"made up {seed} {i}"), 2)
-        found.append(replace(domain, name=f"made_up_{i:02d}"))
-    return found
+        domains.append(replace(domain, name=f"made_up_{i:02d}"))
+    return domains
 
 
 def _spider_tables(domain: Domain) -> dict:
-    """Write a schema in the form of Spider's ``tables.json``."""
+    """Return a schema in the form of Spider's ``tables.json``."""
     types = {"id": "number", "key": "number", "integer": "number", "real": "number", "year": "number", "date": "time"}
     names: list[tuple[int, str]] = [(-1, "*")]
     kinds, at = ["text"], {}
@@ -179,11 +179,11 @@ def write_pocket(root: Path, seed: int = 1, progress: bool = True, sealed: bool 
     """Write the data set; the folder appears complete or not at all.
 
     Args:
-        root: its folder; an earlier pocket data set there is replaced.
-        seed: of rows and questions. The wording was tuned while looking at scores on seed 0, so results are reported on
-            another.
+        root: folder of the data set; an earlier pocket data set there is replaced.
+        seed: seed of rows and questions. The wording was tuned while looking at scores on seed 0, so results are
+            reported on another.
         progress: show a bar.
-        sealed: write the sealed split and its databases instead, which no model may meet before the end of a study.
+        sealed: write the sealed split and its databases instead, which no model may see before the end of a study.
 
     Raises:
         DataError: the folder holds something else.
@@ -230,7 +230,7 @@ def _write(root: Path, seed: int, progress: bool, sealed: bool) -> None:
         for name, group, families in plan:
             splits[name] = _tasks(group, name, families, Random(f"{name} {seed}"))
             bar.update(len(splits[name]))
-    for name, tasks in splits.items():  # families and cells come mixed, so that the first tasks are a fair sample
+    for name, tasks in splits.items():  # families and cells are mixed, so that the first tasks are a fair sample
         Random(f"order {seed} {name}").shuffle(tasks)
     if not sealed:
         dev = [t for name in sorted(splits) if name != "train" for t in splits[name]]
@@ -252,7 +252,7 @@ def _write(root: Path, seed: int, progress: bool, sealed: bool) -> None:
         "seed": seed,
         "headline": SEALED if sealed else HEADLINE,
         "splits": {name: len(tasks) for name, tasks in sorted(splits.items())},
-        "databases": {group: [b.domain.name for b in found] for group, found in groups.items()},
+        "databases": {group: [b.domain.name for b in members] for group, members in groups.items()},
         "phrasing_families": sorted({f for _, _, families in plan for f in families}),
         "sha256": digest(root, splits),
     }
@@ -261,11 +261,11 @@ def _write(root: Path, seed: int, progress: bool, sealed: bool) -> None:
 
 def digest(root: Path, splits: dict[str, list[Task]]) -> str:
     """Hash all tasks and all rows with SHA-256, independent of the versions of Parquet and SQLite."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, tasks in sorted(splits.items()):
-        found.update(f"{name}\n".encode())
-        found.update("".join(f"{t.key}\x1f{t.task_id}\n" for t in tasks).encode())
+        hasher.update(f"{name}\n".encode())
+        hasher.update("".join(f"{t.key}\x1f{t.task_id}\n" for t in tasks).encode())
     for path in sorted((root / "database").rglob("*.sqlite")):
         with closing(sqlite3.connect(path)) as connection:
-            found.update("\n".join((path.stem, *connection.iterdump())).encode())
-    return found.hexdigest()
+            hasher.update("\n".join((path.stem, *connection.iterdump())).encode())
+    return hasher.hexdigest()

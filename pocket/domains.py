@@ -48,14 +48,14 @@ class Field:
     kind: str
     """``id``, ``key`` (foreign), ``name``, ``category``, ``integer``, ``real``, ``year`` or ``date``."""
     pool: tuple[str, ...] = ()
-    """Categories to draw from, or for a ``name`` the one way in which it is made."""
+    """Categories to draw from, or for a ``name`` the way in which it is made."""
     low: float = 0
     high: float = 0
     nullable: bool = False
     ref: str = ""
     """Table that a ``key`` refers to (its ``id`` column)."""
     style: str = ""
-    """How people speak of the column; of a ``key``, what joins the two tables in a sentence ("held at")."""
+    """Wording for the column in speech; for a ``key``, words that join the two tables in a sentence ("held at")."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Domain:
     tables: dict[str, list[Field]]
     rows: dict[str, list[Row]] = field(default_factory=dict)
     pools: str = "open"
-    """Which names, cities and so on fill it: ``open`` or ``sealed``."""
+    """Pools of names, cities and so on that fill it: ``open`` or ``sealed``."""
 
     def field(self, table: str, column: str) -> Field:
         """Return one column."""
@@ -181,8 +181,8 @@ def _column(rng: Random, f: Field, size: int, domain: Domain) -> list:
     if f.kind == "name":
         if f.pool[0] != "made":
             return _unique(rng, size, lambda: _name(rng, f.pool[0], domain.pools))
-        made = f.pool[1:]
-        return rng.sample(made, size) if size <= len(made) else [made[i % len(made)] for i in range(size)]
+        names = f.pool[1:]
+        return rng.sample(names, size) if size <= len(names) else [names[i % len(names)] for i in range(size)]
     if f.kind == "category":
         pool = rng.sample(f.pool, min(len(f.pool), rng.randint(4, 7)))
         return rng.choices(pool, [1 + rng.random() * 2 for _ in pool], k=size)
@@ -272,7 +272,7 @@ class SchemaGenerator:
         return self.word(rng) + " " + self.word(rng) if style < 0.93 else self.word(rng)[: rng.choice((1, 2))].upper()
 
     def _quantity(self, rng: Random) -> tuple[str, str]:
-        """Name and style of a column of numbers."""
+        """Draw the name and style of a column of numbers."""
         if rng.random() < 0.25:
             return rng.choice(list(_QUANTITIES.items()))
         name, style = self.identifier(rng), rng.choices(("count", "level", ""), (35, 20, 45))[0]
@@ -281,7 +281,7 @@ class SchemaGenerator:
         return name, style
 
     def _moment(self, rng: Random, unit: str) -> tuple[str, str]:
-        """Name and style of a column of years or dates."""
+        """Draw the name and style of a column of years or dates."""
         word = self.word(rng)
         return f"{word}_{unit}", _past(word) if rng.random() < 0.5 else ""
 

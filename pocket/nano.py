@@ -7,7 +7,7 @@ the recipe, the training log and the measurements. It has learned one phrasing f
 reinforcement learning.
 
 The clock counts processor time, so a busy machine gives the same model later, not a worse one sooner; with a GPU it
-counts all time. Examples and their order depend on the seed alone; how far training gets depends on the machine.
+counts wall-clock time. Examples and their order depend on the seed alone; how far training gets depends on the machine.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Recipe:
     medium: float = 0.2
     """Share of the time on the second level."""
     late: float = 0.7
-    """From here on questions are disturbed more (operation words replaced); the start is left to copying names."""
+    """Share of the time after which questions are disturbed more (operation words replaced); names come first."""
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.05
@@ -69,7 +69,7 @@ def build_tokenizer(texts: list[str], vocabulary: int) -> Any:
     """Train a byte-level BPE in which a word has the same ids in a question, an identifier and a literal.
 
     Every word carries a leading space, so one is put after ``_``, ``(``, ``.``, an opening quote and ``%`` before a
-    letter, and taken out again in decoding. A plural "s" and digits stand alone.
+    letter, and removed in decoding. A plural "s" and digits stand alone.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -186,7 +186,7 @@ def save_checkpoint(model: Any, tokenizer: Any, out: Path, note: dict[str, Any])
 
 
 def _batches(examples: Examples, tokenizer: Any, level: int, tokens: int, rng: random.Random) -> list[list]:
-    """Draw some hundred examples as batches of similar length."""
+    """Draw several hundred examples as batches of similar length."""
     drawn = [examples.draw(level) for _ in range(512)]
     prompts = tokenizer([prompt_text(e) for e in drawn], add_special_tokens=False)["input_ids"]
     answers = tokenizer([e.answer + END for e in drawn], add_special_tokens=False)["input_ids"]
@@ -269,13 +269,13 @@ def train_nano(
     progress: bool = True,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train a policy from nothing and write it to a folder; return the measurements.
+    """Train a policy from scratch and write it to a folder; return the measurements.
 
     Args:
         out: checkpoint folder, which must not hold one already.
         minutes: time budget as if `threads` processors were free; processor time counts, on a GPU wall-clock time.
-        seed: of examples, initial weights and tokenizer.
-        threads: torch threads while training.
+        seed: seed of examples, initial weights and tokenizer.
+        threads: number of torch threads while training.
         device: ``cpu`` or ``cuda``.
 
     Raises:

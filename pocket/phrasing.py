@@ -8,12 +8,12 @@ The words are data: ``wording.toml`` (operations) and ``frames.toml`` (sentences
   carry over to some of D, but not to all of it;
 - ``E``: of the sealed split; none of its own words is another family's.
 
-As people do, B to E also use everyday frames and words of A, but no sentence is said by two families: each has a frame
+Like people, B to E also use everyday frames and words of A, but no two families share a sentence: each one has a frame
 or a word that no earlier family has.
 
 A column's style (in the schema files) says how people speak of it. ``count`` counts things ("with over 9 workers"),
-``level`` is never summed, ``in``, ``from`` and ``the`` say a text ("in Paris", "from the Green party"), an operation
-such as ``age.gt`` in ``wording.toml`` gives a style its own words, and any other style is a verb ("built after 1990").
+``level`` is never summed; ``in``, ``from`` and ``the`` phrase a text ("in Paris", "from the Green party"). An operation
+such as ``age.gt`` in ``wording.toml`` gives a style its own words. Any other style is a verb ("built after 1990").
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from pocket.domains import Domain, Field, read_toml
 FAMILIES = ("A", "B", "C", "D", "E")
 Filler = Callable[[Random], str]
 EVERYDAY = 0.8
-"""How often B to E use a word of A, unless told otherwise."""
+"""Default probability that B to E use a word of A."""
 STYLED = 0.65
-"""How often a column's own way of speaking is used where it has one."""
+"""Probability that a column's own wording is used where it has one."""
 _VALUES = frozenset(("{v}", "{w}", "{op}", "{S}", "{cond}", "{cond2}"))
 _SMALL = frozenset(read_toml("mistakes.toml")["small_words"])
 OPERATIONS = {">": "gt", "<": "lt", ">=": "ge", "<=": "le", "=": "eq"}
-"""The operation that an SQL operator is said by."""
+"""Operation that phrases an SQL operator."""
 
 
 def _read(name: str) -> dict[str, dict[str, tuple[str, ...]]]:
-    return {key: {f: tuple(words) for f, words in said.items()} for key, said in read_toml(name).items()}
+    return {key: {f: tuple(words) for f, words in by_family.items()} for key, by_family in read_toml(name).items()}
 
 
 LEXICON = _read("wording.toml")
@@ -45,7 +45,7 @@ FRAMES = _read("frames.toml")
 
 
 class Skip(Exception):
-    """The drawn construct does not fit the drawn tables; draw again."""
+    """Drawn construct that does not fit the drawn tables; another one is drawn."""
 
 
 def say(identifier: str) -> str:
@@ -59,8 +59,8 @@ def plural(identifier: str) -> str:
     if text == "aircraft":
         return text
     if " of " in text:
-        head, _, rest = text.partition(" of ")
-        return f"{plural(head)} of {rest}"
+        head, _, tail = text.partition(" of ")
+        return f"{plural(head)} of {tail}"
     if text.endswith(("ss", "us", "x", "ch", "sh")):
         return text + "es"
     if text.endswith("s"):
@@ -108,10 +108,10 @@ class QuestionBuilder:
     def word(self, operation: str) -> str:
         """Draw one of the family's words for an operation."""
         family = "A" if self.rng.random() < self.everyday else self.family
-        said = LEXICON[operation]
-        words = self.rng.choice(said.get(family, said["A"]))
+        by_family = LEXICON[operation]
+        words = self.rng.choice(by_family.get(family, by_family["A"]))
         earlier = FAMILIES[: FAMILIES.index(self.family)]
-        if operation not in ("ask", "tell") and all(words not in said.get(f, ()) for f in earlier):
+        if operation not in ("ask", "tell") and all(words not in by_family.get(f, ()) for f in earlier):
             self.own.append(words)
         if "{" in words and operation != "ask":
             return self.disturb(words)
@@ -120,36 +120,36 @@ class QuestionBuilder:
         return words
 
     def own_words_in(self, text: str) -> bool:
-        """Tell whether a sentence holds a wording that no earlier family has."""
-        said = text.lower()
-        return any(all(piece.lower() in said for piece in re.split(r"\{\w+\}", own)) for own in self.own)
+        """Return whether a sentence holds a wording that no earlier family has."""
+        lowered = text.lower()
+        return any(all(piece.lower() in lowered for piece in re.split(r"\{\w+\}", wording)) for wording in self.own)
 
     def disturb(self, pattern: str) -> str:
-        """Insert idle words into a pattern and drop small ones, late also replace some (if a filler is given)."""
+        """Insert idle words into a pattern and drop small ones (if a filler is given); late, also replace some."""
         if self.filler is None:
             return pattern
-        kept: list[str] = []
+        words: list[str] = []
         for word in pattern.split(" "):
-            beside_a_value = _VALUES.intersection(w.rstrip("?.,") for w in (word, *kept[-1:]))
+            beside_a_value = _VALUES.intersection(w.rstrip("?.,") for w in (word, *words[-1:]))
             if self.rng.random() < 0.07 and not beside_a_value:
-                kept.append(self.filler(self.rng))
+                words.append(self.filler(self.rng))
             fate = self.rng.random() if word in _SMALL else 1.0
             if fate > 0.2 or (self.late and fate > 0.12):
-                kept.append(self.filler(self.rng) if self.late and fate < 0.24 and not beside_a_value else word)
-        return " ".join(kept)
+                words.append(self.filler(self.rng) if self.late and fate < 0.24 and not beside_a_value else word)
+        return " ".join(words)
 
     def put(self, **slots: str) -> None:
         """Set slots of the sentence."""
         self.slots.update(slots)
 
     def about(self, table: str, said: str = "") -> None:
-        """Set whom the question is about: a table, with what is said of its rows; slots ``S`` and ``s``."""
+        """Set the subject of the question: a table, with a phrase about its rows; slots ``S`` and ``s``."""
         self.put(S=f"{plural(table)} {said}".strip(), s=f"{say(table)} {said}".strip())
 
     # ---- tables and columns
 
     def noun(self, table: str, column: str, many: bool = False) -> str:
-        """Name a column in a sentence; the ``maker_name`` of makers is mostly just their name."""
+        """Name a column in a sentence; the ``maker_name`` of makers is often just their name."""
         if self.domain.field(table, column).style == "count":
             return f"number of {say(column)}"
         short = column == f"{table}_name" and self.rng.random() < 0.5
@@ -215,25 +215,25 @@ class QuestionBuilder:
         """Draw one of the values of a column."""
         return self.rng.choice(self.domain.values(table, column))
 
-    # ---- what is said of a column
+    # ---- phrases about a column
 
     def _fill(self, pattern: str, table: str, column: str, **slots: object) -> str:
         noun = self.noun(table, column)
         return pattern.format(c=noun, ac=article(noun), C=say(column), **slots)
 
     def _styled(self, f: Field, operation: str) -> str | None:
-        """Name the operation in the column's own words if it has any (always for counts, which have no others)."""
-        own = f"{f.style}.{operation}"
-        return own if own in LEXICON and (f.style == "count" or self.rng.random() < STYLED) else None
+        """Return the operation for the column's own words if it has any (always for counts, which have no others)."""
+        styled = f"{f.style}.{operation}"
+        return styled if styled in LEXICON and (f.style == "count" or self.rng.random() < STYLED) else None
 
     def number(self, table: str, column: str, operator: str, value: object) -> str:
         """Phrase a comparison with a number, a year or a date."""
         f, name = self.domain.field(table, column), OPERATIONS[operator]
-        own = self._styled(f, name)
-        if own and f.style != "count" and isinstance(value, int | float):
-            return self._fill(self.word(own), table, column, v=value)
+        styled = self._styled(f, name)
+        if styled and f.style != "count" and isinstance(value, int | float):
+            return self._fill(self.word(styled), table, column, v=value)
         moment = f.kind in ("year", "date")
-        op = self.word(own if own and f.style == "count" else f"year.{name}" if moment else name)
+        op = self.word(styled if styled and f.style == "count" else f"year.{name}" if moment else name)
         op = op.format(v=value) if "{v}" in op else f"{op} {value}".strip()
         if f.style == "count":
             return self._fill(self.word("count"), table, column, op=op)
@@ -277,8 +277,8 @@ class QuestionBuilder:
         if f.kind in ("name", "category"):
             return self.text(table, column, value), f"{prefix}{column} = {literal(value)}", column
         operator = self.rng.choice((">", ">", "<", "<", ">=", "<=", "=") if f.kind in ("integer", "year") else "><")
-        said = self.number(table, column, operator, value)
-        return said, f"{prefix}{column} {operator} {literal(value)}", column
+        phrase = self.number(table, column, operator, value)
+        return phrase, f"{prefix}{column} {operator} {literal(value)}", column
 
     def above(self, table: str, column: str, operator: str) -> str:
         """Phrase that a number is above or below the average."""
@@ -292,7 +292,7 @@ class QuestionBuilder:
         return self._fill(self.word("number"), table, column, op=op)
 
     def aggregate(self, table: str, column: str, function: str = "") -> str:
-        """Choose an aggregate function (one that makes sense of the column); slot ``value`` says it."""
+        """Choose an aggregate function (one that makes sense for the column); slot ``value`` says it."""
         f = self.domain.field(table, column)
         summed = not f.style or f.style == "count"
         name = function or self.rng.choice(("avg", "max", "min", "sum") if summed else ("avg", "max", "min"))
@@ -300,18 +300,18 @@ class QuestionBuilder:
         return name
 
     def best(self, table: str, column: str, many: str = "") -> str:
-        """Choose ``DESC`` or ``ASC`` for a superlative; slots ``S`` and ``s`` name the rows (`many`: how many)."""
+        """Choose ``DESC`` or ``ASC`` for a superlative; slots ``S`` and ``s`` name the rows (`many`: their number)."""
         f, name = self.domain.field(table, column), self.rng.choice(("max", "min"))
         rows = f"{many} {plural(table)}" if many else say(table)
-        own = self._styled(f, name) if f.style != "count" else None
-        if own:
-            said = f"{many} {self.word(own)} {plural(table) if many else say(table)}".strip()
+        styled = self._styled(f, name) if f.style != "count" else None
+        if styled:
+            phrase = f"{many} {self.word(styled)} {plural(table) if many else say(table)}".strip()
         elif f.style == "count" and self.rng.random() < 0.8:
-            said = f"{rows} with {self.word('most' if name == 'max' else 'fewest')} {say(column)}"
+            phrase = f"{rows} with {self.word('most' if name == 'max' else 'fewest')} {say(column)}"
         else:
             word = self.word(f"year.{name}" if f.kind == "year" else name)
-            said = f"{rows} with the {word} {self.noun(table, column)}"
-        self.put(S=said, s=said)
+            phrase = f"{rows} with the {word} {self.noun(table, column)}"
+        self.put(S=phrase, s=phrase)
         return "DESC" if name == "max" else "ASC"
 
     def ordering(self, table: str, column: str) -> str:
@@ -328,6 +328,6 @@ class QuestionBuilder:
 
     def quantity_of(self, share: float = 0.7) -> str:
         """Choose ``DESC`` or ``ASC`` for a count; slots ``most`` and ``rarity`` say it."""
-        most = self.rng.random() < share
-        self.put(most=self.word("most" if most else "fewest"), rarity="most" if most else "least")
-        return "DESC" if most else "ASC"
+        descending = self.rng.random() < share
+        self.put(most=self.word("most" if descending else "fewest"), rarity="most" if descending else "least")
+        return "DESC" if descending else "ASC"

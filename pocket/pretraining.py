@@ -24,7 +24,7 @@ _TYPES = {"id": "INTEGER", "key": "INTEGER", "integer": "INTEGER", "year": "INTE
 
 
 def held_out(db_id: str, sql: str) -> bool:
-    """Tell whether a gold query of a seen database is kept for evaluation (one in five, by content)."""
+    """Return whether a gold query of a seen database is held out for evaluation (one in five, by content)."""
     return int(hashlib.sha256(f"{db_id}\x1f{sql}".encode()).hexdigest()[:8], 16) % 5 == 0
 
 
@@ -72,7 +72,7 @@ def execute(connection: sqlite3.Connection, sql: str) -> Execution:
 
 
 def same_result(connection: sqlite3.Connection, first: str, second: str) -> bool:
-    """Tell whether both queries run and give the same rows (in the same order if the second one orders)."""
+    """Return whether both queries run and give the same rows (in the same order if the second one orders)."""
     connection.set_progress_handler(lambda: 1, 2_000_000)
     try:
         a, b = (connection.execute(q).fetchmany(2000) for q in (first, second))
@@ -94,7 +94,7 @@ class Examples:
     """An endless source of pretraining examples.
 
     Args:
-        seed: of everything drawn here.
+        seed: seed of everything drawn here.
         starts, middles: word pieces for pseudo-words (see `SchemaGenerator`).
         made_up: share of synthetic schemas at the top level (nearly all below it).
         rewrite, check: shares of these prompts at the top level.
@@ -127,8 +127,8 @@ class Examples:
             share = rng.random()
             agent = "rewrite" if share < self.rewrite else "check" if share < self.rewrite + self.check else "write"
             level = rng.choice((0, 1)) if rng.random() < 0.12 else 2
-        known = rng.random() >= (self.made_up if level == 2 else 0.9)
-        if known:
+        from_seen = rng.random() >= (self.made_up if level == 2 else 0.9)
+        if from_seen:
             domain = rng.choice(self.seen)
             if rng.random() < 0.02:
                 fill(domain, rng)
@@ -151,9 +151,9 @@ class Examples:
         else:
             earlier = [self._corrupt(domain, question)[0] for _ in range(rng.choice((0, 0, 0, 1, 2)))]
             share = rng.random()
-            told = None if share < 0.5 else strategy if share < 0.85 else "rewrite_full"
+            advice = None if share < 0.5 else strategy if share < 0.85 else "rewrite_full"
             messages = self.prompts.rewrite(
-                question.text, schema, "sqlite", sql, shown(sql), INCORRECT, [(q, shown(q)) for q in earlier], told
+                question.text, schema, "sqlite", sql, shown(sql), INCORRECT, [(q, shown(q)) for q in earlier], advice
             )
         connection.close()
         return Example(agent, messages, answer)
@@ -185,7 +185,7 @@ class Examples:
         return question.sql + " LIMIT", "fix_syntax"
 
     def _damage(self, domain: Domain, sql: str) -> tuple[str, str]:
-        """Make one mistake of a small model (a wrong name or operator, a lost part); return it with what fixes it."""
+        """Make one mistake of a small model (a wrong name or operator, a lost part); return it with what repairs it."""
         rng, kind = self.rng, self.rng.random()
         tokens = re.findall(r"'(?:[^']|'')*'|\w+|[^\w\s]+|\s+", sql)
         functions = ("count", "avg", "max", "min", "sum")
@@ -196,8 +196,8 @@ class Examples:
             parts = tokens[at].split("_")
             j = rng.randrange(len(parts))
             word, cut = parts[j], rng.randint(1, max(1, len(parts[j]) - 1))
-            foreign, own = self.inventor.word(rng)[-rng.randint(1, 5) :], word[-rng.randint(1, 3) :]
-            parts[j] = word[:cut] + rng.choice(("", foreign, own))
+            foreign, ending = self.inventor.word(rng)[-rng.randint(1, 5) :], word[-rng.randint(1, 3) :]
+            parts[j] = word[:cut] + rng.choice(("", foreign, ending))
             return re.sub(rf"\b{tokens[at]}\b", "_".join(parts), sql), mend
         if kind < 0.40:  # another name of this schema
             tokens[at] = rng.choice([*domain.tables, *(f.name for fields in domain.tables.values() for f in fields)])
@@ -205,11 +205,11 @@ class Examples:
             name = tokens[at]
             tokens[at] = name.split("_")[0] if "_" in name else name + rng.choice(("s", "_id", "_name"))
         elif kind < 0.56:  # an operator swapped
-            found = [(a, b) for a, b in _MISTAKES["swaps"] if a in sql]
-            return sql.replace(*rng.choice(found), 1) if found else sql, "rewrite_full"
+            pairs = [(a, b) for a, b in _MISTAKES["swaps"] if a in sql]
+            return sql.replace(*rng.choice(pairs), 1) if pairs else sql, "rewrite_full"
         elif kind < 0.61:  # a spelling of another dialect
-            found = [(a, b) for a, b in _MISTAKES["foreign"] if a in sql]
-            return sql.replace(*rng.choice(found)) if found else sql, "change_dialect"
+            pairs = [(a, b) for a, b in _MISTAKES["foreign"] if a in sql]
+            return sql.replace(*rng.choice(pairs)) if pairs else sql, "change_dialect"
         elif kind < 0.69:  # the end lost
             grouped = "add_groupby" if "GROUP BY" in sql else "rewrite_full"
             return re.sub(r" (WHERE|GROUP BY|ORDER BY|HAVING|LIMIT)\b.*$", "", sql), grouped

@@ -18,10 +18,10 @@ from pocket.domains import Domain, read_toml
 from pocket.phrasing import EVERYDAY, FAMILIES, FRAMES, OPERATIONS, Filler, QuestionBuilder, Skip, literal, plural, say
 
 _EVERYDAY_FRAME = 0.98
-"""How often families other than A use a frame of A: there are too many frames to learn each of them from a few hundred
-rollouts."""
+"""Probability that families other than A use a frame of A: there are too many frames to learn each of them from a few
+hundred rollouts."""
 _PLURAL_ONLY = re.compile(r"\b(that (have|are|do|cost|weigh|stand)|which|who|their|coming|[a-z]+ers)\b")
-"""Words that a row in the singular cannot be described by."""
+"""Words that cannot describe a single row."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Question:
 
 
 Slots = dict[str, Any]
-"""What a gold query is filled with; the sentence's slots are put into the scope."""
+"""Values that fill a gold query; the sentence's slots are put into the scope."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def _count(s: QuestionBuilder) -> Slots:
 
 def _count_where(s: QuestionBuilder) -> Slots:
     t = s.entity()
-    said, where, _ = s.condition(t)
-    s.about(t, said)
+    phrase, where, _ = s.condition(t)
+    s.about(t, phrase)
     return {"t": t, "where": where}
 
 
@@ -76,10 +76,10 @@ def _select(s: QuestionBuilder) -> Slots:
 def _select_where(s: QuestionBuilder) -> Slots:
     t = s.entity()
     cols = s.shown(t, counts=(1, 1, 1, 2))
-    said, where, column = s.condition(t, kinds="ncciirryd")
+    phrase, where, column = s.condition(t, kinds="ncciirryd")
     if column in cols and " = " in where:
         raise Skip
-    s.about(t, said)
+    s.about(t, phrase)
     if s.domain.field(t, column).kind == "name":
         s.form = "one"
         s.put(S=s.slots["s"])
@@ -101,12 +101,12 @@ def _two(s: QuestionBuilder, joint: str) -> Slots:
     """Draw two conditions that some row meets; slot ``S`` says them, ``cols`` and ``COLS`` name another column."""
     t = s.entity()
     row = s.rng.randrange(len(s.domain.rows[t]))
-    said, first, column = s.condition(t, row=row)
+    phrase, first, column = s.condition(t, row=row)
     also, second, other = s.condition(t, avoid=column, row=row)
     shown = s.shown(t)[0]
     if shown in (column, other):
         raise Skip
-    s.about(t, f"{said} {joint} {also}")
+    s.about(t, f"{phrase} {joint} {also}")
     return {"t": t, "shown": shown, "first": first, "second": second}
 
 
@@ -145,10 +145,10 @@ def _missing(s: QuestionBuilder) -> Slots:
 def _aggregate(s: QuestionBuilder, filtered: bool = False) -> Slots:
     t = s.entity()
     column = s.column(t, "ir")
-    said, where, used = s.condition(t) if filtered else ("", "", "")
+    phrase, where, used = s.condition(t) if filtered else ("", "", "")
     if used == column:
         raise Skip
-    s.about(t, said)
+    s.about(t, phrase)
     return {"t": t, "column": column, "function": s.aggregate(t, column), "where": where}
 
 
@@ -173,10 +173,10 @@ def _order(s: QuestionBuilder, counts: list[int], filtered: bool = False) -> Slo
     t = s.entity()
     column = s.column(t, "iryn", nulls=False)
     cols = s.shown(t, "nc", counts)
-    said, where, used = s.condition(t) if filtered else ("", "", "")
+    phrase, where, used = s.condition(t) if filtered else ("", "", "")
     if used in (column, *cols):
         raise Skip
-    s.about(t, said)
+    s.about(t, phrase)
     return {"t": t, "cols": ", ".join(cols), "column": column, "where": where, "way": s.ordering(t, column)}
 
 
@@ -194,7 +194,7 @@ def _top_k(s: QuestionBuilder) -> Slots:
 
 
 def _grouped(s: QuestionBuilder, kinds: str = "c") -> Slots:
-    """A table and the column that its rows are grouped by; slots ``n`` and ``N`` name it."""
+    """Choose a table and the column that its rows are grouped by; slots ``n`` and ``N`` name it."""
     t = s.entity()
     column = s.column(t, kinds, nulls=False)
     s.put(n=say(column), N=plural(column))
@@ -224,8 +224,8 @@ def _threshold(s: QuestionBuilder, table: str, column: str) -> tuple[str, str]:
 
 def _having(s: QuestionBuilder) -> Slots:
     group = _grouped(s)
-    said, having = _threshold(s, group["t"], group["column"])
-    s.put(op=said)
+    phrase, having = _threshold(s, group["t"], group["column"])
+    s.put(op=phrase)
     return group | {"having": having}
 
 
@@ -249,16 +249,16 @@ _COMBINE: dict[str, Callable[[set, set, set], set]] = {
 
 
 def _telling_cuts(s: QuestionBuilder, table: str, column: str, number: str, operation: str) -> list[tuple]:
-    """Find pairs of numbers whose gold query differs from its halves and its neighbours; few do."""
+    """Find pairs of numbers whose gold query gives another result than its halves and its neighbours; few do."""
     pair = [[f.name for f in s.domain.tables[table]].index(name) for name in (number, column)]
     rows: list[tuple[Any, Any]] = [(row[pair[0]], row[pair[1]]) for row in s.domain.rows[table]]
     every, rows = {text for _, text in rows}, [row for row in rows if row[0] is not None]
     values = sorted({value for value, _ in rows})
     combine, pairs = _COMBINE[operation], []
     for j, high in enumerate(values[:-1]):
-        above, from_high = ({text for v, text in rows if v > least} for least in (high, values[max(0, j - 1)]))
+        above, from_high = ({text for v, text in rows if v > bound} for bound in (high, values[max(0, j - 1)]))
         for i, low in enumerate(values[1:j], 1):
-            below, to_low = ({text for v, text in rows if v < most} for most in (low, values[i + 1]))
+            below, to_low = ({text for v, text in rows if v < bound} for bound in (low, values[i + 1]))
             wrong = [(from_high, below), (every, below)]
             wrong += [(above, to_low), (above, every)] if operation != "EXCEPT" else []
             result = combine(every, above, below)
@@ -268,7 +268,7 @@ def _telling_cuts(s: QuestionBuilder, table: str, column: str, number: str, oper
 
 
 def _cut(s: QuestionBuilder, operation: str) -> Slots:
-    """A text and a number column of a table, and two numbers to part its rows by."""
+    """Choose a text and a number column of a table, and two numbers that divide its rows."""
     t = s.entity()
     column, number = s.column(t, "c", nulls=False), s.column(t, "iry")
     low, high = sorted(s.rng.sample(s.domain.values(t, number), 2))
@@ -288,14 +288,14 @@ def _named_rows(s: QuestionBuilder, table: str) -> tuple[str, str]:
     """Pick rows of a table by a text ("stadiums in Paris", "the stadium named X"), with the condition."""
     column = s.column(table, "nc")
     value = s.value(table, column)
-    said = s.text(table, column, value)
+    phrase = s.text(table, column, value)
     if s.domain.field(table, column).kind == "name":
-        return f"the {say(table)} {said}", f"{column} = {literal(value)}"
-    return f"{plural(table)} {said}", f"{column} = {literal(value)}"
+        return f"the {say(table)} {phrase}", f"{column} = {literal(value)}"
+    return f"{plural(table)} {phrase}", f"{column} = {literal(value)}"
 
 
 def _link(s: QuestionBuilder, needs_id: bool = True) -> tuple[str, str, Slots]:
-    """A table, the one that it refers to, and slots for both."""
+    """Choose a table and the one that it refers to; return slots for both."""
     child, column, parent, key = s.link(needs_id)
     joined = f"{child} AS T1 JOIN {parent} AS T2 ON T1.{column} = T2.{key}"
     return child, parent, {"child": child, "column": column, "parent": parent, "key": key, "joined": joined}
@@ -309,8 +309,8 @@ def _not_in(s: QuestionBuilder, show: bool = True) -> Slots:
 
 def _in_subquery(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s)
-    said, where, _ = s.condition(child)
-    s.about(parent, s.word("owning").format(T=f"{plural(child)} {said}"))
+    phrase, where, _ = s.condition(child)
+    s.about(parent, s.word("owning").format(T=f"{plural(child)} {phrase}"))
     return link | {"label": s.label(parent), "where": where}
 
 
@@ -333,8 +333,8 @@ def _join_parent(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s)
     b = s.shown(parent)[0]
     s.put(b=s.noun(parent, b))
-    said, where, _ = s.condition(child, "T1.")
-    s.about(child, said)
+    phrase, where, _ = s.condition(child, "T1.")
+    s.about(child, phrase)
     return link | {"b": b, "where": where}
 
 
@@ -361,8 +361,8 @@ def _join_most(s: QuestionBuilder) -> Slots:
 
 def _join_having(s: QuestionBuilder) -> Slots:
     child, parent, link = _link(s, needs_id=False)
-    said, having = _threshold(s, child, link["column"])
-    s.about(parent, s.word("count").format(op=said, C=plural(child)))
+    phrase, having = _threshold(s, child, link["column"])
+    s.about(parent, s.word("count").format(op=phrase, C=plural(child)))
     return link | {"label": s.label(parent), "having": having}
 
 
@@ -389,12 +389,12 @@ def _join_three(s: QuestionBuilder) -> Slots:
 
 
 def _read_constructs() -> dict[str, Construct]:
-    found = {}
-    for name, given in read_toml("constructs.toml").items():
-        build = globals()[f"_{given.pop('draw', name)}"]
-        own = {key: given.pop(key, "") for key in ("weight", "level", "form", "sql", "keys")}
-        found[name] = Construct(name, **own, build=partial(build, **given))
-    return found
+    constructs = {}
+    for name, options in read_toml("constructs.toml").items():
+        build = globals()[f"_{options.pop('draw', name)}"]
+        fields = {key: options.pop(key, "") for key in ("weight", "level", "form", "sql", "keys")}
+        constructs[name] = Construct(name, **fields, build=partial(build, **options))
+    return constructs
 
 
 CONSTRUCTS = _read_constructs()
@@ -437,11 +437,11 @@ def draw(
     """Draw one question on a filled domain.
 
     Args:
-        construct: its name; by default one is drawn by weight among those up to the level.
-        everyday: how often families other than A use a word of A; every question of theirs has a frame or a word (an
-            opening is not enough) that no earlier family has.
-        filler: makes idle words; where given, the sentence is disturbed by them (for pretraining).
-        late: disturb it more: operation words and small words are sometimes replaced by idle ones.
+        construct: name of the construct; by default one is drawn by weight among those up to the level.
+        everyday: probability that families other than A use a word of A; each of their questions has a frame or a word
+            (an opening is not enough) that no earlier family has.
+        filler: function that makes idle words; if given, they disturb the sentence (for pretraining).
+        late: disturb the sentence more: operation words and small words are sometimes replaced by idle ones.
         telling: choose the numbers of set operations so that the result tells the query from similar ones.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The environment as a program elsewhere sees it."""
+"""The client of the environment, for programs elsewhere."""
 
 from __future__ import annotations
 

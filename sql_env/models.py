@@ -19,14 +19,14 @@ class SqlAction(Action):
     strategy: Text = Field(json_schema_extra={"enum": [GENERATE, *STRATEGIES]})
     """``generate`` first, then one of the repair strategies."""
     sql: Text | None = None
-    """A query of the caller's own; without one the server's model writes it."""
+    """The caller's own query; without one, the server's model writes it."""
 
 
 class SqlObservation(Observation):
     """Observation after reset or a step; `reward` and `done` are those of the step."""
 
     episode_id: str
-    """Names the episode in HTTP requests, where it may be left out for the client's latest."""
+    """Name of the episode in HTTP requests, where it may be left out for the client's latest."""
     task_id: str
     db_id: str
     dialect: str
@@ -39,9 +39,9 @@ class SqlObservation(Observation):
     result: str = ""
     """The result of the query, as the prompts show it."""
     error_class: str = ""
-    """How it failed (`sqlbench.agent.repair.POTENTIAL`); ``none`` if it ran and gave rows."""
+    """Failure class of the query (`sqlbench.agent.repair.POTENTIAL`); ``none`` if it ran and gave rows."""
     success: bool | None = None
-    """Whether its answer is right."""
+    """Verdict on the query: true if its answer is right."""
 
 
 class Attempt(Record):

@@ -13,7 +13,7 @@ class EnvConfig(Settings):
     data: Data = POCKET
     port: Port = 8000
     host: Host = "127.0.0.1"
-    split: str = Field("train", description="Whose tasks are served.")
+    split: str = Field("train", description="Split whose tasks are served.")
     model: Model = "nano"
     reward: Reward = "execution-match"
     query_timeout: QueryTimeout = 5.0

@@ -378,7 +378,9 @@ def difference(first: pd.Series, second: pd.Series) -> Difference:
         DataError: they are not over the same tasks.
     """
     if not first.index.equals(second.index):
-        raise DataError(f"evaluations of {len(first)} and {len(second)} tasks cannot be compared task by task")
+        raise DataError(
+            f"Not comparable task by task: {len(first)} and {len(second)} tasks. Choose evaluations of the same tasks."
+        )
     both = first.notna() & second.notna()
     a, b = first[both], second[both]
     if a.empty:

@@ -1,7 +1,7 @@
 """A release of a data set read as files with relative names, whether it is a folder or a zip archive.
 
-A zip archive inside it that is named ``..._databases.zip``, as BIRD has it, is read as the folder that it would unpack
-to. Nothing is unpacked to where an archive's names lead.
+A zip archive inside it with a name like ``..._databases.zip``, as BIRD has it, is read as the folder that it would
+unpack to. No file is written to a path that an archive names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sqlbench.errors import DataError
 
 BLOCK = 1 << 20
 _MACOS = re.compile(r"(^|/)(__MACOSX/|\._)")
-"""What macOS adds to archives."""
+"""Files that macOS adds to archives."""
 
 
 class Release:
@@ -51,10 +51,10 @@ def open_release(source: Path, page: str = "its origin") -> Iterator[Release]:
 
     Args:
         source: its path.
-        page: where an archive can be downloaded again.
+        page: address to download an archive from again.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: the release is missing or damaged.
     """
     if not source.exists():
         raise DataError(f"No such file: {source}. Give the path of a zip archive or of its unpacked folder.")

@@ -32,10 +32,10 @@ def data_spider(
     from sqlbench_data.spider import download_spider
 
     if download == (source is not None):
-        raise DataError("say where the release is: either --from ZIP_OR_FOLDER or --download")
+        raise DataError("No release given. Give either --from ZIP_OR_FOLDER or --download.")
     source = source or download_spider(out.parent)
-    found = import_release("spider", source, out, seed=seed, query_timeout=query_timeout)
-    print(f"{found.summary()}\nwrote {out}")
+    imported = import_release("spider", source, out, seed=seed, query_timeout=query_timeout)
+    print(f"{imported.summary()}\nwrote {out}")
 
 
 def _release(name: str, text: str, seconds: float) -> None:
@@ -73,5 +73,5 @@ def data_import(
 
     out = out or Path("data") / file.stem
     columns = {"question": question, "gold": gold, "db_id": db_id, "evidence": evidence, "hardness": hardness}
-    found = import_table(file, db, out, split=split, query_timeout=query_timeout, **columns)
-    print(f"{found.summary()}\nwrote {out}")
+    imported = import_table(file, db, out, split=split, query_timeout=query_timeout, **columns)
+    print(f"{imported.summary()}\nwrote {out}")

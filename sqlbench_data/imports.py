@@ -1,13 +1,13 @@
 """Import of questions with gold queries and their databases as an audited data set folder.
 
-`import_release` takes a release of the field (`sqlbench_data.layouts`), `import_table` a file of your own. Rows that
-cannot be tasks are left out. ``problems.csv`` lists them, with those that the gold audit excludes. A row is
-counted as its file shows it: lines of CSV (the header is line 1) and JSON lines, records of JSON and Parquet.
+`import_release` takes a published release (`sqlbench_data.layouts`), `import_table` a file of your own. Rows that
+cannot be tasks are left out. ``problems.csv`` lists them, with those that the gold audit excludes. Rows are
+numbered by the lines of CSV (the header is line 1) and JSON lines, and by the records of JSON and Parquet.
 
 The import is written beside its destination and moved there at the end, so an existing folder is complete. Importing
 again replaces what the same kind of import wrote, and nothing else. The same input gives the same bytes.
 
-Not covered: a database that several folders of a release hold is taken from the first in the order of their names.
+Limitation: if several folders of a release hold a database of the same name, the first folder by name is used.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from sqlbench_data.layouts import LAYOUTS, Layout
 from sqlbench_data.rows import Read, Row, cell_text, find_columns, read_rows
 
 SUBSET = 500
-"""Tasks of a sampled split, as many as the seed experiment evaluated on."""
+"""Size of a sampled split in tasks, the same as in the evaluation of the seed experiment."""
 SHOWN = 10
-"""Problems that a summary lists."""
+"""Number of problems that a summary lists."""
 _NAME = re.compile(r"\w[\w .+-]*")
 _SUFFIXES = (".sqlite", ".sqlite3", ".db")
 
@@ -61,7 +61,7 @@ class Problem(NamedTuple):
 
 
 class Import(NamedTuple):
-    """What an import wrote."""
+    """Outcome of an import: the gold audit, and the rows that cannot be scored."""
 
     audit: Audit
     problems: list[Problem]
@@ -78,7 +78,7 @@ class Import(NamedTuple):
 
 @dataclass
 class _Rows:
-    """Tasks by split, with where each comes from."""
+    """Tasks by split, with the file and row of each."""
 
     db_id: str = ""
     """The database of every row, if there is only one."""
@@ -87,20 +87,20 @@ class _Rows:
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, file: str, split: str, rows: Iterable[tuple[int, Read]], **names: str | None) -> None:
-        """Make tasks of rows; `names` are the columns that have other names than the usual ones."""
+        """Make tasks of rows; `names` gives the columns that do not have their usual names."""
         rows = list(rows)
         columns = find_columns(
             file, dict.fromkeys(key for _, row in rows if isinstance(row, dict) for key in row), names
         )
-        known = sum(map(len, self.tasks.values()))
+        tasks_before = sum(map(len, self.tasks.values()))
         for number, row in rows:
-            found = row if isinstance(row, tuple) else self._task(split, row, columns)
-            if isinstance(found, Task):
-                self.tasks.setdefault(found.split, []).append(found)
-                self.origins.setdefault(found.split, []).append((file, number))
+            outcome = row if isinstance(row, tuple) else self._task(split, row, columns)
+            if isinstance(outcome, Task):
+                self.tasks.setdefault(outcome.split, []).append(outcome)
+                self.origins.setdefault(outcome.split, []).append((file, number))
             else:
-                self.problems.append(Problem(file, number, "", *found))
-        if sum(map(len, self.tasks.values())) == known:
+                self.problems.append(Problem(file, number, "", *outcome))
+        if sum(map(len, self.tasks.values())) == tasks_before:
             first = next((f"; {p}" for p in self.problems if p.file == file), "")
             raise DataError(f"No usable task in {file}: {len(rows)} rows{first}. Check its columns and rows.")
 
@@ -129,14 +129,14 @@ def _databases(release: Release, prefix: str, folders: str) -> dict[str, list[st
     inside = re.compile(re.escape(prefix) + folders + "/") if folders else re.compile("")
     paths = [PurePosixPath(name) for name in release.names if inside.match(name)]
     paths = [path for path in paths if path.suffix.lower() in _SUFFIXES]
-    own = {path.parent for path in paths if path.stem == path.parent.name}
-    found: dict[str, list[str]] = {}
+    own_folders = {path.parent for path in paths if path.stem == path.parent.name}
+    databases: dict[str, list[str]] = {}
     for path in paths:
-        name = path.parent.name if path.parent in own else path.stem
-        files = found.setdefault(name, [])
+        name = path.parent.name if path.parent in own_folders else path.stem
+        files = databases.setdefault(name, [])
         if not files or PurePosixPath(files[0]).parent == path.parent:
             files.append(str(path))
-    return found
+    return databases
 
 
 def _copy_databases(release: Release, files: Mapping[str, list[str]], names: Iterable[str], out: Path) -> None:
@@ -196,7 +196,7 @@ def _replaced(out: Path, name: str) -> Iterator[Path]:
 
 def _locate(layout: Layout, release: Release) -> str | None:
     """Find the prefix ('' or ending in '/') of the folder that holds a release; the shallowest one wins."""
-    present, files = set(release.names), {file for some in layout.splits.values() for file in some}
+    present, files = set(release.names), {file for group in layout.splits.values() for file in group}
     prefixes = {name[: -len(path.name)] for name in present if (path := PurePosixPath(name)).name in files}
     for prefix in sorted(prefixes, key=lambda p: (p.count("/"), p)):
         if all(prefix + file in present for file in layout.required) and _databases(release, prefix, layout.databases):
@@ -207,13 +207,13 @@ def _locate(layout: Layout, release: Release) -> str | None:
 def import_release(
     name: str, source: str | Path, out: str | Path, *, seed: int = 0, query_timeout: float | None = None
 ) -> Import:
-    """Write a release of the field, zipped or unpacked, as a data set.
+    """Write a published release, zipped or unpacked, as a data set.
 
     Args:
         name: its layout, one of `LAYOUTS`.
         source: the archive or folder.
         out: folder to write.
-        seed: of a sampled split.
+        seed: seed of a sampled split.
         query_timeout: seconds after which a gold query excludes its task; the layout's by default.
 
     Raises:
@@ -223,7 +223,7 @@ def import_release(
     with open_release(Path(source), layout.page) as release, _replaced(Path(out), name) as work:
         prefix = _locate(layout, release)
         if prefix is None:
-            wanted = layout.required or [file for some in layout.splits.values() for file in some]
+            wanted = layout.required or [file for group in layout.splits.values() for file in group]
             other = next((key for key, other in LAYOUTS.items() if _locate(other, release) is not None), "")
             hint = f"Run 'sqlbench data {other}'" if other else "Give one that holds"
             listed = "" if other else f" {', '.join(wanted)} and databases in {layout.databases}/"
@@ -261,12 +261,12 @@ def import_table(
 
     Args:
         file: one question per row. A column ``split`` tells the splits apart.
-        db: a SQLite file or the address of a database, which every row is then about; or a folder or zip archive of
-            files, ``<db_id>.sqlite``.
+        db: a SQLite file or the address of a database, used for every row; or a folder or zip archive of files
+            ``<db_id>.sqlite``.
         out: folder to write.
         split: name of the split where there is no such column.
         query_timeout: seconds after which a gold query excludes its task.
-        columns: columns by field of `sqlbench_data.rows.COLUMNS`, where their names are not the usual ones.
+        columns: names of columns by field of `sqlbench_data.rows.COLUMNS`, where they are not the usual ones.
 
     Raises:
         DataError: a file is missing or damaged, no row is usable, or `out` holds something else.
@@ -306,9 +306,9 @@ def _write(rows: _Rows, work: Path, about: Row, headline: tuple[str, ...], sampl
     auditor = Auditor(work, about["query_timeout"])
     audited = {name: auditor.audit(tasks, name) for name, tasks in rows.tasks.items()}
     problems = list(rows.problems)
-    for (file, row), found in zip([o for some in rows.origins.values() for o in some], auditor.findings, strict=True):
-        if found.excluded:
-            problems.append(Problem(file, row, found.task_id, found.excluded, found.detail))
+    for (file, row), finding in zip([o for part in rows.origins.values() for o in part], auditor.findings, strict=True):
+        if finding.excluded:
+            problems.append(Problem(file, row, finding.task_id, finding.excluded, finding.detail))
     if sampled:
         usable, name = [task for task in audited[sampled] if task.scorable], f"{sampled}_{SUBSET}"
         chosen = sorted(random.Random(about["seed"]).sample(range(len(usable)), min(SUBSET, len(usable))))

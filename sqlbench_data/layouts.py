@@ -1,4 +1,4 @@
-"""Releases of the field: where each keeps its questions, gold queries and databases."""
+"""Layouts of published releases: the places of their questions, gold queries and databases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlbench_data.rows import Read, Row
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a release keeps its questions and databases, relative to the folder that holds them all."""
+    """Places of the questions and databases of a release, relative to the folder that holds them all."""
 
     title: str
     page: str
@@ -22,21 +22,21 @@ class Layout:
     databases: str
     """Folders of the databases, as a regular expression."""
     required: tuple[str, ...] = ()
-    """Files that cannot be missing; one of the splits by default."""
+    """Files that must be present; by default one file of any split."""
     tables: tuple[str, ...] = ()
     """Files with the schemas in Spider's form."""
     headline: tuple[str, ...] = ()
-    """Splits on which results are reported; the first that there is."""
+    """Splits to report results on; the first that exists is used."""
     sampled: str = ""
-    """Split of which `SUBSET` scorable tasks are a split of their own, drawn by the seed."""
+    """Split from which `SUBSET` scorable tasks are drawn by the seed into a separate split."""
     query_timeout: float = 5.0
-    """Seconds a gold query may take."""
+    """Time limit of a gold query in seconds."""
     adapt: Callable[[Release, str, Row], Read] = lambda release, prefix, row: row
-    """Completes a row."""
+    """Function that completes a row."""
 
 
 def _spider2(release: Release, prefix: str, row: Row) -> Read:
-    """Add the gold query and the text of the document, which are files of their own."""
+    """Add the gold query and the text of the document, which are separate files."""
     name, document = str(row.get("instance_id")), row.get("external_knowledge")
     if not name.startswith("local"):
         return "not_sqlite", "the database is in a cloud"
@@ -46,8 +46,8 @@ def _spider2(release: Release, prefix: str, row: Row) -> Read:
         count = sum(bool(results.fullmatch(other)) for other in release.names)
         return "no_gold_sql", f"gold results only ({count} CSV files)" if count else "no gold results either"
     text = f"{prefix}resource/documents/{document}"
-    known = {"gold": _text(release, gold), "external_knowledge": _text(release, text) if text in release.names else ""}
-    return row | known
+    texts = {"gold": _text(release, gold), "external_knowledge": _text(release, text) if text in release.names else ""}
+    return row | texts
 
 
 def _text(release: Release, name: str) -> str:
@@ -105,4 +105,4 @@ LAYOUTS = {
         headline=("test_dev_500", "test_dev", "train"),
     ),
 }
-"""Releases by the name of their command."""
+"""Layouts by the name of their command."""

@@ -1,4 +1,4 @@
-"""Rows of questions as files hold them: CSV, TSV, JSON, JSON lines and Parquet, and which column is which."""
+"""Rows of question files (CSV, TSV, JSON, JSON lines and Parquet) and the meaning of their columns."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ COLUMNS = {
     "hardness": ("hardness", "difficulty"),
     "split": ("split",),
 }
-"""Names under which the data sets of the field have the fields of a task, the likeliest first; case does not matter."""
+"""Column names that published data sets use for the fields of a task, the likeliest first; case does not matter."""
 
 Row = dict[str, Any]
 Read = Row | tuple[str, str]
-"""A row, or the reason and detail why it cannot be used."""
+"""A row, or the reason and detail of why it cannot be used."""
 
 
 def find_columns(file: str, present: Iterable[str], names: Mapping[str, str | None]) -> dict[str, str]:
@@ -35,23 +35,23 @@ def find_columns(file: str, present: Iterable[str], names: Mapping[str, str | No
     by_name = {str(name).lower(): str(name) for name in reversed(list(present))}
     columns = {}
     for part, usual in COLUMNS.items():
-        given = names.get(part)
-        if given and given.lower() not in by_name:
+        custom = names.get(part)
+        if custom and custom.lower() not in by_name:
             listed = ", ".join(reversed(by_name.values())) or "none"
-            raise DataError(f"No column '{given}' in {file}. Its columns are: {listed}.")
-        there = [by_name[name.lower()] for name in ([given] if given else usual) if name.lower() in by_name]
+            raise DataError(f"No column '{custom}' in {file}. Its columns are: {listed}.")
+        there = [by_name[name.lower()] for name in ([custom] if custom else usual) if name.lower() in by_name]
         if there:
             columns[part] = there[0]
     return columns
 
 
 def cell_text(value: Any) -> str:
-    """Return a cell as text, a missing one as an empty text."""
+    """Return a cell as text; a missing cell is an empty text."""
     return "" if value is None or (isinstance(value, float) and value != value) else str(value).strip()
 
 
 def read_rows(release: Release, name: str) -> Iterator[tuple[int, Read]]:
-    """Read the numbered rows of a file; of one that cannot be read, the reason and detail instead."""
+    """Yield the numbered rows of a file; a row that cannot be read yields its reason and detail."""
     suffix, where = PurePosixPath(name).suffix.lower(), f"{name} of {release.source}"
     try:
         with release.open(name) as file:

@@ -17,7 +17,7 @@ from sqlbench_data.archive import BLOCK
 from sqlbench_data.layouts import LAYOUTS
 
 SPIDER_PAGE = LAYOUTS["spider"].page
-"""Where the authors publish the data set (CC BY-SA 4.0)."""
+"""Page on which the authors publish the data set (CC BY-SA 4.0)."""
 SPIDER_URL = (
     "https://drive.usercontent.google.com/download?id=1403EGqzIDoHMdQF4c9Bkyl7dZLZ5Wt6J&export=download&confirm=t"
 )
@@ -27,17 +27,17 @@ SPIDER_URL = (
 def download_spider(folder: str | Path, *, url: str = SPIDER_URL, timeout: float = 30.0) -> Path:
     """Fetch the public archive into `folder` and return its path, ready for `import_release`.
 
-    The checksum of the first download is recorded next to the archive and every later call is compared with it; an
-    archive that is there and agrees is not fetched again.
+    The checksum of the first download is recorded next to the archive. Every later call compares its archive with it;
+    an archive that is already there and agrees is not fetched again.
 
     Raises:
         DataError: no network, the answer is not a zip, or the checksum differs.
     """
     folder = Path(folder)
     archive, record = folder / "spider_data.zip", folder / "spider_data.zip.sha256"
-    known = record.read_text()[:64] or None if record.is_file() else None
-    if archive.is_file() and known is not None:
-        if _sha256(archive) != known:
+    recorded = record.read_text()[:64] or None if record.is_file() else None
+    if archive.is_file() and recorded is not None:
+        if _sha256(archive) != recorded:
             raise DataError(f"Checksum in {record.name} does not match: {archive}. Delete the archive and rerun.")
         return archive
     part, host = folder / "spider_data.zip.part", urlsplit(url).hostname
@@ -62,14 +62,14 @@ def download_spider(folder: str | Path, *, url: str = SPIDER_URL, timeout: float
     if not zipfile.is_zipfile(part):
         part.unlink()
         raise DataError(f"Not a zip archive (often a quota page): the answer of {host}. Wait, or {by_hand}.")
-    found = _sha256(part)
-    if known is not None and found != known:
+    checksum = _sha256(part)
+    if recorded is not None and checksum != recorded:
         raise DataError(
-            f"Archive changed: recorded {known[:12]}, downloaded {found[:12]} (kept as {part.name}). "
+            f"Archive changed: recorded {recorded[:12]}, downloaded {checksum[:12]} (kept as {part.name}). "
             f"Delete {record} and rerun to accept the new one."
         )
     part.replace(archive)
-    record.write_text(f"{found}  {archive.name}\n")
+    record.write_text(f"{checksum}  {archive.name}\n")
     return archive
 
 

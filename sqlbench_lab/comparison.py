@@ -38,14 +38,14 @@ class Comparison(w.VBox):
 
     def __init__(self, runs: Mapping[str, Path | str], data: Path | str | None = None) -> None:
         if len(runs) < 2:
-            raise DataError(f"a comparison needs at least two runs, got {len(runs)}")
+            raise DataError(f"Too few runs to compare: {len(runs)}. Give at least two.")
         self.first, *self.others = runs
         frame = _last_validations(rollout_table(runs))
         frame["nth"] = frame.groupby(["run", "key", "sample"]).cumcount()  # a split may hold a task twice
         numbers = frame.reset_index().groupby(["key", "nth", "run"])["index"].first().unstack()
         shared = numbers.dropna().astype(int).sort_values(self.first)
         if shared.empty:
-            raise DataError(f"the runs {', '.join(runs)} have no task in common; compare runs over the same split")
+            raise DataError(f"No task in common: {', '.join(runs)}. Compare runs over the same split.")
         self.left_out = len(numbers) - len(shared)
         self._frame = frame = frame.join(shared[self.first].rename("first"), on=["key", "nth"], how="inner")
         self.tasks = frame.loc[shared[self.first], ["hardness", "database", "key", "split", "question"]]
@@ -100,7 +100,7 @@ class Comparison(w.VBox):
             DataError: the breakdown does not exist.
         """
         if what not in BY:
-            raise DataError(f"no breakdown by '{what}'; choose one of {', '.join(BY)}")
+            raise DataError(f"Unknown breakdown: {what}. Choose one of {', '.join(BY)}.")
         groups = {name: part.index for name, part in self.tasks.groupby(what) if name}
         rows = []
         for name in in_order(groups):

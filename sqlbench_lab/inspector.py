@@ -101,15 +101,15 @@ class Inspector(w.VBox):
         """
         for name, value in values.items():
             if name not in self._controls:
-                raise DataError(f"no filter '{name}'; there are: {', '.join(self._controls)}")
+                raise DataError(f"Unknown filter: {name}. Choose one of {', '.join(self._controls)}.")
             if name in CHOICES and value not in (options := self._controls[name].options):
-                raise DataError(f"filter {name}={value!r}: choose one of {', '.join(map(str, options))}")
+                raise DataError(f"Invalid filter: {name}={value!r}. Choose one of {', '.join(map(str, options))}.")
         self._quiet = True
         try:
             for name, control in self._controls.items():
                 control.value = values.get(name, self._defaults[name])
         except TraitError as error:
-            raise DataError(f"filter {name}={values[name]!r}: {error}") from error
+            raise DataError(f"Invalid filter: {name}={values[name]!r} ({error}). Give another value.") from error
         finally:
             self._quiet = False
             self._filtered()
@@ -123,7 +123,7 @@ class Inspector(w.VBox):
         """
         if number not in self.rollouts.index:
             raise DataError(
-                f"no rollout {number}; the numbers go from {self.rollouts.index[0]} to {self.rollouts.index[-1]}"
+                f"Unknown rollout: {number}. Give a number from {self.rollouts.index[0]} to {self.rollouts.index[-1]}."
             )
         self._show(number)
         return self

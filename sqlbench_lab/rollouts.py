@@ -91,7 +91,7 @@ def rollout_table(source: Source) -> pd.DataFrame:
 def _rows(folder: Path, label: str) -> Iterator[dict[str, Any]]:
     path, offset = folder / TRAJECTORIES, 0
     if not path.is_file() or not path.stat().st_size:
-        raise DataError(f"no rollouts in {folder}: it has no {TRAJECTORIES}; evaluate or train into it first")
+        raise DataError(f"No rollouts in {folder}: {TRAJECTORIES} is missing. Evaluate or train into it first.")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # still being written

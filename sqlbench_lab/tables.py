@@ -114,9 +114,9 @@ def load_results(folder: Path | str) -> list[CellResult]:
         try:
             results.append(CellResult.model_validate_json(path.read_text()))
         except ValueError as error:
-            raise DataError(f"cannot read {path}: {error}; delete it and run the cell again") from error
+            raise DataError(f"Cannot read {path}: {error}. Delete it and rerun the cell.") from error
     if not results:
-        raise DataError(f"no trained cell in {folder}; run notebook 03_grpo_training or 'sqlbench ablate' first")
+        raise DataError(f"No trained cell in {folder}. Run notebook 03_grpo_training or 'sqlbench ablate' first.")
     order = attrgetter("model", "context", "turns", "agents", "steps", "seed")
     return sorted(results, key=lambda result: (result.cell.control or "", *order(result.cell)))
 

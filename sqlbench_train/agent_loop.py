@@ -1,12 +1,12 @@
 """The rollout of `sqlbench.rollout` as an agent loop of verl: one output per transition of a trained sub-agent.
 
-Guarantees: the tokens and log-probabilities handed to the trainer are those that were sampled; the reward sits on the
-last output of a rollout, and verl gives its advantage to all of them; a failed rollout hands over nothing (its group
-continues without it) but is recorded with all others in ``trajectories.jsonl``. An answer sampled at another
-temperature than the training's is not one of the trained policy: it is recorded and not handed over.
+Guarantees: the trainer gets exactly the tokens and log-probabilities that were sampled. The reward is on the last
+output of a rollout, and verl gives its advantage to all of them. A failed rollout hands over nothing (its group
+continues without it) but is recorded with all others in ``trajectories.jsonl``. An answer sampled at a temperature
+other than the training's does not come from the trained policy: it is recorded and not handed over.
 
-`SqlAgentLoopManager` and its worker are verl's own but for cost: a group of rollouts is handed over at once instead of
-rollout by rollout, without the columns that nobody reads, and prompts go to a local server in batches.
+`SqlAgentLoopManager` and its worker differ from verl's own only in cost: a group of rollouts is handed over at once,
+not rollout by rollout, without the columns that nobody reads, and prompts go to a local server in batches.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from verl_cpu.client import LocalClient
 from verl_cpu.engine import EngineError
 
 PATTERN = {"min_pattern_size": 2, "max_pattern_size": 64}
-"""Tokens of a pattern whose repetition ends an answer; a number may have the same digit many times."""
+"""Length in tokens of a pattern whose repetition ends an answer; not 1, because a number may repeat a digit."""
 
 
 def stable_number(*parts: object) -> int:
@@ -52,7 +52,7 @@ def stable_number(*parts: object) -> int:
 
 
 def stop_repetition(copies: int | None) -> dict[str, Any]:
-    """Make vLLM end an answer after this many copies of the same tokens, by sampling parameters."""
+    """Return sampling parameters by which vLLM ends an answer after this many copies of the same tokens."""
     return {"repetition_detection": {**PATTERN, "min_count": copies}} if copies else {}
 
 
@@ -90,8 +90,8 @@ class SqlAgentLoop(AgentLoopBase):
         record = record.model_copy(
             update={"step": int(row["global_steps"]), "validation": validation, "sample": int(row["session_id"])}
         )
-        credit, known = "rollout" if validation else settings.credit, record.reward is not None
-        if known and credit in OWN_REWARDS:
+        credit, has_reward = "rollout" if validation else settings.credit, record.reward is not None
+        if has_reward and credit in OWN_REWARDS:
             record = await judged(record, database, settings.strict)
         append_line(Path(settings.run_folder) / TRAJECTORIES, record)
         if record.failed or record.reward is None:
@@ -137,7 +137,7 @@ class SqlAgentLoop(AgentLoopBase):
 
 
 _dataset, _part, _prompts = cache(open_dataset), cache(load_plugin), cache(prompts_for)
-"""One object per process."""
+"""Loaders that return one object per process."""
 
 
 def trained_transitions(record: Trajectory, trained: str, credit: str = "rollout") -> list[Transition]:
@@ -171,7 +171,7 @@ class _ServerModel:
 
     async def complete(
         self, messages: list[Message], on_text: object = None, temperature: float | None = None
-    ) -> Completion:  # nobody watches
+    ) -> Completion:  # nobody watches, so `on_text` is ignored
         start = time.perf_counter()
         loop, tokenizer = self._loop, self._loop.tokenizer
         ids = encode_chat(tokenizer, [m.model_dump() for m in messages], **loop.template_options)
@@ -181,8 +181,8 @@ class _ServerModel:
             raise PromptTooLongError(
                 f"Prompt too long: {len(ids)} tokens, and data.max_prompt_length is {room}. Raise it, or truncate more."
             )
-        own = self._sampling.get("temperature")
-        other = None if temperature == own else temperature
+        default = self._sampling.get("temperature")
+        other = None if temperature == default else temperature
         sampling = self._sampling | ({} if other is None else {"temperature": other})
         if self._seed is not None:
             sampling["seed"] = stable_number(self._seed, self._calls)
@@ -215,7 +215,7 @@ class _ServerModel:
 
 
 class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
-    """verl's worker, handing over whole groups."""
+    """verl's worker, which hands over whole groups."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -252,7 +252,7 @@ class SqlAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
             await tq.async_kv_batch_put(keys=keys, fields=table, tags=tags, partition_id="val" if validate else "train")
 
     def _permute(self, rollouts: list[list[AgentLoopOutput]], row: dict[str, Any]) -> None:
-        """Give the rewards of a task's rollouts to each other."""
+        """Shuffle the rewards of a task's rollouts among them."""
         task = Task.model_validate_json(row["extra_info"]["task"])
         seed = stable_number(self.config.sqlbench.seed, int(row["global_steps"]), task.key, "permuted")
         shuffled = permuted([outputs[0].reward_score for outputs in rollouts], seed)

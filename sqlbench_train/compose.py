@@ -1,6 +1,6 @@
 """The configuration of a training: verl's defaults, profile, arguments, recipe, overrides, in that order.
 
-A value that is ``auto`` after that is decided here, so that the configuration on record is the one that ran.
+A value that is still ``auto`` after that is decided here, so that the configuration on record is the one that ran.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ COUNTS = {
     "trainer.total_epochs",
     "trainer.total_training_steps",
 }
-"""Numbers below 1 here would break verl only after it has started."""
+"""Keys whose values below 1 would break verl only after it has started."""
 SWITCHES = {*SAVINGS, "algorithm.rollout_correction.bypass_mode"}
-"""True, false, or ``auto`` where a profile says so."""
+"""Keys that are true, false, or ``auto`` where a profile says so."""
 
 
 def compose(
@@ -84,8 +84,8 @@ def compose(
     base = [f"{key}={quoted(value)}" for key, value in arguments.items()]
     base.append(f"sqlbench.control={quoted(control) if control else 'null'}")
     if recipe is not None:
-        if recipe not in (known := recipes()):
-            raise TrainingError(f"Unknown recipe: {recipe}. Give one of: {', '.join(known)}.")
+        if recipe not in (names := recipes()):
+            raise TrainingError(f"Unknown recipe: {recipe}. Give one of: {', '.join(names)}.")
         base.append(f"+recipe={recipe}")
     GlobalHydra.instance().clear()
     for text in overrides:
@@ -115,14 +115,14 @@ def compose(
 
 
 def recipes() -> list[str]:
-    """Names of the recipes: named sets of settings between a profile and the overrides."""
+    """Return the names of the recipes: named sets of settings between a profile and the overrides."""
     return sorted(file.stem for file in (CONFIG / "recipe").glob("*.yaml"))
 
 
 def decide(config: DictConfig) -> None:
     """Replace every ``auto`` by what fits the batch, the model and the card.
 
-    Where the shape of the model is not known, everything is offloaded and recomputed: slow, and the least memory.
+    For a model of unknown shape, everything is offloaded and recomputed, which is slow but takes the least memory.
     """
     from omegaconf import OmegaConf
 
@@ -136,7 +136,7 @@ def decide(config: DictConfig) -> None:
     undecided = [key for key in SAVINGS if OmegaConf.select(config, key) == "auto"]
     for key in undecided:
         settle(key, False)
-    for key in undecided:  # each only if it is still too much without
+    for key in undecided:  # each only if the training is still too large without it
         plan = estimate(config, 1, gpu_bytes() or GPU_BYTES)
         OmegaConf.update(config, key, plan is None or plan.needed(key))
 
@@ -147,19 +147,19 @@ def changes(profile: str, recipe: str | None = None) -> dict[str, Any]:
 
     names = ["common", profile, *([f"recipe/{recipe}"] if recipe else [])]
     tree = OmegaConf.merge(*(OmegaConf.load(CONFIG / f"{name}.yaml") for name in names))
-    found = OmegaConf.to_container(tree)
-    return {key: value for key, value in found.items() if key not in ("defaults", "hydra")}
+    settings = OmegaConf.to_container(tree)
+    return {key: value for key, value in settings.items() if key not in ("defaults", "hydra")}
 
 
 def _nearest(key: str, keys: Collection[str]) -> list[str]:
     """Return up to three similar keys: those with the same ending, then those with similar spelling."""
     same = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    found = [*get_close_matches(key, same, 3, cutoff=0.0), *get_close_matches(key, keys, 3, cutoff=0.75)]
-    return list(dict.fromkeys(found))[:3] or get_close_matches(key, keys, 1, cutoff=0.0)
+    matches = [*get_close_matches(key, same, 3, cutoff=0.0), *get_close_matches(key, keys, 3, cutoff=0.75)]
+    return list(dict.fromkeys(matches))[:3] or get_close_matches(key, keys, 1, cutoff=0.0)
 
 
 def _check_values(config: DictConfig, given: dict[str, Any]) -> None:
-    """Refuse values of another kind than the profile's, which verl would take and then break."""
+    """Refuse values of another type than the profile's, which verl would accept and then break on."""
     from omegaconf import OmegaConf
 
     for key in sorted(COUNTS | {key for key, value in given.items() if type(value) in (int, float)}):

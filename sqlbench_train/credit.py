@@ -6,31 +6,31 @@ that is wrong is rewarded where a rewrite fixes it.
 
 ``sqlbench.credit=transition``: a query is rewarded for its own execution match and a check for its verdict, and each is
 compared with the transitions of the same sub-agent in the rollouts of the same task. A rewrite that only repeats gets
-0, but a check that calls everything wrong gets most of what there is.
+0, but a check that calls everything wrong still gets most of the reward.
 
 ``sqlbench.credit=change``: each transition is rewarded for its change.
 
 - A first query: its execution match, compared within its task.
-- A rewrite: right minus right before, plus `RAN` times ran minus ran before. It is compared with all rewrites of the
-  step that began in the same situation (the query before failed, ran wrong, or ran right). Few rollouts of one task
-  rewrite in the same situation, and a rewrite alone in its group teaches nothing; a mean over the step is as unbiased a
-  baseline.
-- A rewrite that repeats an earlier query: 0 where the query before failed, which is the least that can be earned there.
-  Elsewhere it has no reward and is not trained on: a change of a right query mostly loses something, so that doing
-  nothing would pay, and a policy does not see whether the query was right. What remains is the gradient of the policy
-  that does not repeat.
-- A check: whether its verdict is right, less the mean of all checks of the step on queries of the same kind (right or
-  wrong ones), with both kinds weighing the same in sum (`balanced`). A check that always answers alike earns 0.
+- A rewrite: its change from wrong (0) to right (1), plus `RAN` times its change from failing (0) to running (1). It is
+  compared with all rewrites of the step that began in the same situation (the query before failed, ran wrong, or ran
+  right). Few rollouts of one task rewrite in the same situation, and a rewrite alone in its group teaches nothing; the
+  mean over the step is an equally unbiased baseline.
+- A rewrite that repeats an earlier query: 0 where the query before failed, which is the lowest reward there.
+  Elsewhere it has no reward and is not trained on: changing a right query mostly loses reward, so that doing nothing
+  would pay, and a policy does not see whether the query was right. The remaining gradient is that of the policy that
+  does not repeat.
+- A check: 1 if its verdict is right, minus the mean of all checks of the step on queries of the same kind (right or
+  wrong). Both kinds have the same total weight (`balanced`). A check that always gives the same verdict earns 0.
 
 ``sqlbench.credit=published``: every transition has its rollout's reward, and is compared with all transitions of the
-same task, so that a rollout counts as often as it has transitions: the published run.
+same task, so that a rollout counts as often as it has transitions, as in the published run.
 
-``sqlbench.control`` replaces the rewards of a training, and never of a validation, by some that say nothing of a
+``sqlbench.control`` replaces the rewards of a training, and never of a validation, by rewards that say nothing about a
 rollout: ``coin`` flips one for each; ``permuted`` shuffles those of a task's rollouts among them (`permuted`), so that
-groups, variances and which tasks divide stay as they are.
+groups, variances and the tasks that divide stay the same.
 
-With ``change`` the rewards of rewrites and checks are small and rare, and a division by their deviation would make
-single ones of them outweigh all first queries: give ``algorithm.norm_adv_by_std_in_grpo=False`` too.
+With ``change`` the rewards of rewrites and checks are small and rare. Divided by their standard deviation, single ones
+would outweigh all first queries: give ``algorithm.norm_adv_by_std_in_grpo=False`` too.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from sqlbench.reward import score_async
 
 CREDITS = ("rollout", "transition", "change", "published")
 OWN_REWARDS = ("transition", "change")
-"""Credits by which a transition has a reward of its own."""
+"""Credits that give each transition its own reward."""
 CONTROLS = ("coin", "permuted")
 RAN = 0.2
 """Reward of a rewrite for running, in units of being right."""
 MOST_TRANSITIONS = 1000
-"""More than a rollout can have."""
+"""Bound above the number of transitions of any rollout."""
 _STEP = "@"
-"""Precedes the situation in the name of a group that holds rows of all tasks of a step."""
+"""Separator before the situation in the name of a group that holds rows of all tasks of a step."""
 
 
 def group_and_key(task: str, session: int, index: int, agent: str, credit: str, situation: str = "") -> tuple[str, str]:
-    """Return the group with whose mean reward a transition is compared, and verl's key of its row.
+    """Return the group whose mean reward a transition is compared with, and verl's key of its row.
 
     verl reads a key as ``<group>_<session>_<index>`` and broadcasts the advantage of a session's last row to the
     others; the part before the first underscore is the task. With credit by transition a group holds the
@@ -71,7 +71,7 @@ def group_and_key(task: str, session: int, index: int, agent: str, credit: str, 
         index: number of the transition in the rollout.
         agent: name of the sub-agent.
         credit: one of `CREDITS`.
-        situation: in which the transition began (`situations`).
+        situation: situation in which the transition began (`situations`).
     """
     if credit == "rollout":
         return task, f"{task}_{session}_{index}"
@@ -110,16 +110,16 @@ def rewards(record: Trajectory, credit: str) -> list[float | None]:
 
     A check gets 1 for a right verdict and 0 for a wrong one. The transition that made the next prompt too long gets 0.
     """
-    found: list[float | None] = []
+    values: list[float | None] = []
     for transition, again in zip(record.transitions, repeated(record.transitions, record.executions), strict=True):
         if again:
             failed = not _ran(_query(record, transition.turn - 1))
-            found.append(0.0 if failed or credit != "change" else None)
+            values.append(0.0 if failed or credit != "change" else None)
         else:
-            found.append(_reward(transition, record, credit))
-    if record.reason == OVERLONG and found[-1] is not None:
-        found[-1] = min(0.0, found[-1])
-    return found
+            values.append(_reward(transition, record, credit))
+    if record.reason == OVERLONG and values[-1] is not None:
+        values[-1] = min(0.0, values[-1])
+    return values
 
 
 def _reward(transition: Transition, record: Trajectory, credit: str) -> float:
@@ -128,7 +128,7 @@ def _reward(transition: Transition, record: Trajectory, credit: str) -> float:
         return float(parse_verdict(transition.completion.text) == _right(execution))
     if transition.agent != "rewrite" or credit != "change":
         return float(_right(execution))
-    if execution is None:  # nothing came of it
+    if execution is None:  # it led to no query
         return 0.0
     before = _query(record, transition.turn - 1)
     return _right(execution) - _right(before) + RAN * (_ran(execution) - _ran(before))
@@ -136,23 +136,23 @@ def _reward(transition: Transition, record: Trajectory, credit: str) -> float:
 
 def situations(record: Trajectory) -> list[str]:
     """Return the situation in which each transition of a judged rollout began; empty if compared within its task."""
-    found = []
+    names = []
     for transition in record.transitions:
         if transition.agent == "check":
-            found.append("right" if _right(_query(record, transition.turn)) else "wrong")
+            names.append("right" if _right(_query(record, transition.turn)) else "wrong")
         elif transition.agent == "rewrite":
             before = _query(record, transition.turn - 1)
-            found.append("failed" if not _ran(before) else "ran-right" if _right(before) else "ran-wrong")
+            names.append("failed" if not _ran(before) else "ran-right" if _right(before) else "ran-wrong")
         else:
-            found.append("")
-    return found
+            names.append("")
+    return names
 
 
 def balanced(scores: Mapping[str, float]) -> dict[str, float]:
-    """Compute the rewards of a step's checks, by the keys of their rows, from which verdicts were right.
+    """Compute the rewards of a step's checks by the keys of their rows, from scores of 1 for right verdicts.
 
-    A verdict gets how much better it is than the mean verdict on queries of its kind, and the more frequent kind is
-    scaled down to the weight of the rarer one. So balanced accuracy pays. A check that always says the same
+    A reward is the score minus the mean score on queries of the same kind; the more frequent kind is then scaled
+    down to the weight of the rarer one. This rewards balanced accuracy. A check that always says the same
     gets 0 everywhere, and so does every check of a step in which all queries were of one kind.
     """
     kinds: dict[str, dict[str, float]] = defaultdict(dict)
@@ -162,9 +162,9 @@ def balanced(scores: Mapping[str, float]) -> dict[str, float]:
             kinds[head][key] = score
     rarest = min(map(len, kinds.values())) if len(kinds) == 2 else 0
     return {
-        key: (score - sum(some.values()) / len(some)) * rarest / len(some)
-        for some in kinds.values()
-        for key, score in some.items()
+        key: (score - sum(group.values()) / len(group)) * rarest / len(group)
+        for group in kinds.values()
+        for key, score in group.items()
     }
 
 

@@ -21,11 +21,11 @@ With P parameters, N GPUs on n nodes, tensor parallelism T, and 4 bytes for verl
 
 D is the hidden size, F that of the MLP, L the layers, V the vocabulary. A micro-batch has `ppo_max_token_len_per_gpu`
 tokens with `use_dynamic_bsz`, and otherwise `ppo_micro_batch_size_per_gpu` rows of at most `max_prompt_length +
-max_response_length`. 24 D + 8 F is what a layer of Qwen2 keeps for its gradient under bfloat16 autocast. What is not
+max_response_length`. A layer of Qwen2 keeps 24 D + 8 F for its gradient under bfloat16 autocast. Whatever is not
 offloaded stays on the GPU during rollouts too. With LoRA of rank r on all linear layers, r L (7 D + 2 Q + 2 K + 3 F)
 weights are added, where Q and K are the widths of queries and keys, and only these have gradients, moments and
-temporaries. Everything in `LEFT_OUT` comes on top, for which `RESERVE` of a card is left. Measured on an H200: 3% more
-than this for 0.5B, 3% less for 1.5B (`tests/unit/test_estimate.py`); LoRA was not.
+temporaries. Everything in `LEFT_OUT` comes on top; `RESERVE` of a card is left for it. Measured on an H200: 3% more
+than this for 0.5B, 3% less for 1.5B (`tests/unit/test_estimate.py`). LoRA was not measured.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""From the ``config.json`` that each model is published with on the Hugging Face hub."""
+"""Shapes from the ``config.json`` that each model is published with on the Hugging Face hub."""
 
 GPU_BYTES = 80e9
 """Assumed memory of the GPU on a machine without one."""
 RESERVE = 0.1
 """Share of a card that is left free for everything outside the estimate."""
 FUSED_TOKENS = 512
-"""Tokens for which verl's fused kernels hold logits at a time."""
+"""Number of tokens whose logits verl's fused kernels hold at a time."""
 _ACTOR = "actor_rollout_ref.actor.fsdp_config"
 CHECKPOINTING = "actor_rollout_ref.model.enable_gradient_checkpointing"
 SAVINGS = (f"{_ACTOR}.optimizer_offload", f"{_ACTOR}.param_offload", CHECKPOINTING)
-"""Settings that trade time for GPU memory, in the order in which they are worth it: the first two during rollouts, the
-last one during the update."""
+"""Settings that trade time for GPU memory, the best trade first: the first two during rollouts, the last one during
+the update."""
 LEFT_OUT = (
     "CUDA context and NCCL (1 to 2 GB per GPU), the layers that FSDP gathers, entropy and attention buffers, vLLM's "
     "own activations and CUDA graphs, fragmentation, Python processes and Ray's object store, logs"
@@ -78,7 +78,7 @@ PROMPT_BYTES, RESPONSE_BYTES = 3, 35
 """Bytes in a line of trajectories: per character of prompt (its text, and its share of a token id), and per token of
 response (text, id, log-probability)."""
 OTHER_CHARACTERS, RESPONSE_TOKENS = 1500, 320
-"""Instructions and question of a prompt; the longest mean response that the seed experiment published."""
+"""Characters of instructions and question in a prompt; longest mean response that the seed experiment published."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +131,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by use."""
+    """Estimated bytes by use."""
 
     parameters: int
-    """That are trained."""
+    """Number of trained parameters."""
     update: dict[str, float]
-    """On each GPU while the policy is updated."""
+    """Bytes on each GPU while the policy is updated."""
     rollout: dict[str, float]
-    """On each GPU while rollouts are sampled."""
+    """Bytes on each GPU while rollouts are sampled."""
     kv_tokens: int
     """Tokens that the KV cache of one GPU holds; 0 if the weights alone do not fit."""
     host: dict[str, float]
-    """Memory of each node."""
+    """Bytes of memory on each node."""
     disk: dict[str, float]
     gpu_bytes: float
     unused: tuple[str, ...] = ()
-    """Those of `SAVINGS` that the configuration does not make."""
+    """`SAVINGS` that the configuration does not use."""
 
     @property
     def update_peak(self) -> float:
@@ -162,22 +162,22 @@ class Estimate:
         return {f"{_gb(peak)} for {what}": keys for what, (peak, keys) in peaks.items() if peak > room}
 
     def needed(self, key: str) -> bool:
-        """Tell whether one of `SAVINGS` would reduce a peak that does not fit."""
+        """Return whether one of `SAVINGS` would reduce a peak that does not fit."""
         return any(key in keys for keys in self.too_large().values())
 
     def warning(self) -> str | None:
-        """Say in one line that the card is too small; None if it is not."""
-        if not (found := self.too_large()):
+        """Return a one-line warning if the card is too small, else None."""
+        if not (peaks := self.too_large()):
             return None
         savings = [f"{key}=true" for key in self.unused if self.needed(key)]
         advice = [*savings, "fewer tokens per micro-batch", "less gpu_memory_utilization", "more GPUs"]
         return (
-            f"This may not fit GPUs of {_gb(self.gpu_bytes)}: it takes about {' and '.join(found)}, and {RESERVE:.0%} "
+            f"This may not fit GPUs of {_gb(self.gpu_bytes)}: it takes about {' and '.join(peaks)}, and {RESERVE:.0%} "
             f"should stay free. Give {', '.join(advice[:-1])} or {advice[-1]}."
         )
 
     def lines(self) -> list[str]:
-        """Write the estimate for people."""
+        """Describe the estimate in lines of text."""
         rows = {
             f"each GPU, while {self.parameters / 1e9:.3g}B parameters are updated": self.update,
             f"each GPU of {_gb(self.gpu_bytes)}, while rollouts are sampled": self.rollout,
@@ -216,7 +216,7 @@ def estimate(config: Any, steps: int, gpu_bytes: float = GPU_BYTES) -> Estimate 
     cache = max(0.0, rollout.gpu_memory_utilization * gpu_bytes - 2 * p / parallel)
 
     saves = -(-steps // trainer.save_freq) if trainer.save_freq > 0 else 0
-    kept = min(saves, max(trainer.max_actor_ckpt_to_keep or saves, 2))  # with 1, the old one goes after the new one
+    saved = min(saves, max(trainer.max_actor_ckpt_to_keep or saves, 2))  # with 1, the old one is removed last
     contents = {"model": 4 * p, "optimizer": 8 * trained, "hf_model": 4 * p}
     tests = trainer.val_before_train + (-(-steps // trainer.test_freq) if trainer.test_freq > 0 else 0)
     rollouts = steps * config.data.train_batch_size * rollout.n + tests * config.sqlbench.validation_tasks
@@ -238,7 +238,7 @@ def estimate(config: Any, steps: int, gpu_bytes: float = GPU_BYTES) -> Estimate 
         | ({"Adam": 8 * trained / trainer.nnodes} if off_moments else {})
         | {"saving": 6 * p},
         disk={
-            f"{kept} checkpoints": kept * sum(contents.get(name, 0) for name in actor.checkpoint.save_contents),
+            f"{saved} checkpoints": saved * sum(contents.get(name, 0) for name in actor.checkpoint.save_contents),
             "policy": 4 * p,
             "trajectories, at most": rollouts * 2 * config.sqlbench.max_turns * call,
         },

@@ -1,9 +1,9 @@
-"""Prompts that get better by trial: GEPA rewrites named prompt components, and what was held out decides.
+"""Evolution of prompts by trial: GEPA rewrites named prompt components, and held-out questions decide.
 
-A reflecting model reads rollouts that failed, rewrites one component, and the rewrite is tried. Questions that decide
-are never reflected on, unless nothing else is known of a right answer. GEPA keeps its candidates and their Pareto front
-in a folder, from which a killed run resumes. ``sqlbench evolve`` does this over a split of a data set; the chat does it
-with what its user says (`sqlbench_chat.generations`). With few deciding questions one lucky answer can decide.
+A reflecting model reads failed rollouts and rewrites one component, and the rewrite is tried. Deciding questions are
+never reflected on, unless nothing else is known of a right answer. GEPA keeps its candidates and their Pareto front in
+a folder, from which a killed run resumes. ``sqlbench evolve`` does this over a split of a data set; the chat does it
+with its user's feedback (`sqlbench_chat.generations`). With few deciding questions one lucky answer can decide.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONCURRENCY = 8
 STOPPED = "Prompt evolution stopped"
 RETRY = "Fix this and try again; it resumes from there."
 PROMPTS = "prompts.toml"
-"""The evolved prompts in the folder of a run."""
+"""File of the evolved prompts in the folder of a run."""
 REFLECTION = """\
 An agent answers questions about databases with SQL. This is the part `{name}` of its prompts:
 ```
@@ -67,7 +67,7 @@ class Example(Record):
 
 @dataclass(frozen=True)
 class Trial:
-    """What prompts are tried with."""
+    """Models, databases and settings that prompts are tried with."""
 
     model: Model
     reflection: Model
@@ -78,17 +78,17 @@ class Trial:
 
 
 class Improved(NamedTuple):
-    """What GEPA found."""
+    """Outcome of GEPA."""
 
     components: dict[str, str]
-    """The best candidate, or where none is better the prompts that it started from."""
+    """The best candidate, or the starting prompts if none is better."""
     before: list[float]
-    """Scores of the deciding examples with the prompts that it started from."""
+    """Scores of the deciding examples with the starting prompts."""
     after: list[float]
     refused: list[str]
     """Rewrites that could not be tried, with the reason."""
     calls: int
-    """Rollouts so far, those of earlier calls on the same folder included."""
+    """Rollouts so far, including those of earlier calls on the same folder."""
 
 
 def improve(
@@ -103,20 +103,20 @@ def improve(
     calls: int | None = None,
     seed: int = 0,
 ) -> Improved:
-    """Run GEPA until so many rewrites or rollouts were tried in the folder; resumes what the folder holds.
+    """Run GEPA up to a number of rewrites or rollouts in the folder; resume from what the folder holds.
 
     A candidate is better if it scores higher on the deciding examples and no lower on those of them with gold.
 
     Args:
-        folder: GEPA's own.
-        start: what every rewrite must still fit: its fields and family.
-        components: the candidate to improve.
-        train: what is reflected on.
-        deciding: what candidates are compared on.
-        trial: what they are tried with.
-        proposals: rewrites at most.
-        calls: rollouts at most; the last rewrite is finished.
-        seed: of GEPA's choices.
+        folder: GEPA's folder.
+        start: prompts whose fields and family every rewrite must still fit.
+        components: candidate to improve.
+        train: examples to reflect on.
+        deciding: examples to compare candidates on.
+        trial: models, databases and settings to try candidates with.
+        proposals: maximum number of rewrites.
+        calls: maximum number of rollouts; the last rewrite is finished.
+        seed: seed of GEPA's choices.
 
     Raises:
         ModelError: an endpoint broke; call again to resume.
@@ -148,7 +148,7 @@ def improve(
             )
     except _ReflectionFailed as stop:
         raise ModelError(f"{STOPPED}: {str(stop.__cause__).rstrip('.')}. {RETRY}") from stop
-    scores = [[found[i] for i in range(len(deciding))] for found in result.val_subscores]
+    scores = [[subscores[i] for i in range(len(deciding))] for subscores in result.val_subscores]
     base = result.candidates.index(components)
 
     def right(one: list[float]) -> float:
@@ -205,7 +205,7 @@ def evolve(settings: EvolveConfig) -> str:
     }
     with folder.open(config, overwrite=settings.overwrite):
         held_out, train = examples[: settings.held_out], examples[settings.held_out :]
-        found = improve(
+        improved = improve(
             folder.root / "gepa",
             start,
             start.components,
@@ -215,28 +215,28 @@ def evolve(settings: EvolveConfig) -> str:
             calls=settings.budget,
             seed=settings.seed,
         )
-        best = Prompts(family=start.family, components=found.components)
+        best = Prompts(family=start.family, components=improved.components)
         write_whole(folder.root / PROMPTS, [best.toml()])
-        before, after = (pd.Series(scores) for scores in (found.before, found.after))
+        before, after = (pd.Series(scores) for scores in (improved.before, improved.after))
         changed = [name for name, text in best.components.items() if text != start.components[name]]
         summary = {
             "score": Score.of(after, after.index).model_dump(),
             "baseline": Score.of(before, before.index).model_dump(),
             "changed": changed,
-            "rollouts": found.calls,
-            "refused": found.refused,
+            "rollouts": improved.calls,
+            "refused": improved.refused,
         }
         folder.finish(summary)
     return (
         f"held-out EX {before.mean():.1%} -> {after.mean():.1%} of {len(held_out)} tasks of {settings.split}: "
         f"{difference(before, after)}\n"
-        f"changed: {', '.join(changed) or 'nothing, no rewrite answered more'}; {found.calls} rollouts\n"
+        f"changed: {', '.join(changed) or 'nothing, no rewrite answered more'}; {improved.calls} rollouts\n"
         "These tasks chose the prompts: measure them on another split with sqlbench eval --prompts."
     )
 
 
 def open_reflection(name: str, cache: Path | None = None) -> Model:
-    """Open a model that reflects."""
+    """Open a reflecting model."""
     return open_model(name, temperature=1.0, max_tokens=4096, cache=cache)
 
 
@@ -252,11 +252,11 @@ class _Trace(NamedTuple):
 
 
 class _ReflectionFailed(BaseException):
-    """GEPA skips a rewrite whose reflection raises an Exception; a dead endpoint must end the cycle instead."""
+    """Failure of a reflection. GEPA skips a rewrite on any Exception, but a dead endpoint must end the cycle."""
 
 
 class _Unfit(Exception):
-    """A rewrite cannot be adopted; the message says why."""
+    """Rewrite that cannot be adopted; the message says why."""
 
 
 class _Adapter:
@@ -289,7 +289,7 @@ class _Adapter:
                 raise ModelError(f"{STOPPED}: {done.error.rstrip('.')}. {RETRY}")
             if x.gold:
                 return _Trace(x, done, done.reward or 0.0)
-            # Without gold: it runs, and gives another answer than the one that was rejected.
+            # Without gold, a query is right if it runs and its answer is not the rejected one.
             return _Trace(x, done, float(done.executions[-1].status == "ok" and done.reward != 1))
 
         return await asyncio.gather(*map(one, batch))
@@ -312,13 +312,13 @@ class _Adapter:
         for name in components_to_update:
             old, needed = candidate[name], needs(self.start.components[name])
             keep = f"Keep {', '.join(needed)} in it, letter for letter: a program needs them. " if needed else ""
-            asked = {
+            inputs = {
                 "current_instruction_doc": old,
                 "dataset_with_feedback": reflective_dataset[name],
                 "prompt_template": REFLECTION.replace("{name}", name).replace("{keep}", keep),
             }
             try:
-                new = InstructionProposalSignature.run(self._reflect, asked)["new_instruction"].strip()
+                new = InstructionProposalSignature.run(self._reflect, inputs)["new_instruction"].strip()
                 if not new:
                     raise _Unfit("is empty")
                 if missing := [text for text in needed if text not in new]:
@@ -343,7 +343,7 @@ class _Adapter:
 
 
 def needs(component: str) -> list[str]:
-    """Return what a rewrite of a component must keep: its fields, and the verdicts that the program looks for."""
+    """Return the texts that a rewrite of a component must keep: its fields, and verdicts that the program looks for."""
     verdicts = [line for line in (CORRECT, INCORRECT) if line in component]
     return [*dict.fromkeys(re.findall(r"\{[a-z]+\}", component)), *verdicts]
 
@@ -363,7 +363,7 @@ def _component(
 def _reflective(trace: _Trace) -> dict[str, Any]:
     """Describe one rollout to the reflecting model."""
     x, done = trace.example, trace.trajectory
-    said = {f"{t.agent} {t.turn}": t.completion.text for t in done.transitions}
+    outputs = {f"{t.agent} {t.turn}": t.completion.text for t in done.transitions}
     results = {f"result {e.turn}": e.error or f"{e.n_rows} rows, such as {e.rows[:3]}" for e in done.executions}
     if trace.score >= 1:
         feedback = "The answer is right." if x.gold else "This is not the answer that the user rejected."
@@ -375,6 +375,6 @@ def _reflective(trace: _Trace) -> dict[str, Any]:
         feedback += f"\nThe user's remark: {x.remark}"
     return {
         "Inputs": done.transitions[0].messages[-1].content,
-        "Generated Outputs": said | results,
+        "Generated Outputs": outputs | results,
         "Feedback": feedback,
     }

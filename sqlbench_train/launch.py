@@ -1,7 +1,7 @@
-"""A training run from its first call to its last: verl's own trainer on a run folder, followed and resumed.
+"""A training run from its first call to its last: verl's own trainer on a run folder, watched and resumed.
 
-Guarantees: the configuration in ``config.json`` is complete and is what ran; faults that can be known
-beforehand are refused in one line before anything starts; the same call again resumes from the last checkpoint; nothing
+Guarantees: the configuration in ``config.json`` is complete and is the one that ran. Faults that can be detected
+beforehand are refused in one line before anything starts. The same call again resumes from the last checkpoint. Nothing
 is left running when the call returns, however it returns. verl runs in a process of its own
 (`verl_cpu.forkserver`) with its output in ``logs/train.log``; call from a thread that lives as long as the
 training.
@@ -42,17 +42,17 @@ if TYPE_CHECKING:
 VERL_CONFIG = "data/verl.yaml"
 """verl's configuration of an attempt, in the run folder; its path identifies the attempt's processes."""
 FULL = 1 << 20
-"""A disk with fewer free bytes is full."""
+"""Free bytes below which a disk counts as full."""
 RAY_STARTS = 3
-"""How often Ray is started, on a machine where that takes too long."""
+"""Maximum number of starts of Ray, on a machine where that takes too long."""
 
 
 @takes(TrainConfig, "profile", "run", "data", "model", "overrides")
 def train(settings: TrainConfig) -> Path:
     """Train, or resume training, and return the run folder ``<results>/<profile>/<run>``.
 
-    With `track`, metrics go to one of `sqlbench_train.compose.TRACKERS` too, as its own environment variables say;
-    without them tensorboard and mlflow write into the run folder. Keys belong in the environment and are never
+    With `track`, metrics go to one of `sqlbench_train.compose.TRACKERS` too, as its own environment variables say.
+    Without them, tensorboard and mlflow write into the run folder. Keys belong in the environment and are never
     written.
 
     Raises:
@@ -120,7 +120,7 @@ def train(settings: TrainConfig) -> Path:
 
 
 def _policy(model: str, profile: Profile) -> str:
-    """Find the checkpoint folder to train; on a GPU a name of the hub stays one."""
+    """Find the checkpoint folder to train; on a GPU, a name on the Hugging Face hub stays a name."""
     if is_hub_name(model) and profile.device != "cpu":
         return model
     return str(check_checkpoint(policy_folder(model)).absolute())
@@ -152,9 +152,9 @@ class _Verl:
         self.tasks, self.validation = list(tasks), list(validation)
         _, self.total = planned_steps(config, len(tasks))
         self.log = folder / "logs/train.log"
-        self.attempt = folder / "logs/attempt.jsonl"  # where verl writes the metrics of this attempt
+        self.attempt = folder / "logs/attempt.jsonl"  # verl's metrics of this attempt
         self.config_file = folder / VERL_CONFIG
-        self.began = 0.0  # when the first rollout was on record
+        self.began = 0.0  # time at which the first rollout was on record
 
     def train(self) -> dict[str, Any]:
         """Train the rest of the run and return its summary."""
@@ -190,19 +190,19 @@ class _Verl:
         """
         done = policy.checkpointed(self.folder)
         every, keep = self.config.trainer.test_freq, self.config.trainer.max_actor_ckpt_to_keep
-        known = read_rows(self.folder / METRICS)
-        for step, row in read_rows(self.attempt).items():  # not all of it may have been taken over
-            known.setdefault(step, {}).update(row)
-        rows = {step: row for step, row in known.items() if done and step <= done}
-        kept = [t for t in read_trajectories(self.folder) if done and (t.step or 0) <= done]
+        logged = read_rows(self.folder / METRICS)
+        for step, row in read_rows(self.attempt).items():  # some of it may not have been taken over
+            logged.setdefault(step, {}).update(row)
+        rows = {step: row for step, row in logged.items() if done and step <= done}
+        trajectories = [t for t in read_trajectories(self.folder) if done and (t.step or 0) <= done]
         validate = not done and self.config.trainer.val_before_train
         if done:
-            here = [t for t in kept if t.step == done and not t.validation]
+            here = [t for t in trajectories if t.step == done and not t.validation]
             rows.setdefault(done, step_metrics(here, "sqlbench/"))
             due = every > 0 and (done % every == 0 or done >= self.total)
             if due and "sqlbench/val_ex" not in rows[done]:
-                validate, kept = True, [t for t in kept if t.step != done or not t.validation]
-        RunFolder(self.folder).rewrite(TRAJECTORIES, kept)
+                validate, trajectories = True, [t for t in trajectories if t.step != done or not t.validation]
+        RunFolder(self.folder).rewrite(TRAJECTORIES, trajectories)
         write_rows(self.folder / METRICS, rows)
         self.attempt.unlink(missing_ok=True)
         policy.drop_others(self.folder, done, keep)
@@ -220,7 +220,7 @@ class _Verl:
         (self.folder / "data/router.yaml").write_text("router_class: verl_cpu.server.Router\n")
 
     def _write_config(self, validate: bool) -> None:
-        """Write the configuration of this attempt: a resumed one has been validated at its first step already."""
+        """Write the configuration of this attempt; a resumed one has already been validated at its first step."""
         from omegaconf import OmegaConf, open_dict
 
         config = self.config.copy()
@@ -246,8 +246,8 @@ class _Verl:
             status = self._attempt(done, plain=False)
             if status != RAY_LATE:
                 break
-            self._note("Ray did not start in time. Starting it again.")
-        if status > 0 and self.profile.device == "cuda" and not self.began:
+            self._note("Ray did not start in time.")
+        if status > 0 and status != RAY_LATE and self.profile.device == "cuda" and not self.began:
             self._note("verl ended before its first rollout. Starting it again without forks.")
             status = self._attempt(done, plain=True)
         if status != 0:
@@ -257,16 +257,16 @@ class _Verl:
             raise TrainingError(f"Training stopped: {reason.rstrip('.')}. See {self.log}.")
 
     def _note(self, text: str) -> None:
-        """Say in the log why verl is started again, without the metrics of the attempt before."""
+        """Log why verl is started again, and drop the metrics of the attempt before."""
         with self.log.open("a") as log:
             print(f"sqlbench: {text}", file=log)
         self.attempt.unlink(missing_ok=True)
 
     def _attempt(self, done: int, *, plain: bool) -> int:
         """Run verl to its end and return its exit status."""
-        own = self.config.ray_kwargs.ray_init.get("address") == "local"
+        own_cluster = self.config.ray_kwargs.ray_init.get("address") == "local"
         verl = processes.training(
-            self.profile, self.folder, self.config_file, self.attempt, self.log, own_cluster=own, plain=plain
+            self.profile, self.folder, self.config_file, self.attempt, self.log, own_cluster=own_cluster, plain=plain
         )
         bar = tqdm(
             total=self.total, initial=done, desc="starting verl", unit="step", mininterval=1, miniters=0, smoothing=0
@@ -296,8 +296,8 @@ class _Verl:
         with self.attempt.open("rb") as file:
             file.seek(position)
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        for line in whole.splitlines():
+        chunk = data[: data.rfind(b"\n") + 1]
+        for line in chunk.splitlines():
             record = json.loads(line)
             append_line(self.folder / METRICS, record)
             if position == 0:  # the rate is that of training, not of the start
@@ -305,7 +305,7 @@ class _Verl:
             bar.set_description("training", refresh=False)
             bar.update(max(0, record["step"] - bar.n))
             bar.write(describe(record["step"], record["data"]))
-        return position + len(whole)
+        return position + len(chunk)
 
 
 def describe(step: int, data: dict[str, float]) -> str:

@@ -3,14 +3,14 @@
 All are verl's clipped objective. ``token_mean`` weighs every trained token alike, so a rollout with five transitions
 counts five times as much as one with one. ``per_rollout_mean`` weighs every rollout alike: the mean over rollouts of
 the mean over a rollout's trained tokens, exact for one optimizer step per batch, with micro-batches of any size.
-With credit by transition (`sqlbench_train.credit`) each transition weighs the same. ``positive_only`` weighs as
-``per_rollout_mean`` and learns only from what was better than its group's mean: nothing is pushed down. This is close
+With credit by transition (`sqlbench_train.credit`) each transition weighs the same. ``positive_only`` has the weights
+of ``per_rollout_mean`` and learns only from rewards above their group's mean: nothing is pushed down. This is close
 to RAFT++ (Xiong et al., arXiv 2504.11343).
 All are means over the whole batch: rows that the trainer leaves out, since their advantage is 0, count in the
 denominator.
 All report the largest difference between the probabilities of the sampled tokens in the rollout engine and in the
 trainer, as a mean over micro-batches; with one optimizer step per batch, and no separate old-log-probability pass,
-that is the agreement of the two.
+this is the agreement of the two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, register_po
 
 PER_ROLLOUT = ("per_rollout_mean", "positive_only")
 Row = tuple[str, int]
-"""Rollout that a row belongs to, and how many of its tokens are trained."""
+"""Rollout of a row, and the number of its trained tokens."""
 
 
 def row_weights(loss_mode: str, kept: list[Row], batch: list[Row]) -> list[float]:

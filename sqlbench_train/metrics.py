@@ -30,9 +30,9 @@ class TrajectoryReader:
             with self.path.open("rb") as file:
                 file.seek(self._offset)
                 data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            self._offset += len(whole)
-            for line in whole.splitlines():
+            chunk = data[: data.rfind(b"\n") + 1]
+            self._offset += len(chunk)
+            for line in chunk.splitlines():
                 record = Trajectory.model_validate_json(line)
                 self._steps[record.step or 0, record.validation].append(record)
         for old in [key for key in self._steps if key[0] < step]:
@@ -41,13 +41,13 @@ class TrajectoryReader:
 
 
 def step_metrics(rollouts: Iterable[Trajectory], prefix: str) -> dict[str, float]:
-    """Sum up the rollouts of one step: counts and means, by name.
+    """Summarize the rollouts of one step: counts and means, by name.
 
-    Rollouts, failed ones, those with reward 0 because an answer made the next prompt too long, and over the scored
-    ones: EX, mean reward, transitions and turns a rollout, prompt and response tokens a transition, share of
-    responses cut at the limit, seconds per rollout, share of rewrites that repeat an earlier query, answers that were
-    sampled at another temperature and so not trained on, and, where queries were judged one by one, the balanced
-    accuracy of the check.
+    Over all rollouts: their number, failed ones, and those with reward 0 because an answer made the next prompt too
+    long. Over the scored ones: EX, mean reward, transitions and turns per rollout, prompt and response tokens per
+    transition, share of responses cut at the limit, seconds per rollout, share of rewrites that repeat an earlier
+    query, answers sampled at another temperature and so not trained on, and, where queries were judged one by one,
+    the balanced accuracy of the check.
     """
     frame, calls, queries = Rollouts.of(rollouts)
     scored = frame[frame["reward"].notna()]
@@ -85,9 +85,9 @@ def read_rows(path: Path) -> dict[int, dict[str, float]]:
 
 
 def write_rows(path: Path, rows: dict[int, dict[str, float]]) -> None:
-    """Replace a metrics file in one move.
+    """Replace a metrics file atomically.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the file cannot be written.
     """
     RunFolder(path.parent).rewrite(path.name, [{"step": step, "data": rows[step]} for step in sorted(rows)])

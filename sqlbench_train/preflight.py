@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 AGENTS = ("write", "rewrite", "check")
 SAMPLINGS = ("uniform", "dynamic", "success-rate")
-"""See `sqlbench_train.sampling`."""
+"""Ways to choose the tasks of a step (`sqlbench_train.sampling`)."""
 _MODE = "sqlbench has its own synchronous trainer", "Leave the key out."
 _REWARD = "verl's own rewards are never used", "Give a reward of your own as sqlbench.reward=module:attribute."
 FIXED = {
@@ -42,11 +42,11 @@ FIXED = {
     ),
     "actor_rollout_ref.model.lora.rank": (0, ("only Megatron reads it", "Give actor_rollout_ref.model.lora_rank.")),
 }
-"""Keys of verl with only one value that works here, though verl would accept others, with why and what to do."""
+"""Keys of verl with only one value that works here, though verl would accept others; the reason and the remedy."""
 
 
 def needs(profile: Profile, config: DictConfig) -> list[str]:
-    """Describe in lines for people what this configuration needs, and whether it is available."""
+    """Describe in lines of text what this configuration needs, and whether it is available."""
     batch, model = config.data.train_batch_size, config.actor_rollout_ref.model.path
     lines, cluster = [], config.ray_kwargs.ray_init.get("address")
     if profile.device == "cuda":
@@ -79,7 +79,7 @@ def needs(profile: Profile, config: DictConfig) -> list[str]:
 
 
 def too_small(config: DictConfig) -> str | None:
-    """Say in one line that the card is too small for a large model's training; None if it is not, or unknown."""
+    """Return a one-line warning if the card is too small for a large model's training; None if not, or unknown."""
     if config.trainer.device != "cuda" or config.actor_rollout_ref.rollout.name != "vllm":
         return None
     plan = estimate(config, 1, gpu_bytes() or GPU_BYTES)
@@ -108,18 +108,18 @@ def check(profile: Profile, config: DictConfig) -> None:
     """Refuse a configuration that works on no machine, in a training and in a dry run.
 
     Raises:
-        TrainingError: it cannot work.
+        TrainingError: the configuration cannot work.
     """
     from omegaconf import OmegaConf
 
-    from sqlbench.models.local import check_chat_template  # takes torch and transformers with it
+    from sqlbench.models.local import check_chat_template  # imports torch and transformers
 
     settings = config.sqlbench
     if Path(settings.model).is_dir():
         check_chat_template(settings.model)
     for key, (value, reason) in FIXED.items():
-        if (found := OmegaConf.select(config, key)) not in (value, None):
-            raise TrainingError(f"Unsupported {key}: {found} ({reason[0]}). {reason[1]}")
+        if (setting := OmegaConf.select(config, key)) not in (value, None):
+            raise TrainingError(f"Unsupported {key}: {setting} ({reason[0]}). {reason[1]}")
     prompts_for(settings.prompts or settings.family)
     try:
         matched = [a for a in AGENTS if re.search(str(settings.trained_agents), a)]
@@ -184,7 +184,7 @@ def check(profile: Profile, config: DictConfig) -> None:
             "Give trainer.save_freq=1 or more, and hf_model among actor_rollout_ref.actor.checkpoint.save_contents."
         )
     tasks = profile.published_tasks
-    with contextlib.suppress(SqlbenchError):  # said by `needs`, and by the training itself
+    with contextlib.suppress(SqlbenchError):  # reported by `needs`, and by the training itself
         tasks = len(load_tasks(config)[0])
     if tasks is None:
         return
@@ -223,7 +223,7 @@ def ask_verl(config: DictConfig) -> None:
     """Let verl's own classes validate a configuration; takes seconds, because verl is imported.
 
     Raises:
-        TrainingError: verl refuses it.
+        TrainingError: verl refuses the configuration.
     """
     if importlib.util.find_spec("vllm") is None:  # verl would import it to look at the rank of an adapter
         config = config.copy()

@@ -1,4 +1,4 @@
-"""The processes of a training: their environment, their end, the remains of killed ones, the reason of a failure."""
+"""The processes of a training: their environment, their end, the remains of killed ones, the reason for a failure."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def training(
 
     Args:
         config_file: verl's resolved configuration.
-        metrics_file: where verl writes its metrics.
-        own_cluster: the training starts a Ray of its own.
-        plain: every process starts by itself (`verl_cpu.forkserver`).
+        metrics_file: file for verl's metrics.
+        own_cluster: true if the training starts its own Ray cluster.
+        plain: true if every process starts by itself (`verl_cpu.forkserver`).
     """
     _clear_abandoned()
     ray_folder = Path(tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-", dir=_temporary()))
@@ -74,15 +74,15 @@ def training(
 
 def end_earlier(config_file: Path) -> None:
     """End the processes that a killed attempt left running; the run's lock says that nobody waits for them."""
-    left = []
+    remaining = []
     for process in psutil.process_iter(["cmdline"]):
         if {WORKER, str(config_file)} <= set(process.info["cmdline"] or ()):
             with contextlib.suppress(psutil.Error):
-                left += [process, *process.children(recursive=True)]
-    for process in left:
+                remaining += [process, *process.children(recursive=True)]
+    for process in remaining:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(left, timeout=10)
+    psutil.wait_procs(remaining, timeout=10)
 
 
 def _environment(profile: Profile, run: Path, metrics_file: Path) -> dict[str, str]:
@@ -153,7 +153,7 @@ def _clear_abandoned() -> None:
 
 
 def _was_running(number: int, moment: float) -> bool:
-    """Tell whether the process of this number is the one that had it at a moment in the past."""
+    """Return whether the process of this number is the one that had it at a moment in the past."""
     try:
         return psutil.Process(number).create_time() <= moment
     except psutil.NoSuchProcess:

@@ -1,12 +1,12 @@
-"""Which tasks a step trains on, by the setting ``sqlbench.sampling``.
+"""Choice of the tasks that a step trains on, by the setting ``sqlbench.sampling``.
 
-A task whose rollouts all have the same reward teaches nothing. Three ways to choose tasks:
+A task whose rollouts all have the same reward teaches nothing; any other task divides. Three ways to choose tasks:
 
 - ``uniform``: the next ones of the shuffled data.
 - ``dynamic``: those, and then further ones until the batch is full of tasks that divide, but never more than
   ``sqlbench.most_sampled`` batches. This is DAPO's dynamic sampling (arXiv 2503.14476) with a bound.
-- ``success-rate``: the next ones, where a task that was all right or all wrong when it came last is passed over, but
-  for one time in `SECOND_LOOK`. It changes nothing before a task comes for the second time.
+- ``success-rate``: the next ones, without the tasks whose last rollouts were all right or all wrong, except for one
+  time in `SECOND_LOOK`. It changes nothing before a task comes for the second time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def task_of(key: str) -> str:
 
 
 def of_task(key: str) -> str:
-    """Return the group of a row within its task: with credit by change rows of all tasks are compared."""
+    """Return the group of a row within its task, even where credit by change compares rows of all tasks."""
     return key.rsplit("_", 2)[0]
 
 
@@ -45,20 +45,20 @@ def scores(batch: KVBatchMeta) -> dict[str, float]:
 
 def dividing_groups(rewards: Mapping[str, float], group_of: Callable[[str], str] = of_task) -> set[str]:
     """Return the groups whose rewards differ, given the reward of each row; a group of one row never does."""
-    found: dict[str, set[float]] = defaultdict(set)
+    by_group: dict[str, set[float]] = defaultdict(set)
     for key, reward in rewards.items():
-        found[group_of(key)].add(reward)
-    return {group for group, values in found.items() if len(values) > 1}
+        by_group[group_of(key)].add(reward)
+    return {group for group, values in by_group.items() if len(values) > 1}
 
 
 def further(size: int, dividing: int, asked: int, most: int) -> int:
-    """Return how many further tasks to sample to fill a batch with tasks that divide.
+    """Return the number of further tasks to sample to fill a batch with tasks that divide.
 
     Args:
         size: tasks per batch.
         dividing: tasks that divide so far.
         asked: tasks sampled so far.
-        most: tasks that a step may sample.
+        most: maximum number of tasks that a step samples.
     """
     share = max(dividing / asked, LEAST_SHARE)
     return max(0, min(math.ceil((size - dividing) / share), most - asked))
@@ -70,15 +70,15 @@ def choose(size: int, tasks: Iterable[str], dividing: set[str]) -> set[str]:
 
 
 class TaskSampler:
-    """verl's replay buffer, sampling further tasks where the setting says so."""
+    """verl's replay buffer, which samples further tasks where the setting says so."""
 
     def __init__(self, buffer: Any, submit: Callable[[int], Any], most: float) -> None:
         """Wrap a buffer.
 
         Args:
-            buffer: verl's.
-            submit: starts the rollouts of a number of further tasks.
-            most: how many batches of tasks a step may sample; 1 is uniform sampling.
+            buffer: verl's buffer.
+            submit: function that starts the rollouts of a number of further tasks.
+            most: maximum number of batches of tasks per step; 1 is uniform sampling.
         """
         self.buffer, self.submit, self.most = buffer, submit, most
         self.tasks: list[str] = []
@@ -89,20 +89,20 @@ class TaskSampler:
         batch, metrics = self.buffer.sample(global_steps, partition_id, batch_size)
         if partition_id == "val" or self.most <= 1:
             return batch, metrics
-        keys, tags, asked = list(batch.keys), list(batch.tags), batch_size
+        keys, tags, sampled = list(batch.keys), list(batch.tags), batch_size
         dividing = {task_of(group) for group in dividing_groups(scores(batch))}
-        while more := further(batch_size, len(dividing), asked, int(self.most * batch_size)):
+        while more := further(batch_size, len(dividing), sampled, int(self.most * batch_size)):
             self.submit(more)
             extra, _ = self.buffer.sample(global_steps, partition_id, more)
-            asked += more
+            sampled += more
             keys, tags = keys + extra.keys, tags + extra.tags
             dividing |= {task_of(group) for group in dividing_groups(scores(extra))}
-        metrics |= {"sqlbench/tasks_sampled": asked, "sqlbench/tasks_dividing": len(dividing)}
+        metrics |= {"sqlbench/tasks_sampled": sampled, "sqlbench/tasks_dividing": len(dividing)}
         scored = {task_of(key) for key in keys}
-        kept = choose(batch_size, [task for task in self.tasks if task in scored], dividing)
-        if surplus := [key for key in keys if task_of(key) not in kept]:
+        chosen = choose(batch_size, [task for task in self.tasks if task in scored], dividing)
+        if surplus := [key for key in keys if task_of(key) not in chosen]:
             tq.kv_clear(keys=surplus, partition_id=partition_id)
-        rows = [(key, tag) for key, tag in zip(keys, tags, strict=True) if task_of(key) in kept]
+        rows = [(key, tag) for key, tag in zip(keys, tags, strict=True) if task_of(key) in chosen]
         return KVBatchMeta(
             partition_id=partition_id,
             keys=[key for key, _ in rows],
@@ -112,7 +112,7 @@ class TaskSampler:
 
 
 class SuccessRates:
-    """The mean reward of each task's rollouts when it came last."""
+    """The mean reward of each task's rollouts in the last step that sampled it."""
 
     def __init__(self, records: Iterable[Trajectory], seed: int) -> None:
         """Start from the rollouts on record of a resumed run."""
@@ -121,7 +121,7 @@ class SuccessRates:
         self.learn(records)
 
     def learn(self, records: Iterable[Trajectory]) -> None:
-        """Take over the rollouts of one step or more."""
+        """Update the rates from the rollouts of one or more steps."""
         rewards: dict[tuple[int, str], list[float]] = defaultdict(list)
         for record in records:
             if record.reward is not None and not record.validation:
@@ -130,6 +130,6 @@ class SuccessRates:
             self.rates[task] = sum(values) / len(values)
 
     def wanted(self, task: str, step: int) -> bool:
-        """Tell whether a task may teach something, or gets its second look."""
-        known = self.rates.get(task)
-        return known is None or 0 < known < 1 or random.Random(f"{self.seed} {step} {task}").random() < 1 / SECOND_LOOK
+        """Return whether a task may teach something, or gets its second look."""
+        rate = self.rates.get(task)
+        return rate is None or 0 < rate < 1 or random.Random(f"{self.seed} {step} {task}").random() < 1 / SECOND_LOOK

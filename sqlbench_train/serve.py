@@ -1,4 +1,4 @@
-"""Serve a checkpoint with an OpenAI-compatible endpoint, by a server that others wrote.
+"""Serves a checkpoint at an OpenAI-compatible endpoint, by a third-party server.
 
 The server replaces this process: its log is shown from then on, and it ends with this process. It
 asks for no key, so it listens on this machine alone unless told otherwise.
@@ -49,7 +49,7 @@ def serve(settings: ServeConfig) -> NoReturn:
     options = ["--host", host, "--port", str(port)]
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"} | os.environ
     if not torch.cuda.is_available():
-        options += ["--dtype", "float32"]  # as `sqlbench.models.local` has it
+        options += ["--dtype", "float32"]  # as in `sqlbench.models.local`
     if engine == "vllm":
         options = [str(folder), "--served-model-name", name, *options]
         if not torch.cuda.is_available():  # compiling takes minutes, and gigabytes are reserved unless told otherwise
@@ -84,7 +84,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def find_policy(model: str) -> tuple[Path, str]:
-    """Return the checkpoint folder that `model` means, and the name to serve it under, one that a hub would take."""
+    """Return the checkpoint folder that `model` means, and a name to serve it under that a hub would accept."""
     if model.startswith("openai:"):
         raise ModelError(f"Cannot serve an endpoint: {model}. Give 'nano', a checkpoint folder or a run folder.")
     name = re.sub(r"[^\w.]+|[.-]{2,}", "-", Path(model).resolve().name, flags=re.ASCII).strip("-.")

@@ -36,10 +36,8 @@ class TrainConfig(Settings):
     profile: Profile = "laptop"
     data: OwnData = None
     model: str | None = Field(None, description="Policy to start from: nano, or a checkpoint folder.")
-    recipe: str | None = Field(None, description="Settings between profile and key=value: seed, as the published run.")
-    control: str | None = Field(
-        None, description="Rewards to learn nothing from: coin flips, or permuted in each task."
-    )
+    recipe: str | None = Field(None, description="Named settings on top of the profile: seed, as the published run.")
+    control: str | None = Field(None, description="Uninformative rewards: coin flips, or permuted within each task.")
     prompts: str | None = Field(None, description="Short for sqlbench.prompts=nano, chat or a .toml file.")
     seed: int | None = Field(None, description="Short for sqlbench.seed=N.")
     query_timeout: float | None = Field(None, description="Short for sqlbench.query_timeout=SECONDS.")
@@ -60,7 +58,7 @@ class SftConfig(SchemaConfig):
     steps: int = Field(300, ge=1, description="Optimizer steps.")
     batch_size: int = Field(32, ge=1, description="Answers per step.")
     lr: float = Field(2e-4, ge=0, description="Learning rate of AdamW, constant.")
-    seed: int = Field(1, description="Of the order of the answers.")
+    seed: int = Field(1, description="Seed of the order of the answers.")
     profile: Profile = "laptop"
     results: Results = RESULTS
     overwrite: Overwrite = False
@@ -72,14 +70,14 @@ class EvolveConfig(RolloutConfig):
     data: Data = POCKET
     split: str = Field("train", description="The split whose tasks are reflected on or held out.")
     model: Model = "nano"
-    reflection: str | None = Field(None, description="Rewrites the prompts: openai:NAME; or else --model.")
+    reflection: str | None = Field(None, description="Model that rewrites the prompts: openai:NAME, or else --model.")
     cache: Cache = None
     budget: int = Field(400, ge=1, description="Rollouts to spend; the last rewrite is finished.")
     held_out: int = Field(40, ge=1, description="Tasks that decide which prompts are better.")
     run: Run
     agent: Agent = "self-correcting"
     prompts: str | None = Field(None, description="Prompts to start from if not the model's own.")
-    seed: int = Field(0, description="Decides which tasks are held out, and GEPA's choices.")
+    seed: int = Field(0, description="Seed of the held-out tasks and of GEPA's choices.")
     profile: Profile = "laptop"
     results: Results = RESULTS
     overwrite: Overwrite = False

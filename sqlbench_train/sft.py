@@ -83,15 +83,15 @@ def sft(settings: SftConfig) -> Path:
 
 def right_answers(rollouts: Iterable[Trajectory]) -> list[tuple[list[Message], str]]:
     """Return each different prompt and answer that wrote the final query of a right rollout."""
-    found: dict[str, tuple[list[Message], str]] = {}
+    answers: dict[str, tuple[list[Message], str]] = {}
     for record in rollouts:
         if not record.correct or not record.pred:
             continue
-        for made in reversed(record.transitions):
-            if made.agent != "check" and extract_sql(made.completion.text) == record.pred:
-                found.setdefault(f"{made.messages!r} {made.completion.text}", (made.messages, made.completion.text))
+        for t in reversed(record.transitions):
+            if t.agent != "check" and extract_sql(t.completion.text) == record.pred:
+                answers.setdefault(f"{t.messages!r} {t.completion.text}", (t.messages, t.completion.text))
                 break
-    return list(found.values())
+    return list(answers.values())
 
 
 class _Gold:
@@ -166,9 +166,9 @@ def _fit(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["step"]
-    kept = [row for row in folder.metrics() if row["step"] <= done]
-    folder.rewrite(METRICS, kept)
-    losses = [row["data"]["sft/loss"] for row in kept]
+    logged = [row for row in folder.metrics() if row["step"] <= done]
+    folder.rewrite(METRICS, logged)
+    losses = [row["data"]["sft/loss"] for row in logged]
     model.train()
     with tqdm(total=steps, initial=done, desc="sft", unit="step", mininterval=0.5) as bar:
         for step in range(done + 1, steps + 1):
@@ -183,8 +183,8 @@ def _fit(
             bar.update()
             if step % SAVE_EVERY == 0:
                 state.parent.mkdir(exist_ok=True)
-                whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                torch.save(whole, state.with_suffix(".new"))
+                snapshot = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                torch.save(snapshot, state.with_suffix(".new"))
                 os.replace(state.with_suffix(".new"), state)
     policy = folder.root / "policy"
     shutil.rmtree(policy, ignore_errors=True)
@@ -196,13 +196,13 @@ def _fit(
 
 
 def batch(rows: int, size: int, step: int, seed: int) -> list[int]:
-    """Return which rows a step trains on: all of them once, in an order of its own, before one comes again.
+    """Return the rows that a step trains on: each epoch has every row once, in its own order.
 
     Args:
         rows: number of rows.
-        size: of a batch.
-        step: from 1.
-        seed: of the orders.
+        size: number of rows per batch.
+        step: number of the step, from 1.
+        seed: seed of the orders.
     """
     chosen: list[int] = []
     for position in range((step - 1) * size, step * size):

@@ -1,6 +1,6 @@
 """verl's synchronous trainer with rollouts of several transitions, failed rollouts and no-signal groups handled.
 
-Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync``:
+Registered with verl as trainer mode ``sqlbench``. Differences from mode ``sync``:
 
 - A batch of tasks makes as many optimizer steps as ``train_batch_size / ppo_mini_batch_size`` says, however many
   transitions its rollouts have. (verl counts rows, so a second transition would mean a second step.)
@@ -10,8 +10,8 @@ Registered with verl as trainer mode ``sqlbench``. What differs from mode ``sync
   momentum of earlier steps still act.
 - Every step logs the loss's mean of the advantages, ``sqlbench/advantage_bias``. Unless it is 0, all tokens are pushed
   up or down, right or wrong.
-- Which tasks a step trains on is a setting (`sqlbench_train.sampling`).
-- Failed rollouts are counted, and above a stated share the run stops, before it trains on the rest.
+- The choice of the tasks that a step trains on is a setting (`sqlbench_train.sampling`).
+- Failed rollouts are counted, and above a configured share the run stops, before it trains on the rest.
 - A training aborts when one of its Ray actors dies. verl would wait forever for a worker killed by the OOM killer.
 - Every step logs metrics of its rollouts in ``trajectories.jsonl``.
 - Rollout and trainer probabilities are compared by verl's own check at the first step and at each ``test_freq``-th.
@@ -49,12 +49,12 @@ from sqlbench_train.sampling import SuccessRates, TaskSampler, dividing_groups, 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 3
 MISSED_SECONDS = 45
-"""Within that Ray has missed a node that is gone, and so has the watch."""
+"""Time within which Ray, and so the watch, notices that a node is gone."""
 
 
 @contextmanager
 def changed(section: Any, **values: Any) -> Iterator[None]:
-    """Set keys of a config section for the time of a block."""
+    """Set keys of a config section for the duration of a block."""
     before = {key: section[key] for key in values}
     section.update(values)
     try:
@@ -65,20 +65,20 @@ def changed(section: Any, **values: Any) -> Iterator[None]:
 
 @register_trainer("sqlbench")
 class SqlTrainer(PPOTrainerSync):
-    """See the module."""
+    """verl's synchronous trainer, with the differences that the module lists."""
 
     def __init__(self, config: Any) -> None:
-        config.trainer.v1.trainer_mode = "sync"  # verl asks for this name where it decides about buffering
+        config.trainer.v1.trainer_mode = "sync"  # verl decides about buffering by this name
         super().__init__(config)
         self.settings = config.sqlbench
         buffer: Any = self.replay_buffer
         buffer.poll_interval = POLL_SECONDS
-        most = self.settings.most_sampled if self.settings.sampling == "dynamic" else 1
-        self.replay_buffer: Any = TaskSampler(buffer, self._add_prompts_to_generate, most)
+        most_batches = self.settings.most_sampled if self.settings.sampling == "dynamic" else 1
+        self.replay_buffer: Any = TaskSampler(buffer, self._add_prompts_to_generate, most_batches)
         folder = Path(self.settings.run_folder)
         self.reader = TrajectoryReader(folder / TRAJECTORIES)
-        known = read_trajectories(folder) if self.settings.sampling == "success-rate" else ()
-        self.rates = SuccessRates(known, self.settings.seed)
+        records = read_trajectories(folder) if self.settings.sampling == "success-rate" else ()
+        self.rates = SuccessRates(records, self.settings.seed)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -126,7 +126,7 @@ class SqlTrainer(PPOTrainerSync):
     # -- counting and stopping
 
     def _rollouts(self, validation: bool) -> list[Trajectory]:
-        """Return this step's rollouts on record; stops the run where too many failed or are missing."""
+        """Return this step's rollouts on record; stop the run where too many failed or are missing."""
         rollout = self.config.actor_rollout_ref.rollout
         if validation:
             expected = len(self.val_dataset) * rollout.val_kwargs.n
@@ -193,8 +193,8 @@ class SqlTrainer(PPOTrainerSync):
             rewards |= checks
         for key in rewards:
             rollouts[group_of(key)].add(key.rsplit("_", 1)[0])
-        useful = dividing_groups(rewards, group_of)  # so none with one rollout left
-        # Tasks, also those of which no rollout is left; or with another credit their sub-agents.
+        useful = dividing_groups(rewards, group_of)  # so no group with one rollout left
+        # Number of tasks, including those with no rollout left; with another credit, of their sub-agents.
         count = max(1, min(len(tasks), self.config.data.train_batch_size), len(rollouts))
         metrics["sqlbench/groups"] = count
         metrics["sqlbench/zero_variance_groups"] = 1 - len(useful) / count
@@ -226,7 +226,7 @@ class SqlTrainer(PPOTrainerSync):
         tq.kv_batch_put(keys=[*rewards], partition_id=batch.partition_id, fields=fields)
 
     def _sort_by_length(self, batch: Any) -> None:
-        """Put rows of similar length together in a micro-batch (less padding), every mini-batch having all lengths."""
+        """Group rows of similar length in micro-batches (less padding), with all lengths in every mini-batch."""
         ranks, parts = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1, self._optimizer_steps()
         size, order = len(batch.keys) // ranks, []
         for start in range(0, len(batch.keys), size):
@@ -292,13 +292,13 @@ def check_room(free: Iterable[Mapping[str, float]], nodes: int, ranks: int, cpus
     """Refuse a cluster that cannot hold the training now: Ray would wait forever, and verl counts GPUs only.
 
     Args:
-        free: the resources of each node that nobody uses.
+        free: unused resources of each node.
         nodes: nodes of the training; several fit on one that is large enough.
-        ranks: ranks, and GPUs, of each.
+        ranks: ranks, and so GPUs, per node.
         cpus: CPUs that verl asks for beside each GPU.
 
     Raises:
-        TrainingError: there is not enough.
+        TrainingError: there is not enough room.
     """
     fitting = sum(int(min(node.get("GPU", 0) / ranks, node.get("CPU", 0) / (ranks * cpus))) for node in free)
     if fitting < nodes:
@@ -321,9 +321,9 @@ def _watch_actors(ended: threading.Event) -> None:
     def alive() -> set[str]:
         return {a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] in ours}
 
-    known = alive()
+    actors = alive()
     why = "a node may be lost, or the memory used up" if len(ray.nodes()) > 1 else "the memory may have been used up"
     while not ended.wait(WATCH_SECONDS):
-        if (gone := ", ".join(sorted(known - alive()))) and not ended.is_set():
+        if (gone := ", ".join(sorted(actors - alive()))) and not ended.is_set():
             print(f"TrainingError: a process of the training is gone ({gone}); {why}.", flush=True)
             os._exit(1)

@@ -23,7 +23,7 @@ class _Answer:
 
 
 class _RemoteEngine:
-    """The servers of this node (of all nodes, where it has none) as a `LocalEngine`: one batch to each in turn."""
+    """The servers of this node (or of all nodes, if it has none) as a `LocalEngine`: one batch to each in turn."""
 
     def __init__(self, servers: int) -> None:
         every = [ray.get_actor(server_name(rank)) for rank in range(servers)]

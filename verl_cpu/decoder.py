@@ -1,6 +1,6 @@
 """One decoding step of a small llama-like model in about twenty operations per layer.
 
-The general model code of transformers spends 5 to 8 ms per step on Python for a model whose arithmetic takes one;
+The general model code of transformers spends 5 to 8 ms per step on Python for a model whose arithmetic takes 1 ms;
 batches of short answers with a long tail are mostly such steps. `Decoder` computes the same numbers (up to the rounding
 of floating-point sums) from the same weights for the families it knows; for others `Decoder.of` gives None.
 """
@@ -14,7 +14,7 @@ from torch.nn.functional import embedding, linear, scaled_dot_product_attention,
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 LARGEST = 50_000_000
-"""Parameters; larger models are bound by arithmetic, and the joined weights here are copies."""
+"""Maximum number of parameters: larger models are bound by arithmetic, and the joined weights here are copies."""
 
 
 class Decoder:
@@ -25,7 +25,7 @@ class Decoder:
         """Make a decoder of a transformers model, or None if its family or its settings are unknown."""
         config = model.config
         rope = config.rope_parameters or {}
-        known = (
+        supported = (
             config.model_type in FAMILIES
             and model.dtype == torch.float32  # the general code mixes precisions with more care
             and config.hidden_act == "silu"
@@ -34,7 +34,7 @@ class Decoder:
             and not getattr(config, "mlp_bias", False)
             and sum(p.numel() for p in model.parameters()) <= LARGEST
         )
-        return cls(model) if known else None
+        return cls(model) if supported else None
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -73,7 +73,7 @@ class Decoder:
         Args:
             ids: the tokens, one per row.
             position: their positions, one per row (a column).
-            mask: which columns of the cache, the new one included, each row may see.
+            mask: columns of the cache, the new one included, that each row may see.
             caches: key-value caches of the layers, with a method ``update``.
         """
         rows, heads, kv_heads, size = len(ids), self.heads, self.kv_heads, self.size

@@ -1,8 +1,8 @@
 """A batched token-in, token-out engine for one Hugging Face checkpoint, in this process.
 
 Guarantees: the tokens returned are the tokens sampled, with their log-probability under the distribution they were
-sampled from (temperature and filters applied; at temperature 0 the plain softmax); a request with a seed gives the
-same tokens in any batch, up to the rounding of floating-point sums; a prompt is never cut. Batches
+sampled from (temperature and filters applied; at temperature 0 the plain softmax). A request with a seed gives the
+same tokens in any batch, up to the rounding of floating-point sums. A prompt is never cut. Batches
 are static: each distinct prompt is computed once, and so are shared prefixes; finished rows leave
 the batch. A frozen engine keeps keys and values from batch to batch too (`verl_cpu.frozen`).
 """
@@ -29,7 +29,7 @@ from verl_cpu.frozen import PromptCache, common_start, half_precision, pack
 _COMPACT_BELOW = 0.75
 """Share of unfinished rows below which finished rows are taken out of the key-value cache (a copy of the cache)."""
 _PREFILL_TOKENS = 4096
-"""Prompt tokens (padding included) computed in one forward pass: bounds the memory of long prompts."""
+"""Maximum number of prompt tokens (padding included) per forward pass; bounds the memory of long prompts."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class GenerationRequest:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    """0 or negative: no limit."""
+    """Number of candidate tokens; 0 or negative means no limit."""
     seed: int | None = None
     on_token: Callable[[int, int], object] | None = None
-    """Called in the engine's thread with the number and the id of each token as it is sampled."""
+    """Function called in the engine's thread with the number and the id of each token as it is sampled."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Generation:
     """Tokens sampled for one request."""
 
     token_ids: list[int]
-    """End-of-sequence token included."""
+    """Sampled tokens, end-of-sequence token included."""
     logprobs: list[float]
     finish_reason: str
     """``stop`` or ``length``."""
@@ -63,7 +63,7 @@ class EngineError(ValueError):
 
 
 def shared_prefixes(prompts: list[tuple[int, ...]]) -> list[int]:
-    """Count for each sorted prompt how many of its first tokens to compute together with its neighbours'.
+    """Return for each sorted prompt the number of first tokens to compute together with those of its neighbours.
 
     Neighbours form a group while they share at least half of a prompt; one token is always left to each prompt.
     """
@@ -86,12 +86,12 @@ class LocalEngine:
 
     Args:
         path: the checkpoint folder.
-        device: where the model runs.
+        device: device of the model.
         dtype: precision of the weights.
-        threads: of torch; 0 leaves torch's own number.
-        max_model_len: tokens of a prompt and its answer.
-        frozen: the weights never change, so they are packed in bfloat16 where this CPU computes in it, and the keys and
-            values of earlier prompts are kept. Such an engine loads no weights.
+        threads: number of torch threads; 0 leaves torch's own number.
+        max_model_len: maximum number of tokens of a prompt and its answer.
+        frozen: true if the weights never change. They are packed in bfloat16 where this CPU computes in it, and the
+            keys and values of earlier prompts are kept. A frozen engine loads no new weights.
 
     Raises:
         EngineError: the checkpoint cannot be loaded.
@@ -229,7 +229,7 @@ class LocalEngine:
         return logits[row], cache, torch.cat([mask, mask.new_zeros(len(distinct), room)], 1)[row]
 
     def _continue(self, prompts: list[tuple[int, ...]], kept: PromptCache) -> tuple[Any, Any, Any]:
-        """Compute of each prompt what no earlier one began with, one after the other, and pad the results."""
+        """Compute each prompt, without the start that an earlier one had, one after the other, and pad the results."""
         logits, caches = [], []
         for prompt in prompts:
             shared, past = kept.find(prompt)
@@ -249,7 +249,7 @@ class LocalEngine:
     def _forward(
         self, pieces: list[tuple[int, ...]], layers: Any = None, past_mask: Any = None, past_row: Any = None
     ) -> tuple[Any, Any, Any]:
-        """Run left-padded pieces of text on top of what the cache has for row `past_row` of each."""
+        """Run left-padded pieces of text, each after row `past_row` of the cache."""
         ids, mask = self._padded(pieces)
         width, position = ids.shape[1], mask.cumsum(1) - 1
         if layers is not None:
@@ -276,7 +276,7 @@ class LocalEngine:
         return logits, joined, mask
 
     def _padded(self, pieces: list[tuple[int, ...]]) -> tuple[Any, Any]:
-        """Tokens, padded on the left to one length, and which of them are real."""
+        """Return the tokens, padded on the left to one length, and a mask of the real ones."""
         parts = [torch.tensor([piece, [1] * len(piece)]).T for piece in pieces]
         both = pad_sequence(parts, batch_first=True, padding_side="left").to(self.device)
         return both[..., 0], both[..., 1]

@@ -8,7 +8,7 @@ and forks: the driver, through Ray's ``py_executable`` setting (`forkserver_stub
 thread before it forks and holds no state but modules. verl's task runner runs in the driver instead of in an actor of
 its own, for the same reason.
 
-On a GPU it must not start CUDA either, or no fork could use it: a fork tries that first. If it cannot, or if an import
+On a GPU it must not start CUDA either, or no fork could use it; a fork tests this first. If it cannot, or if an import
 fails, or where the environment variable VERL_PLAIN_START is set, every process starts by itself.
 """
 
@@ -66,25 +66,25 @@ PRELOAD_VLLM = (
 )
 """Modules that vLLM has imported when it forks its engine; its models, and verl's modules for it, start CUDA."""
 PLAIN = "VERL_PLAIN_START"
-"""Environment variable: start verl without forks."""
+"""Environment variable that makes verl start without forks."""
 PROBE_SECONDS = 120
 STARTED = time.monotonic()
 BORN_AS = {"RAY_JOB_ID": os.getpid().to_bytes(4, "little").hex()}
-"""Ray's library reads its worker settings when it is loaded, which is before they exist: the job has the number of this
-process (`_number_job`), and a worker lives as long as this process, which therefore takes the place of its raylet."""
+"""Worker settings that Ray's library reads when it is loaded, before they exist. The job has the number of this process
+(`_number_job`), and a worker lives as long as this process, which therefore takes the place of its raylet."""
 RAY_LATE = 75
 """Exit status where Ray did not start in time; the same command may be given again."""
 PR_SET_PDEATHSIG = 1
 
 
 def main(config_file: str, parent: int, folder: str, modules: list[str]) -> None:
-    """Train as the resolved configuration says.
+    """Train by the resolved configuration.
 
     Args:
         config_file: verl's resolved configuration.
         parent: process whose end ends this one.
-        folder: where Ray writes everything.
-        modules: what registers the caller's own parts with verl; imported before the training starts.
+        folder: folder for everything that Ray writes.
+        modules: modules that register the caller's own parts with verl; imported before the training starts.
     """
     from omegaconf import OmegaConf
 
@@ -152,16 +152,16 @@ def _preload(config: Any, modules: list[str]) -> None:
     if config.actor_rollout_ref.rollout.name == "vllm":
         for name in PRELOAD_VLLM:
             importlib.import_module(name)
-        # vLLM would inspect the model's class in a new Python, which imports vLLM, lest CUDA start in the server. But
-        # verl's own imports have started it there already, and the engine is a process of its own.
+        # To keep CUDA out of the server, vLLM would inspect the model's class in a new Python that imports vLLM. But
+        # verl's own imports have started CUDA there already, and the engine is a process of its own.
         registry: Any = importlib.import_module("vllm.model_executor.models.registry")
         registry._run_in_subprocess = lambda function: function()
         _say("imported vLLM")
 
 
 def _preload_without_cuda(config: Any, modules: list[str]) -> bool:
-    """Import it all without starting CUDA; tell whether a fork can compute on the training's device afterwards."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray has it for its workers
+    """Import it all without starting CUDA; return whether a fork can then compute on the training's device."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray sets it for its workers
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # otherwise a search for GPUs would start CUDA
     try:
         import torch
@@ -203,7 +203,7 @@ def _ray_draws_no_ids() -> Iterator[None]:
 
 
 def _in_a_fork(function: Callable[[], bytes]) -> bytes:
-    """Call a function in a fork of this process and return its result; None if it fails there."""
+    """Call a function in a fork of this process and return its result; empty if it fails there."""
     reader, writer = os.pipe()
     pid = _fork()
     if pid == 0:
@@ -240,10 +240,10 @@ def _drive(config: Any, modules: list[str]) -> None:
 
 @contextlib.contextmanager
 def late_ray_ends_it() -> Iterator[None]:
-    """End the process with `RAY_LATE` where the Ray that is started inside does not start in time.
+    """End the process with `RAY_LATE` if the Ray that the block starts does not start in time.
 
     Ray gives its own processes 15 and 30 seconds to answer, which cannot be set and is too little on a busy machine
-    (ray-project/ray#65983). Where its raylet has ended for that, `ray.init` may wait for it without end.
+    (ray-project/ray#65983). If its raylet has ended for this reason, `ray.init` may wait for it forever.
     """
     threading.Thread(target=_watch_raylet, daemon=True).start()
     try:
@@ -259,7 +259,7 @@ def _watch_raylet() -> None:
 
     seen: set[int] = set()
     while not ray.is_initialized():
-        alive = set()
+        alive: set[int] = set()
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
                 if child.name() == "raylet":
@@ -284,7 +284,7 @@ def _number_job() -> None:
 
 
 class _InThisProcess:
-    """Has the shape of a Ray actor class with a method ``run``, but makes and calls the object right here."""
+    """Stand-in for a Ray actor class with a method ``run``; makes and calls the object in this process."""
 
     def __init__(self, cls: type) -> None:
         self._cls = cls
@@ -304,7 +304,7 @@ def _serve(server: socket.socket, driver: int, imported: dict[str, str] | None =
 
     Args:
         imported: environment variables that the imports have set.
-        python: takes the place of the Python interpreter that `multiprocessing` starts.
+        python: replacement for the Python interpreter that `multiprocessing` starts.
     """
     wakeup, signalled = os.pipe()
     os.set_blocking(signalled, False)
@@ -360,8 +360,8 @@ def _start_worker(connection: socket.socket, imported: dict[str, str], python: s
         _leave(lambda: _run(request["arguments"]))
     for descriptor in descriptors:
         os.close(descriptor)
-    script, *rest = request["arguments"]
-    _say(f"forked {pid}: {rest[0][:40] if script == '-c' else Path(script).name}")
+    script, *options = request["arguments"]
+    _say(f"forked {pid}: {options[0][:40] if script == '-c' else Path(script).name}")
     return pid
 
 

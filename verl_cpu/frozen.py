@@ -1,6 +1,6 @@
 """Speed-ups of an engine whose weights never change: packed weights, and keys and values of earlier prompts.
 
-Prompts of one agent on one database begin with the same instructions and schema, most of their tokens.
+Prompts of one agent on one database begin with the same instructions and schema, which are most of their tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _KEPT_BYTES = 2**29
 
 
 def half_precision() -> bool:
-    """Tell whether this CPU computes in bfloat16; elsewhere it is slower than float32."""
+    """Return whether this CPU computes in bfloat16; elsewhere bfloat16 is slower than float32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -40,20 +40,20 @@ def pack(model: torch.nn.Module) -> None:
 
 
 def common_start(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many tokens two prompts have in common at their start."""
+    """Count the tokens that two prompts have in common at their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class PromptCache:
-    """Keys and values of prompts, of all layers, up to a number of bytes; the one used longest ago goes first."""
+    """Keys and values of prompts, of all layers, up to a number of bytes; the least recently used one goes first."""
 
     def __init__(self, limit: int = _KEPT_BYTES) -> None:
         self.limit = limit
         self._kept: dict[tuple[int, ...], Any] = {}
 
     def find(self, prompt: tuple[int, ...]) -> tuple[int, Any]:
-        """Return how many of the prompt's first tokens are known, and the layers of these; one token is always left."""
+        """Return the number of the prompt's first tokens in the cache, and their layers; one token is always left."""
         shared, best = 0, None
         for other in self._kept:
             if (common := common_start(prompt[:-1], other)) > shared:
@@ -68,5 +68,5 @@ class PromptCache:
     def add(self, prompt: tuple[int, ...], layers: Any) -> None:
         """Keep the layers of a whole prompt."""
         self._kept[prompt] = layers
-        while sum(t.nbytes for kept in self._kept.values() for pair in kept for t in pair) > self.limit:
+        while sum(t.nbytes for entry in self._kept.values() for pair in entry for t in pair) > self.limit:
             del self._kept[next(iter(self._kept))]

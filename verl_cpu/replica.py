@@ -1,4 +1,4 @@
-"""`verl_cpu.engine` as a rollout engine of verl: the replica that verl starts, and the trainer's line to it.
+"""`verl_cpu.engine` as a rollout engine of verl: the replica that verl starts, and the trainer's connection to it.
 
 Guarantees: the weights that sample are those of the last `update_weights` (every answer carries the step they belong
 to), tokens and log-probabilities go to the trainer as they were sampled, and requests with a seed are reproducible.

@@ -29,10 +29,10 @@ class LocalServer:
 
         self.engine = LocalEngine(path, device, dtype, threads, max_model_len)
         self.steps = 0
-        self._base: dict[str, Any] = {}  # weights of the checkpoint, where adapters to them come
+        self._base: dict[str, Any] = {}  # weights of the checkpoint, if adapters to them arrive
 
     def node(self) -> str:
-        """Id of the node that this server runs on."""
+        """Return the id of the node that this server runs on."""
         import ray
 
         return ray.get_runtime_context().get_node_id()
@@ -42,7 +42,7 @@ class LocalServer:
         return self.engine.generate(requests), self.steps
 
     def update_weights(self, named: list[tuple[str, Any]], steps: int | None, scale: float | None = None) -> None:
-        """Take over the trainer's weights; `steps` is the number of updates they have seen.
+        """Load the trainer's weights; `steps` is the number of updates they have seen.
 
         With a `scale` they are LoRA adapters to the weights of the checkpoint.
         """

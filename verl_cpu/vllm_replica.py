@@ -1,8 +1,8 @@
-"""verl's own vLLM replica on vLLM's CPU build: the path that a GPU takes, without one.
+"""verl's own vLLM replica on vLLM's CPU build: the code path of a GPU, without one.
 
-One thing differs from verl's replica: the CPU build packs its linear layers for its kernels when it loads them, so new
-weights, which come by verl's own transfer, go through vLLM's reload, which packs them again, instead of straight into
-the parameters.
+One thing differs from verl's replica: the CPU build packs its linear layers for its kernels when it loads them. New
+weights, which come by verl's own transfer, therefore go through vLLM's reload, which packs them again, instead of
+straight into the parameters.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 
 class WorkerExtension(vLLMColocateWorkerExtension):
-    """Mixed into vLLM's worker."""
+    """Mixin for vLLM's worker."""
 
     def update_weights_from_ipc(
         self, peft_config: Any = None, base_sync_done: bool = False, use_shm: bool = False
     ) -> None:
-        """Take over the trainer's weights."""
+        """Load the trainer's weights."""
         named: list[tuple[str, torch.Tensor]] = []
         receiver = BucketedWeightReceiver(self._get_zmq_handle(), torch.device("cpu"), use_shm)
         # Clones, because the sender uses its buffer again.

@@ -1,4 +1,4 @@
-"""The server. It has no login: every client that reaches the port can spend the model's time.
+"""The server of the environment. It has no login: every client that reaches the port can spend the model's time.
 
 The default address is therefore this machine alone.
 """
@@ -29,10 +29,10 @@ from sqlbench.models.chat import load_env
 from sqlbench_train.serve import listen
 
 MAX_SESSIONS = 100
-"""WebSocket sessions at a time."""
+"""Maximum number of WebSocket sessions at a time."""
 
 CLIENT: ContextVar[str | None] = ContextVar("client", default=None)
-"""Address that the HTTP request being answered comes from."""
+"""Client address of the HTTP request being answered."""
 
 
 class _Clients:
@@ -50,27 +50,27 @@ class _Clients:
 def create(episodes: Episodes) -> FastAPI:
     """Make the server's application: OpenEnv's routes, ``/env/tasks`` and ``/env/info``."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page of ENABLE_WEB_INTERFACE=true reports home
-    made = create_app(
-        lambda: SqlEnvironment(episodes, CLIENT.get()),  # a function: the page takes a `partial` for an environment
+    app = create_app(
+        lambda: SqlEnvironment(episodes, CLIENT.get()),  # the page would take a `partial` for an environment
         SqlAction,
         SqlObservation,
         env_name="sqlbench",
         max_concurrent_envs=MAX_SESSIONS,
     )
-    made.add_middleware(_Clients)
+    app.add_middleware(_Clients)
     # OpenEnv's own /state takes no episode_id.
-    made.router.routes[:] = [route for route in made.router.routes if getattr(route, "path", "") != "/state"]
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") != "/state"]
 
-    @made.get("/state", tags=["State Management"])
+    @app.get("/state", tags=["State Management"])
     async def state(episode_id: str | None = None) -> SqlState:
         return (episodes.latest(CLIENT.get()) if episode_id is None else episodes.find(episode_id)).state()
 
-    @made.get("/env/tasks", tags=["Environment Info"])
+    @app.get("/env/tasks", tags=["Environment Info"])
     async def tasks() -> list[dict[str, str]]:
         shown = ("task_id", "db_id", "question", "hardness")
         return [{name: getattr(task, name) for name in shown} for task in episodes.tasks.values()]
 
-    @made.get("/env/info", tags=["Environment Info"])
+    @app.get("/env/info", tags=["Environment Info"])
     async def info() -> dict[str, Any]:
         return {
             "name": "sqlbench",
@@ -99,8 +99,8 @@ def create(episodes: Episodes) -> FastAPI:
         return Response(json.dumps({"detail": detail}), status, media_type="application/json")
 
     for kind in (RequestError, HTTPException, RequestValidationError, ValidationError):
-        made.add_exception_handler(kind, refuse)
-    return made
+        app.add_exception_handler(kind, refuse)
+    return app
 
 
 def _settings() -> dict[str, str]:
@@ -136,11 +136,11 @@ def serve(settings: EnvConfig) -> None:
     """
     data, host = settings.data, settings.host
     with listen(host, settings.port) as listener:
-        made = _create(settings)
+        app = _create(settings)
         line = f"Serving {data} on http://{host}:{listener.getsockname()[1]}. Press Ctrl-C to stop."
         print(line, file=sys.stderr, flush=True)
-        config = uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-        # OpenEnv closes sockets again that the client has closed already, which is not an error.
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+        # OpenEnv also closes sockets that the client has closed already, which is not an error.
         logging.getLogger("uvicorn.error").addFilter(
             lambda r: not (r.exc_info and r.exc_info[0] is WebSocketDisconnect)
         )

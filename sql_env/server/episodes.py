@@ -1,7 +1,7 @@
 """Episodes of the agent's task: reset gives a question, a step is one attempt, the reward is shaped.
 
-An attempt is the rollout's own graph run for a single query, so prompts, limits and verdicts are those of evaluation
-and training. A client learns of gold only whether its query matched, never the gold query or its rows.
+An attempt runs the rollout's own graph for a single query, so prompts, limits and verdicts are those of evaluation
+and training. A client learns only whether its query matched gold, never the gold query or its rows.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Episode:
 
     @property
     def done(self) -> bool:
-        """Tell whether it is solved or all attempts are used."""
+        """Return whether it is solved or all attempts are used."""
         return self.success or len(self.attempts) >= MAX_ATTEMPTS
 
     def observation(self) -> SqlObservation:
-        """Return what a client sees after reset or the last step."""
+        """Return the observation after reset or the last step."""
         last = self.attempts[-1].model_dump(exclude={"strategy"}) | {"success": self.success} if self.attempts else {}
         return SqlObservation(
             **self._facts(),
@@ -93,7 +93,7 @@ class Episode:
 
 
 class _Given:
-    """A model that answers with the caller's query, so that it takes the same way through the graph."""
+    """A model that answers with the caller's query, which thus takes the same path through the graph."""
 
     name = "caller"
 
@@ -109,12 +109,12 @@ class Episodes:
 
     Args:
         data: data set folder.
-        split: which of its tasks are served; those that cannot be scored are left out.
-        model: writes the queries that the caller does not write.
-        reward: of a query that ends an episode; the built-in one, or ``module:attribute``.
-        limit: episodes kept; the least recently used is dropped first.
-        idle_seconds: an episode without a step for this long is dropped.
-        query_timeout: seconds that a query may take, the caller's and the gold one alike.
+        split: split whose tasks are served; those that cannot be scored are left out.
+        model: model that writes the queries that the caller does not write.
+        reward: reward of a query that ends an episode: the built-in one, or ``module:attribute``.
+        limit: number of episodes kept; the least recently used is dropped first.
+        idle_seconds: time in seconds after which an episode without a step is dropped.
+        query_timeout: time limit in seconds of a query, the caller's and the gold one alike.
 
     Raises:
         DataError: the data set or split does not exist, or has no scorable task.
@@ -141,8 +141,8 @@ class Episodes:
         self.config = RolloutConfig(max_turns=1, query_timeout=query_timeout).decided(self.prompts.family)
         self.limit, self.idle_seconds = limit, idle_seconds
         self.order = self.shuffled(0)
-        self._kept: dict[str, Episode] = {}  # the one used last is last
-        self._latest: dict[str, Episode] = {}  # of each client
+        self._kept: dict[str, Episode] = {}  # the most recently used is last
+        self._latest: dict[str, Episode] = {}  # by client
 
     def shuffled(self, seed: int) -> Iterator[Task]:
         """Yield the tasks without end, in an order that depends on the seed alone."""
@@ -241,7 +241,7 @@ class Episodes:
             classes = [*(a.error_class for a in done), failure_class(context.executions[-1])]
             if episode.success or len(classes) == MAX_ATTEMPTS:
                 reward = shaped(classes, value)[-1]
-            else:  # a further attempt follows, whose outcome does not change this one's reward
+            else:  # the outcome of the next attempt does not change this one's reward
                 reward = shaped([*classes, classes[-1]], 0.0)[-2]
             sql, text = context.history[-1]
             result = {"result": text, "error_class": classes[-1], "reward": reward}

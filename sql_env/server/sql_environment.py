@@ -40,9 +40,9 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
         """Start an episode.
 
         Args:
-            seed: the order of tasks from here on; without one a session continues in its order.
-            episode_id: a name of the caller's own; it must not be that of another running episode.
-            task_id: this task instead of the next one.
+            seed: seed of the order of tasks from here on; without one, a session continues in its order.
+            episode_id: name chosen by the caller; it must not be that of another running episode.
+            task_id: task to start instead of the next one.
         """
         self._loop = asyncio.get_running_loop()
         if unknown:
@@ -97,5 +97,5 @@ class SqlEnvironment(Environment[SqlAction, SqlObservation, SqlState]):
         return self._episode or self._episodes.latest(self._client)
 
     def get_metadata(self) -> EnvironmentMetadata:
-        """Return what OpenEnv shows of the environment."""
+        """Return the metadata that OpenEnv shows."""
         return EnvironmentMetadata(name="sqlbench", description=DESCRIPTION, version=sqlbench.__version__)

@@ -136,9 +136,7 @@ def prompts_for(name: str) -> Prompts:
         family = edits.pop("family", "chat")
     if family not in FAMILIES:
         choices = ", ".join(FAMILIES)
-        raise ModelError(
-            f"unknown prompt family '{family}'; choose one of: {choices}, or name a .toml file of components"
-        )
+        raise ModelError(f"Unknown prompt family: {family}. Choose one of {choices}, or a .toml file of components.")
     components = dict(_shipped(family))
     for key, text in _flat(edits).items():
         if key not in components or not isinstance(text, str):

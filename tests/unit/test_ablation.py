@@ -251,7 +251,7 @@ def test_unknown_grid_cell_and_profile_are_refused(bench: Workspace) -> None:
         ablate("tpu", results=bench.results)
     with pytest.raises(RunError, match=r"Invalid run name: '../x'"):
         ablate(run="../x", results=bench.results)
-    with pytest.raises(DataError, match="no trained cell"):
+    with pytest.raises(DataError, match="No trained cell"):
         load_results(bench.folder)
 
 

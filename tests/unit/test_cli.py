@@ -84,7 +84,7 @@ def test_help_and_version_of_the_package_load_nothing_heavy():
         (["--run", "../../r"], "Invalid run name"),
         (["--run", "."], "Invalid run name"),
         (["--profile", "../p"], "Unknown profile: ../p"),
-        (["--prompts", "gpt"], "unknown prompt family"),
+        (["--prompts", "gpt"], "Unknown prompt family: gpt."),
     ],
 )
 def test_wrong_inputs_end_in_one_line(data, capsys, monkeypatch, options, message):

@@ -252,7 +252,7 @@ def test_a_file_of_components_replaces_those_that_it_holds(tmp_path):
     [
         (None, "Cannot read prompts from .*No such file"),
         ("[check", "Cannot read prompts from .*Expected"),
-        ("family = 'mine.toml'", "unknown prompt family 'mine.toml'"),
+        ("family = 'mine.toml'", "Unknown prompt family: mine.toml."),
         ("[check]\nsytem = 'x'", r"Not a prompt component: check.sytem in .*\. Choose from: write.system, "),
         ("[check]\nsystem = 3", "Not a prompt component: check.system"),
         ("check = 'x'", "Not a prompt component: check in"),

@@ -61,5 +61,5 @@ def test_differences_are_paired_by_task_and_count_tasks() -> None:
     found = difference(first, second)
     assert (found.gained, found.lost, found.p) == (2, 1, 1.0)
     assert found.points == pytest.approx(100 * (1 + 0.5 - 0.25) / 3)
-    with pytest.raises(DataError, match="evaluations of 4 and 3 tasks cannot be compared task by task"):
+    with pytest.raises(DataError, match="Not comparable task by task: 4 and 3 tasks"):
         difference(first, second[:3])

@@ -1,7 +1,7 @@
-"""Start-up of the processes of a laptop training: leave out two imports that none of them needs.
+"""Start-up of the processes of a laptop training: leaves out two imports that none of them needs.
 
 `rfc3987_syntax` is pulled in by jsonschema's format checker (Ray) and parses a grammar for 2 to 3 s; `sklearn` is
-pulled in by transformers for 0.7 s. A training starts about ten Python processes on two cores.
+pulled in by transformers for 0.7 s. A training starts about fifteen Python processes on two cores.
 """
 
 import sys
