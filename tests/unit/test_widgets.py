@@ -568,7 +568,7 @@ def test_where_tasks_were_gained(run: Path, better: Path) -> None:
         ("construct", {"join": 0, "where": 2}),
     ):
         assert comparison.by(what).set_index(what)["two: gained"].to_dict() == gained
-    with pytest.raises(DataError, match="choose one of hardness, database, construct"):
+    with pytest.raises(DataError, match="Choose one of hardness, database, construct"):
         comparison.by("model")
 
 
