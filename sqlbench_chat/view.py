@@ -368,7 +368,12 @@ class ChatView(Panel):
         self._tabs.selected_index = 0
         turn = Turn(question=question, database=connection.name, earlier=list(earlier), remark=remark)
         card = TurnCard(self, turn)
-        self._show_cards((*self._cards.children, card)[-SHOWN_CARDS:])
+        cards = self._cards.children
+        if (
+            len(cards) >= SHOWN_CARDS
+        ):  # many at a time, because the browser draws all others anew, and keeps a part of that
+            cards = cards[-SHOWN_CARDS // 2 :]
+        self._show_cards((*cards, card))
         self._task = self.in_background(self._answer(card, connection))
         self._enable()
 
