@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from conftest import Figures, Stage
 
 TIMES = {"seconds", "startup_seconds", "rollout_seconds", "resumed_at", "hours", "step_seconds"}
-TIMES |= {"rollout_percent", "update_percent"}
+TIMES |= {"rollout_percent", "update_percent", "p50", "p95"}
 """What may differ between two equal runs."""
 
 
@@ -45,8 +45,10 @@ class Case:
     results: str = "results"
 
 
-def plain(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in TIMES}
+def plain(summary: Any) -> Any:
+    if not isinstance(summary, dict):
+        return summary
+    return {key: plain(value) for key, value in summary.items() if key not in TIMES}
 
 
 def rollouts(folder: Path) -> list[tuple]:

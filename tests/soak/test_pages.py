@@ -58,13 +58,20 @@ def below(server: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
-def megabytes(server: subprocess.Popen) -> tuple[float, float]:
-    """Memory of the server, and of its largest kernel."""
-    largest = 0.0
-    for kernel in below(server):
+def megabytes(server: subprocess.Popen) -> tuple[float, float, float]:
+    """Memory of the server, of its largest kernel, and of the browser's largest page."""
+    renderers = []
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            largest = max(largest, kernel.memory_info().rss / 1e6)
-    return psutil.Process(server.pid).memory_info().rss / 1e6, largest
+            renderers += [process] * ("--type=renderer" in process.cmdline())
+    largest = []
+    for processes in (below(server), renderers):
+        sizes = [0.0]
+        for process in processes:
+            with suppress(psutil.Error):
+                sizes.append(process.memory_info().rss / 1e6)
+        largest.append(max(sizes))
+    return psutil.Process(server.pid).memory_info().rss / 1e6, *largest
 
 
 def test_20_pages_5_asking_memory_is_bounded_and_no_kernel_left(server, pocket: DataSet, tmp_path, figures) -> None:
@@ -73,7 +80,7 @@ def test_20_pages_5_asking_memory_is_bounded_and_no_kernel_left(server, pocket: 
         pytest.skip("no Chromium on the PATH")
     address = re.search(r"http://\S+", server.stdout.readline())[0]
     questions = [task.question for task in BuiltIn(pocket.root).benchmark("shop")]
-    memory: list[tuple[float, float]] = []
+    memory: list[tuple[float, float, float]] = []
     answered = 0
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
@@ -117,10 +124,12 @@ def test_20_pages_5_asking_memory_is_bounded_and_no_kernel_left(server, pocket: 
 
     warm = memory[len(memory) // 4]
     most = [max(values) for values in zip(*memory, strict=True)]
-    assert all(peak < 1.3 * first + 40 for peak, first in zip(most, warm, strict=True)), (warm, most)
+    # A browser gives memory back when it likes, so its page has twice as much room.
+    rooms = (1.3, 1.3, 2.0)
+    assert all(most[i] < room * warm[i] + 40 for i, room in enumerate(rooms)), (warm, most)
     figures.record(
         "load", f"chat, {PAGES} pages for {SECONDS:,.0f} s, {ASKING} asking at once", f"{answered:,} answers"
     )
-    for what, first, peak in zip(("the server", "the largest kernel"), warm, most, strict=True):
+    for what, first, peak in zip(("the server", "the largest kernel", "the largest page"), warm, most, strict=True):
         figures.record("load", f"memory of {what} after a quarter, and at most", f"{first:.0f} MB, {peak:.0f} MB")
     figures.record("load", "kernels after the pages are closed", f"{left} (kept warm); none after the server")
