@@ -232,14 +232,14 @@ def _drive(config: Any, modules: list[str]) -> None:
     signal.signal(signal.SIGTERM, _end)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     try:
-        with late_ray_ends_it():
+        with exit_if_ray_is_late():
             run_ppo(config, task_runner_class=_InThisProcess(TaskRunnerV1.__ray_metadata__.modified_class))
     finally:
         ray.shutdown()
 
 
 @contextlib.contextmanager
-def late_ray_ends_it() -> Iterator[None]:
+def exit_if_ray_is_late() -> Iterator[None]:
     """End the process with `RAY_LATE` if the Ray that the block starts does not start in time.
 
     Ray gives its own processes 15 and 30 seconds to answer, which cannot be set and is too little on a busy machine

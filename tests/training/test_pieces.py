@@ -802,12 +802,12 @@ def test_a_trainer_of_ones_own_gets_the_run_and_leaves_its_summary(
 
 
 def test_a_ray_that_says_it_was_too_slow_ends_the_process_so_that_it_is_started_again() -> None:
-    from verl_cpu.forkserver import RAY_LATE, late_ray_ends_it
+    from verl_cpu.forkserver import RAY_LATE, exit_if_ray_is_late
 
-    with pytest.raises(SystemExit) as ended, late_ray_ends_it():
+    with pytest.raises(SystemExit) as ended, exit_if_ray_is_late():
         raise Exception("The current node timed out during startup. This could happen because ...")
     assert ended.value.code == RAY_LATE
-    with pytest.raises(Exception, match="another"), late_ray_ends_it():
+    with pytest.raises(Exception, match="another"), exit_if_ray_is_late():
         raise Exception("another")
 
 
