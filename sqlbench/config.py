@@ -30,6 +30,17 @@ MODEL = "nano, a folder, a Hugging Face name (owner/name), openai:NAME, or modul
 Model = Annotated[str, Field(description=MODEL)]
 Agent = Annotated[str, Field(description="self-correcting, conversation, resampling, published, or module:attribute.")]
 Reward = Annotated[str, Field(description="execution-match, runs (a control), or module:attribute of your own.")]
+Strategy = Literal[
+    "rewrite_full",
+    "fix_column",
+    "fix_table",
+    "add_groupby",
+    "rewrite_cte",
+    "fix_syntax",
+    "change_dialect",
+    "relax_filter",
+    "resample",
+]
 QueryTimeout = Annotated[float, Field(ge=0.01, le=LONGEST_QUERY, description="Seconds a query may take, gold or not.")]
 SchemaCharacters = Annotated[int, Field(ge=1, description="Characters of schema in a prompt.")]
 Profile = Annotated[str, Field(description="laptop or gpu.", exclude=True)]
@@ -108,6 +119,9 @@ class RolloutConfig(SchemaConfig):
 
     heading: ClassVar = "Rollout"
     max_turns: int = Field(3, ge=1, description="Queries the agent may write.")
+    repair: Strategy | None = Field(
+        None, description="What every rewrite is told to do; resample forgets the query and samples another."
+    )
     execution_truncate: int = Field(2048, ge=1, description="Characters of a result in a prompt.")
     strict: bool = Field(True, description="Close the reference evaluator's holes.")
     query_timeout: QueryTimeout = 5.0

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from sqlbench.agent.graph import SelfCorrectingAgent
 from sqlbench.agent.prompts import Prompts, render_execution, schema_style
-from sqlbench.agent.repair import RepairPolicy
+from sqlbench.agent.repair import FixedRepair, RepairPolicy
 from sqlbench.agent.trajectory import OVERLONG, Execution, Message, Trajectory, Transition
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
@@ -238,13 +238,15 @@ async def run_agent(
     A final query that was not executed yet is executed, so that its result is recorded.
 
     Args:
-        repair: chooses the strategy of each rewrite (`sqlbench.agent.repair`).
+        repair: chooses the strategy of each rewrite (`sqlbench.agent.repair`); by default it is `config.repair`, if any.
         observer: receives every event as it happens.
         start: earlier queries that did not answer the question, oldest first, each with the text of its result; the
             built-in agent then begins with a rewrite of the last one.
         agent: the self-correcting one by default.
     """
     agent = agent or SelfCorrectingAgent()
+    if repair is None and config.repair is not None:
+        repair = FixedRepair(config.repair)
     visible = task.model_copy(update={"gold": ""})
     context = RolloutContext(visible, model, database, Schema(()), "", prompts, config, repair, observer, list(start))
     try:

@@ -5,7 +5,8 @@ when `max_turns` queries were executed; the last one is not checked, because its
 that did not run to its end is rewritten without a check. A rewrite that repeats a query which ran in this rollout ends
 the rollout with that query: the policy insists on it. One that repeats any other query is sampled again at the
 temperatures `AGAIN`, and the rollout ends when that brings nothing new. With a repair policy a rewrite follows the
-strategy it chooses. The graph has no checkpointer and no tracing.
+strategy it chooses; `RESAMPLE` asks for another first query instead, which may fail like those before. The graph has no
+checkpointer and no tracing.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command
 from langsmith import tracing_context
 
-from sqlbench.agent.prompts import extract_sql, parse_verdict
+from sqlbench.agent.prompts import RESAMPLE, extract_sql, parse_verdict
 from sqlbench.agent.repair import BanditContext, normal, situation
+from sqlbench.agent.resampling import TEMPERATURE
 from sqlbench.database.error_classes import error_class
 
 if TYPE_CHECKING:
@@ -88,15 +90,19 @@ async def _write(state: State, runtime: Runtime) -> State:
 
 async def _rewrite(state: State, runtime: Runtime) -> Command[Literal["execute_query", "__end__"]]:
     ctx: RolloutContext = runtime.context
-    *earlier, (sql, result) = ctx.history
+    *earlier, (last, result) = ctx.history
+    about = ctx.task.question, ctx.schema_text, ctx.database.dialect
     strategy = ctx.repair.choose(_situation(ctx)) if ctx.repair is not None else None
+    ran = {normal(execution.sql): execution.sql for execution in ctx.executions if execution.answered}
+    if strategy == RESAMPLE:
+        sql = extract_sql(await ctx.ask("write", ctx.prompts.write(*about), strategy, temperature=TEMPERATURE))
+        if normal(sql) in ran:
+            return Command(update={"sql": ran[normal(sql)]}, goto=END)
+        return Command(update={"sql": sql}, goto="execute_query")
     # Without repair a rewrite is shown the last query only, unless there were queries before this rollout.
     shown = earlier if ctx.repair is not None or len(ctx.history) > len(ctx.executions) else ()
-    prompt = ctx.prompts.rewrite(
-        ctx.task.question, ctx.schema_text, ctx.database.dialect, sql, result, state["feedback"], shown, strategy
-    )
+    prompt = ctx.prompts.rewrite(*about, last, result, state["feedback"], shown, strategy)
     before = {normal(earlier) for earlier, _ in ctx.history}
-    ran = {normal(execution.sql): execution.sql for execution in ctx.executions if execution.answered}
     for temperature in (None, *(AGAIN if ctx.takes_temperature else ())):
         sql = extract_sql(await ctx.ask("rewrite", prompt, strategy, temperature=temperature))
         if normal(sql) in ran:

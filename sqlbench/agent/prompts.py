@@ -13,9 +13,10 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sqlbench.agent.trajectory import Execution, Message, Record
+from sqlbench.config import Strategy
 from sqlbench.database.schema import identifier, shown
 from sqlbench.database.types import Schema
 from sqlbench.errors import ModelError
@@ -30,17 +31,13 @@ class _Names(dict[str, str]):
 
 DIALECTS = _Names(sqlite="SQLite", postgresql="PostgreSQL", duckdb="DuckDB")
 """Dialects as prompts call them; one of your own keeps its name."""
-STRATEGIES = (
-    "rewrite_full",
-    "fix_column",
-    "fix_table",
-    "add_groupby",
-    "rewrite_cte",
-    "fix_syntax",
-    "change_dialect",
-    "relax_filter",
-)
-"""Repair strategies that a rewrite can be told to follow; the component ``repair.<strategy>`` holds the words."""
+RESAMPLE = "resample"
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+"""Repair strategies that a rewrite can follow.
+
+`RESAMPLE` forgets the query and samples another from the prompt of the first one. The component ``repair.<strategy>``
+holds the words of any other.
+"""
 
 FAMILIES = ("chat", "nano")
 _FIELD = re.compile(r"\{(dialect|question|schema|sql|execution|feedback|history|strategy)\}")
@@ -79,7 +76,7 @@ class Prompts(Record):
             sql, execution_text: the last query and the database's reply.
             feedback: the check's answer.
             earlier: queries before the last one, oldest first, each with the database's reply.
-            strategy: one of `STRATEGIES`, or None to leave the choice to the model.
+            strategy: one of `STRATEGIES` other than `RESAMPLE`, or None to leave the choice to the model.
         """
         dialect_name = DIALECTS[dialect]
         return self._fill(

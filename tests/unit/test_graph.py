@@ -12,7 +12,7 @@ import pytest
 
 from sqlbench.agent.conversation import ConversationAgent
 from sqlbench.agent.graph import AGAIN, REFUSED, REJECTED, draw
-from sqlbench.agent.prompts import STRATEGIES, prompts_for
+from sqlbench.agent.prompts import RESAMPLE, STRATEGIES, prompts_for
 from sqlbench.agent.repair import BanditContext, FixedRepair, repeated
 from sqlbench.agent.resampling import ResamplingAgent
 from sqlbench.agent.trajectory import Completion, Message
@@ -78,9 +78,10 @@ def answer(database):
         **settings,
     ):
         model = kind(*answers)
-        config = RolloutConfig(**settings)
+        named = repair if isinstance(repair, str) else None
+        config = RolloutConfig(repair=named, **settings)
         task = Task(task_id="", db_id="concert", question="Which names?", gold="", split="")
-        parts = task, database, model, prompts_for(family), config, repair, observer, start
+        parts = task, database, model, prompts_for(family), config, None if named else repair, observer, start
         return asyncio.run(run_agent(*parts, agent=agent)), model
 
     return run
@@ -246,6 +247,21 @@ def test_a_policy_that_repeats_a_query_that_ran_stands_by_it(answer, kind, betwe
     state, model = answer(GOOD, NO, *between, GOOD + " ;", kind=kind, max_turns=9)
     assert [t.agent for t in state.transitions] == ["write", "check", *["rewrite"] * (1 + len(between))]
     assert state.sql == GOOD and not model.answers
+
+
+def test_resampling_as_a_strategy_replaces_failed_and_rejected_queries_by_other_first_ones(answer):
+    """Unlike the agent of that name it keeps the check; what it brings may fail like any first query."""
+    state, model = answer(BROKEN, BROKEN, BAD, NO, GOOD, YES, kind=Sampled, repair=RESAMPLE, max_turns=9)
+    assert agents(state) == ["write1", "write2", "write3", "check3", "write4", "check4"] and state.sql == GOOD
+    writes = [t for t in state.transitions if t.agent == "write"]
+    assert [(t.strategy, t.completion.temperature) for t in writes] == [(None, None), *[(RESAMPLE, 1.0)] * 3]
+    assert model.seen[0] == model.seen[1] == model.seen[4]
+    assert repeated(state.transitions, state.executions) == [False] * 6  # a fair sample, so no repetition
+
+
+def test_a_rejected_query_that_is_sampled_again_stands(answer):
+    state, model = answer(BAD, NO, f"{BAD} ;", kind=Sampled, repair=RESAMPLE, max_turns=9)
+    assert agents(state) == ["write1", "check1", "write2"] and state.sql == BAD and not model.answers
 
 
 def test_resampling_forgets_a_query_that_did_not_run_and_writes_another(answer):
