@@ -1,19 +1,21 @@
 """Trains and measures baselines and controls for RL beside GRPO, with equal numbers of rollouts.
 
-    python benchmarks/baselines.py --out DIR [--data DATA_SET] [--seeds N] [--turns N] [--only ARM ...]
+    python benchmarks/baselines.py --out DIR [--data DATA_SET] [--model POLICY] [--seeds N] [--turns N]
+        [--only ARM ...]
 
-Every arm but ``dynamic`` starts from nano and sees at most ``steps x 16 x 8`` rollouts, or the tasks of as many steps:
+Every arm starts from one policy, nano by default, and all but ``dynamic`` see at most ``steps x 16 x 8`` rollouts, or
+the tasks of as many steps:
 
 - ``dynamic``: the profile's defaults; ``grpo``: uniform sampling, as in all arms below, so that the numbers of rollouts
   are equal; ``success-rate``: with other tasks per step (`sqlbench_train.sampling`); ``positive_only``, ``token_mean``
   and ``transition``: with another loss, or credit.
 - ``permuted``: rewards of each task's rollouts, shuffled among them; ``runs``: a reward for queries that run.
 - ``sft``: the gold queries of the training split, as many answers as GRPO sees rollouts.
-- ``rejection``: rollouts of nano on as many training tasks as GRPO sees, of which the right ones are imitated.
+- ``rejection``: rollouts of that policy on as many training tasks as GRPO sees, of which the right ones are imitated.
 
 Each policy is measured greedily on the headline split and on unseen schemas in the wording of pretraining, and by
 eight samples at temperature 1 (``--samples``, first seed only): avg@8, pass@8, a majority vote and the first query that
-runs. Samples of ``before`` show nano without training at as many calls. Everything is written below DIR as it
+runs. Samples of ``before`` show the policy without training at as many calls. Everything is written below DIR as it
 is measured, and the same command resumes.
 """
 
@@ -67,25 +69,33 @@ class Bench:
         run = f"{arm}-s{seed}"
         root = self.out / "laptop" / run
         if arm == "before":
-            return "nano"
+            return str(options.model)
         if RunFolder(root).finished:
             return str(root)
         rollouts = options.steps * TASKS * GROUP
         if arm == "sft":
             place = {"steps": rollouts // 32, "batch_size": 32, "seed": seed, "results": self.out}
-            return str(sft(options.data, run, lr=options.sft_lr, **place))
+            return str(sft(options.data, run, model=options.model, lr=options.sft_lr, **place))
         if arm == "rejection":
             source = f"{run}-rollouts"
             if not RunFolder(self.out / "laptop" / source).finished:
                 self.evaluate(
-                    source, "nano", "train", samples=GROUP, temperature=1.0, seed=seed, limit=options.steps * TASKS
+                    source,
+                    options.model,
+                    "train",
+                    samples=GROUP,
+                    temperature=1.0,
+                    seed=seed,
+                    limit=options.steps * TASKS,
                 )
             place = {"source": self.out / "laptop" / source, "steps": rollouts // 32, "seed": seed, "results": self.out}
-            return str(sft(options.data, run, lr=options.sft_lr, **place))
+            return str(sft(options.data, run, model=options.model, lr=options.sft_lr, **place))
         steps = [f"trainer.total_training_steps={options.steps}", f"sqlbench.max_turns={options.turns}"]
         quiet = ["trainer.test_freq=-1", "trainer.val_before_train=False", f"sqlbench.seed={seed}"]
         return str(
-            train("laptop", run, options.data, None, [*steps, *quiet, *ARMS[arm], *options.set], results=self.out)
+            train(
+                "laptop", run, options.data, options.model, [*steps, *quiet, *ARMS[arm], *options.set], results=self.out
+            )
         )
 
     def evaluate(self, run: str, model: str, split: str, **settings: Any) -> Summary:
@@ -162,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--data", type=Path, default=Path("data/pocket"))
+    parser.add_argument("--model", default="nano", help="policy that every arm starts from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature, getdoc
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,6 +41,7 @@ Strategy = Literal[
     "relax_filter",
     "resample",
 ]
+"""What a rewrite can be told to do; ``resample`` forgets the query and samples another one for the question."""
 QueryTimeout = Annotated[float, Field(ge=0.01, le=LONGEST_QUERY, description="Seconds a query may take, gold or not.")]
 SchemaCharacters = Annotated[int, Field(ge=1, description="Characters of schema in a prompt.")]
 Profile = Annotated[str, Field(description="laptop or gpu.", exclude=True)]
@@ -119,9 +120,7 @@ class RolloutConfig(SchemaConfig):
 
     heading: ClassVar = "Rollout"
     max_turns: int = Field(3, ge=1, description="Queries the agent may write.")
-    repair: Strategy | None = Field(
-        None, description="What every rewrite is told to do; resample forgets the query and samples another."
-    )
+    repair: Strategy | None = Field(None, description=f"Strategy of every rewrite: {', '.join(get_args(Strategy))}.")
     execution_truncate: int = Field(2048, ge=1, description="Characters of a result in a prompt.")
     strict: bool = Field(True, description="Close the reference evaluator's holes.")
     query_timeout: QueryTimeout = 5.0

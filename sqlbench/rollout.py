@@ -238,7 +238,7 @@ async def run_agent(
     A final query that was not executed yet is executed, so that its result is recorded.
 
     Args:
-        repair: chooses the strategy of each rewrite (`sqlbench.agent.repair`); by default it is `config.repair`, if any.
+        repair: chooses the strategy of each rewrite (`sqlbench.agent.repair`), instead of `config.repair`.
         observer: receives every event as it happens.
         start: earlier queries that did not answer the question, oldest first, each with the text of its result; the
             built-in agent then begins with a rewrite of the last one.
