@@ -3,10 +3,10 @@
 ``write -> execute -> check -> (rewrite -> execute ...) -> END``. It ends when the check calls the query correct or
 when `max_turns` queries were executed; the last one is not checked, because its verdict would change nothing. A query
 that did not run to its end is rewritten without a check. A rewrite that repeats a query which ran in this rollout ends
-the rollout with that query: the policy insists on it. One that repeats any other query is sampled again at the
-temperatures `AGAIN`, and the rollout ends when that brings nothing new. With a repair policy a rewrite follows the
-strategy it chooses; `RESAMPLE` asks for another first query instead, which may fail like those before. The graph has no
-checkpointer and no tracing.
+the rollout with that query: the policy insists on it. One that repeats any other query is anchored to it: the queries so
+far are forgotten and the first prompt is sampled, `AFRESH` times at most; the rollout ends when that brings nothing new.
+With a repair policy a rewrite follows the strategy it chooses; `RESAMPLE` forgets at once. The graph has
+no checkpointer and no tracing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from langsmith import tracing_context
 from sqlbench.agent.prompts import RESAMPLE, extract_sql, parse_verdict
 from sqlbench.agent.repair import BanditContext, normal, situation
 from sqlbench.agent.resampling import TEMPERATURE
+from sqlbench.agent.trajectory import Message
 from sqlbench.database.error_classes import error_class
 
 if TYPE_CHECKING:
     from sqlbench.rollout import RolloutContext
 
-AGAIN = (1.0, 1.5)
-"""Temperatures at which a rewrite that repeats a failed query is sampled again.
+AFRESH = 2
+"""Samples of the first prompt after a rewrite that repeats a failed query; see `results/laptop/baselines`.
 
-The first is that of training, so such a rewrite can be trained on; see `sqlbench_train.credit`.
+A query that failed keeps a policy from writing another one: its repeated rewrites, sampled too, mostly repeat it again.
 """
 REFUSED = "The query did not run to its end."
 REJECTED = "The query does not answer the question; answer it in another way."
@@ -93,18 +94,18 @@ async def _rewrite(state: State, runtime: Runtime) -> Command[Literal["execute_q
     *earlier, (last, result) = ctx.history
     about = ctx.task.question, ctx.schema_text, ctx.database.dialect
     strategy = ctx.repair.choose(_situation(ctx)) if ctx.repair is not None else None
-    ran = {normal(execution.sql): execution.sql for execution in ctx.executions if execution.answered}
+    afresh: tuple[str, list[Message], float | None] = "write", ctx.prompts.write(*about), TEMPERATURE
     if strategy == RESAMPLE:
-        sql = extract_sql(await ctx.ask("write", ctx.prompts.write(*about), strategy, temperature=TEMPERATURE))
-        if normal(sql) in ran:
-            return Command(update={"sql": ran[normal(sql)]}, goto=END)
-        return Command(update={"sql": sql}, goto="execute_query")
-    # Without repair a rewrite is shown the last query only, unless there were queries before this rollout.
-    shown = earlier if ctx.repair is not None or len(ctx.history) > len(ctx.executions) else ()
-    prompt = ctx.prompts.rewrite(*about, last, result, state["feedback"], shown, strategy)
+        tries = [afresh]
+    else:
+        # Without repair a rewrite is shown the last query only, unless there were queries before this rollout.
+        shown = earlier if ctx.repair is not None or len(ctx.history) > len(ctx.executions) else ()
+        prompt = ctx.prompts.rewrite(*about, last, result, state["feedback"], shown, strategy)
+        tries = [("rewrite", prompt, None)]
     before = {normal(earlier) for earlier, _ in ctx.history}
-    for temperature in (None, *(AGAIN if ctx.takes_temperature else ())):
-        sql = extract_sql(await ctx.ask("rewrite", prompt, strategy, temperature=temperature))
+    ran = {normal(execution.sql): execution.sql for execution in ctx.executions if execution.answered}
+    for agent, messages, temperature in tries + [afresh] * (AFRESH if ctx.takes_temperature else 0):
+        sql = extract_sql(await ctx.ask(agent, messages, strategy, temperature=temperature))
         if normal(sql) in ran:
             return Command(update={"sql": ran[normal(sql)]}, goto=END)
         if normal(sql) not in before:

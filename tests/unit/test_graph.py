@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from sqlbench.agent.conversation import ConversationAgent
-from sqlbench.agent.graph import AGAIN, REFUSED, REJECTED, draw
+from sqlbench.agent.graph import AFRESH, REFUSED, REJECTED, draw
 from sqlbench.agent.prompts import RESAMPLE, STRATEGIES, prompts_for
 from sqlbench.agent.repair import BanditContext, FixedRepair, repeated
-from sqlbench.agent.resampling import ResamplingAgent
+from sqlbench.agent.resampling import TEMPERATURE, ResamplingAgent
 from sqlbench.agent.trajectory import Completion, Message
 from sqlbench.config import RolloutConfig
 from sqlbench.data.tasks import Task
@@ -221,23 +221,24 @@ SAME = [BROKEN, BROKEN + " ;;", BROKEN.replace(" ", "\n  ")]
 
 @pytest.mark.parametrize("again", SAME)
 @pytest.mark.parametrize("repair", [None, FixedRepair("fix_column")])
-def test_a_failed_query_that_comes_again_is_sampled_again_at_higher_temperatures(answer, again, repair):
+def test_a_rewrite_that_repeats_a_failed_query_is_replaced_by_a_sample_of_the_first_prompt(answer, again, repair):
     state, model = answer(BROKEN, again, again, GOOD, YES, kind=Sampled, repair=repair)
-    assert agents(state) == ["write1", *["rewrite2"] * 3, "check2"]
-    assert [t.completion.temperature for t in state.transitions] == [None, None, *AGAIN, None]
-    assert model.seen[1] == model.seen[2] == model.seen[3]
+    assert agents(state) == ["write1", "rewrite2", "write2", "write2", "check2"]
+    assert [t.completion.temperature for t in state.transitions] == [None, None, TEMPERATURE, TEMPERATURE, None]
+    assert model.seen[0] == model.seen[2] == model.seen[3] != model.seen[1]
     assert [(e.turn, e.sql) for e in state.executions] == [(1, BROKEN), (2, GOOD)] and state.sql == GOOD
-    assert repeated(state.transitions, state.executions) == [False, True, True, False, False]
+    assert repeated(state.transitions, state.executions) == [False, True, False, False, False]
 
 
 @pytest.mark.parametrize("again", SAME)
-@pytest.mark.parametrize(("kind", "calls"), [(Sampled, 1 + len(AGAIN)), (Scripted, 1)])
-def test_it_ends_with_the_last_query_where_nothing_new_comes(answer, again, kind, calls):
+@pytest.mark.parametrize(("kind", "afresh"), [(Sampled, AFRESH), (Scripted, 0)])
+def test_it_ends_with_the_last_query_where_nothing_new_comes(answer, again, kind, afresh):
     """Any failed query before counts, not only the last one; a model of one temperature is not asked again."""
-    state, model = answer(BROKEN, BAD, NO, *[again] * calls, kind=kind, max_turns=9)
-    assert agents(state) == ["write1", "rewrite2", "check2", *["rewrite3"] * calls] and not model.answers
+    state, model = answer(BROKEN, BAD, NO, *[again] * (1 + afresh), kind=kind, max_turns=9)
+    expected = ["write1", "rewrite2", "check2", "rewrite3", *["write3"] * afresh]
+    assert agents(state) == expected and not model.answers
     assert [e.sql for e in state.executions] == [BROKEN, BAD] and state.sql == BAD
-    assert repeated(state.transitions, state.executions) == [False] * 3 + [True] * calls
+    assert repeated(state.transitions, state.executions) == [False] * 3 + [True] + [False] * afresh
 
 
 @pytest.mark.parametrize("kind", [Scripted, Sampled])
@@ -250,9 +251,9 @@ def test_a_policy_that_repeats_a_query_that_ran_stands_by_it(answer, kind, betwe
 
 
 def test_resampling_as_a_strategy_replaces_failed_and_rejected_queries_by_other_first_ones(answer):
-    """Unlike the agent of that name it keeps the check; what it brings may fail like any first query."""
+    """Unlike the agent of that name it keeps the check, and does not run a query again."""
     state, model = answer(BROKEN, BROKEN, BAD, NO, GOOD, YES, kind=Sampled, repair=RESAMPLE, max_turns=9)
-    assert agents(state) == ["write1", "write2", "write3", "check3", "write4", "check4"] and state.sql == GOOD
+    assert agents(state) == ["write1", "write2", "write2", "check2", "write3", "check3"] and state.sql == GOOD
     writes = [t for t in state.transitions if t.agent == "write"]
     assert [(t.strategy, t.completion.temperature) for t in writes] == [(None, None), *[(RESAMPLE, 1.0)] * 3]
     assert model.seen[0] == model.seen[1] == model.seen[4]
@@ -376,8 +377,8 @@ def test_a_policy_is_told_how_an_earlier_answer_failed(answer, text, name):
 def test_earlier_answers_count_as_the_same_query(answer):
     """An answer that only repeats them is the answer all the same: there is no other."""
     start = [("SELECT 1", "1 row"), (BAD, "50 rows")]
-    state, _ = answer(*["SELECT 1"] * 3, kind=Sampled, start=start, max_turns=5)
-    assert agents(state) == ["rewrite1"] * 3
+    state, _ = answer(*["SELECT 1"] * (1 + AFRESH), kind=Sampled, start=start, max_turns=5)
+    assert agents(state) == ["rewrite1", *["write1"] * AFRESH]
     assert [e.sql for e in state.executions] == ["SELECT 1"] and state.sql == "SELECT 1"
 
 
