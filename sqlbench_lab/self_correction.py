@@ -54,7 +54,7 @@ class Correction(Settings):
     broken: int
     """Number of rewrites from a right query to a wrong one."""
     repeated: int
-    """Number of rewrites that repeated an earlier query, including those that a sample of the first prompt then replaced."""
+    """Number of rewrites that repeated an earlier query, including those that were then replaced."""
     rewrites: int
     by_turn: list[float]
     """Execution accuracy of the current query after each turn, from turn 1."""

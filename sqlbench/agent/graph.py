@@ -3,10 +3,10 @@
 ``write -> execute -> check -> (rewrite -> execute ...) -> END``. It ends when the check calls the query correct or
 when `max_turns` queries were executed; the last one is not checked, because its verdict would change nothing. A query
 that did not run to its end is rewritten without a check. A rewrite that repeats a query which ran in this rollout ends
-the rollout with that query: the policy insists on it. One that repeats any other query is anchored to it: the queries so
-far are forgotten and the first prompt is sampled, `AFRESH` times at most; the rollout ends when that brings nothing new.
-With a repair policy a rewrite follows the strategy it chooses; `RESAMPLE` forgets at once. The graph has
-no checkpointer and no tracing.
+the rollout with that query: the policy insists on it. One that repeats any other query is replaced by samples of the
+first prompt, which does not show that query; the rollout ends when `AFRESH` of them bring nothing new. With a repair
+policy a rewrite follows the strategy it chooses; `RESAMPLE` samples the first prompt at once. The graph has no
+checkpointer and no tracing.
 """
 
 from __future__ import annotations
