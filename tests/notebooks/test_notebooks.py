@@ -32,9 +32,13 @@ MACHINE_PATHS = [str(folder) for folder in (NOTEBOOKS.parents[1], Path.home(), t
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> NotebookRun:
     root = tmp_path_factory.mktemp("notebooks")
-    return run_notebooks(
-        "smoke", "run", folder=NOTEBOOKS, results=root / "results", parameters=[f"data={root / 'pocket'}"]
-    )
+    (root / "temporary").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(root / "temporary"))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(root / "torch"))  # by default torch keeps it in TMPDIR
+        return run_notebooks(
+            "smoke", "run", folder=NOTEBOOKS, results=root / "results", parameters=[f"data={root / 'pocket'}"]
+        )
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
@@ -67,6 +71,9 @@ class TestSmoke:
     def test_all_notebooks_run(self, smoke: NotebookRun) -> None:
         assert [e.name for e in smoke.executed] == list(ORDER)
         assert not any(e.skipped for e in smoke.executed)
+
+    def test_nothing_is_left_in_the_temporary_folder(self, smoke: NotebookRun) -> None:
+        assert list((smoke.folder.parents[2].parent / "temporary").iterdir()) == []
 
     def test_outputs_hold_no_warnings_logs_or_bars(self, smoke: NotebookRun) -> None:
         for executed in smoke.executed:
