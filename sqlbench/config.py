@@ -120,6 +120,7 @@ class RolloutConfig(SchemaConfig):
 
     heading: ClassVar = "Rollout"
     max_turns: int = Field(3, ge=1, description="Queries the agent may write.")
+    check: bool = Field(True, description="Ask whether a query that ran is right; without, it is final.")
     repair: Strategy | None = Field(None, description=f"Strategy of every rewrite: {', '.join(get_args(Strategy))}.")
     execution_truncate: int = Field(2048, ge=1, description="Characters of a result in a prompt.")
     strict: bool = Field(True, description="Close the reference evaluator's holes.")

@@ -129,10 +129,12 @@ def check(profile: Profile, config: DictConfig) -> None:
         raise TrainingError(
             f"Not a regular expression: sqlbench.trained_agents={settings.trained_agents} ({error}). Correct it."
         ) from error
-    last_unchecked = settings.agent == "self-correcting" and settings.max_turns == 1 and "write" not in matched
+    unchecked = settings.max_turns == 1 or (matched == ["check"] and not settings.check)
+    last_unchecked = settings.agent == "self-correcting" and unchecked and "write" not in matched
     if settings.agent in BUILT_IN["agent"] and (not matched or last_unchecked):
         raise TrainingError(
-            f"Nothing to train with {settings.max_turns} turn(s): sqlbench.trained_agents={settings.trained_agents}. "
+            f"Nothing to train with {settings.max_turns} turn(s){'' if settings.check else ' and no check'}: "
+            f"sqlbench.trained_agents={settings.trained_agents}. "
             f"Choose among the sub-agents {', '.join(AGENTS)}."
         )
     if (nodes := config.trainer.nnodes) > 1 and config.ray_kwargs.ray_init.get("address") == "local":

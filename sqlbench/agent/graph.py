@@ -1,12 +1,12 @@
 """The built-in agent: write, execute, check, rewrite, as one LangGraph state machine.
 
 ``write -> execute -> check -> (rewrite -> execute ...) -> END``. It ends when the check calls the query correct or
-when `max_turns` queries were executed; the last one is not checked, because its verdict would change nothing. A query
-that did not run to its end is rewritten without a check. A rewrite that repeats a query which ran in this rollout ends
-the rollout with that query: the policy insists on it. One that repeats any other query is replaced by samples of the
-first prompt, which does not show that query; the rollout ends when `AFRESH` of them bring nothing new. With a repair
-policy a rewrite follows the strategy it chooses; `RESAMPLE` samples the first prompt at once. The graph has no
-checkpointer and no tracing.
+when `max_turns` queries were executed; the last one is not checked, because its verdict would change nothing. Without
+the setting `check` a query that ran is final. A query that did not run to its end is rewritten without a check. A
+rewrite that repeats a query which ran in this rollout ends the rollout with that query: the policy insists on it. One
+that repeats any other query is replaced by samples of the first prompt, which does not show that query; the rollout
+ends when `AFRESH` of them bring nothing new. With a repair policy a rewrite follows the strategy it chooses; `RESAMPLE`
+samples the first prompt at once. The graph has no checkpointer and no tracing.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ async def _check(state: State, runtime: Runtime) -> Command[Literal["rewrite_que
 async def _execute(state: State, runtime: Runtime) -> Command[Literal["check_query", "rewrite_query", "__end__"]]:
     ctx: RolloutContext = runtime.context
     record = await ctx.execute(state["sql"])
-    if record.turn >= ctx.config.max_turns:
+    if record.turn >= ctx.config.max_turns or (record.answered and not ctx.config.check):
         goto = END
     elif not record.answered:  # wrong without asking
         goto = "rewrite_query"

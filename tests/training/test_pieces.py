@@ -240,6 +240,11 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
             TrainingError,
             "Nothing to train with 1 turn",
         ),
+        "no check": (
+            {"data": data, "overrides": ["sqlbench.trained_agents=check", "sqlbench.check=False"]},
+            TrainingError,
+            "and no check: sqlbench.trained_agents=check",
+        ),
         "regex": (
             {"data": data, "overrides": ["sqlbench.trained_agents='('"]},
             TrainingError,

@@ -250,6 +250,11 @@ def test_a_policy_that_repeats_a_query_that_ran_stands_by_it(answer, kind, betwe
     assert state.sql == GOOD and not model.answers
 
 
+def test_without_a_check_a_query_that_ran_is_final(answer):
+    state, model = answer(BROKEN, BAD, check=False, max_turns=9)
+    assert agents(state) == ["write1", "rewrite2"] and state.sql == BAD and not model.answers
+
+
 def test_resampling_as_a_strategy_replaces_failed_and_rejected_queries_by_other_first_ones(answer):
     """Unlike the agent of that name it keeps the check, and does not run a query again."""
     state, model = answer(BROKEN, BROKEN, BAD, NO, GOOD, YES, kind=Sampled, repair=RESAMPLE, max_turns=9)
