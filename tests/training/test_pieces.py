@@ -397,10 +397,10 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
 
 STATE = ["data", "finished"]  # of this machine: a dry run says it, or leaves it
 ALWAYS = ["profile", "model", "half model", "no template", "agents", "turns", "regex", "bracket", "number", "batch"]
-ALWAYS += ["samples"]
 ALWAYS += [
     "samples",
     "epochs",
+    "no check",
     "own agent",
     "own trainer",
     "credit",
