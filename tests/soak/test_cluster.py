@@ -48,6 +48,7 @@ COMPARED = (
     "actor_rollout_ref.actor.policy_loss.loss_mode=token_mean",  # by rollout a loss is about 0, whatever is compared
     "actor_rollout_ref.rollout.n=4",
     "sqlbench.control=coin",  # groups divide whatever the policy answers
+    "sqlbench.sampling=uniform",  # so that the number of rollouts is known
     "sqlbench.validation_tasks=2",
     "trainer.total_training_steps=2",
     "trainer.save_freq=2",
