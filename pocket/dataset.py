@@ -12,6 +12,7 @@ comparison, another column, a condition left out: `sqlbench.data.mutation`) chan
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -178,6 +179,8 @@ def _spider_tables(domain: Domain) -> dict:
 def write_pocket(root: Path, seed: int = 1, progress: bool = True, sealed: bool = False) -> None:
     """Write the data set; the folder appears complete or not at all.
 
+    Another process that writes the folder is waited for. What it wrote is kept where it is what was asked for.
+
     Args:
         root: folder of the data set; an earlier pocket data set there is replaced.
         seed: seed of rows and questions. The wording was tuned while looking at scores on seed 0, so results are
@@ -193,14 +196,21 @@ def write_pocket(root: Path, seed: int = 1, progress: bool = True, sealed: bool 
     if filled and not ((root / "dataset.json").is_file() and DataSet(root).about.get("name") == "pocket"):
         raise DataError(f"Not a pocket data set: {root}. Choose another folder, or empty it.")
     work = root.parent / f".{root.name}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        _write(work, seed, progress, sealed)
-        shutil.rmtree(root, ignore_errors=True)
-        work.rename(root)
-    finally:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(root.parent / f".{root.name}.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not filled and (root / "dataset.json").is_file():
+            about = DataSet(root).about
+            if (about["seed"], about["headline"]) == (seed, SEALED if sealed else HEADLINE):
+                return
         shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            _write(work, seed, progress, sealed)
+            shutil.rmtree(root, ignore_errors=True)
+            work.rename(root)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 Plan = list[tuple[str, list[_Bench], dict[str, int]]]

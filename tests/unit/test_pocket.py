@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -231,6 +233,15 @@ def test_made_up_schemas_use_no_word_of_an_unseen_schema() -> None:
         names = {n for t, fields in domain.tables.items() for n in (t, *(f.name for f in fields))}
         words = {w for n in names for w in n.split("_")} - {"code"}  # ``_code`` ends made-up keys, by construction
         assert not NOVEL_WORDS & words
+
+
+def test_two_processes_that_write_the_same_folder_at_once_write_it_once(tmp_path: Path, sealed: DataSet) -> None:
+    command = [Path(sys.executable).with_name("sqlbench"), "data", "pocket", "--sealed", "--out", tmp_path / "sealed"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    said = [process.communicate()[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert DataSet(tmp_path / "sealed").about["sha256"] == sealed.about["sha256"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".sealed.lock", "sealed"]
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
