@@ -204,6 +204,13 @@ def sentences() -> dict[str, list[str]]:
     }
     simulator = re.search(r"\| linucb \|.*?\|.*?\| ([\d.]+)% \|", (RESULTS / "laptop/repair/simulator.md").read_text())
     assert simulator is not None
+    step = RESULTS / "laptop/repair_step"
+    found = {cell["cell"]: cell for cell in json.loads((step / "cells.json").read_text())}
+    pairs = {(pair["cell"], pair["against"]): pair for pair in json.loads((step / "pairs.json").read_text())}
+    warm = "warm-up-dynamic-120-s1"
+    loop3, free3 = f"{warm}-self-correcting-3", f"{warm}-self-correcting-3-no-check"
+    gained, equal = found[loop3], pairs[free3, f"{warm}-resampling-4"]
+    saved = [found[name]["calls"] - found[f"{name}-no-check"]["calls"] for name in found if f"{name}-no-check" in found]
     gpu = RESULTS / "gpu"
     local = re.search(r"\| frozen.*?\| ([\d.]+) \|", (RESULTS / "laptop/speed/local_model.md").read_text())
     throughput = re.search(
@@ -232,6 +239,10 @@ def sentences() -> dict[str, list[str]]:
             f"{loop['Gain']:+.1f} points to the first query ({loop['95% CI (Gain)']}; {fixed} queries fixed, "
             f"{broken} broken)",
             f"from {base[3]} to {both[3]}%, and one turn from {base[2]} to {both[2]}%",
+            f"three turns beat one by {100 * (gained['last'] - gained['first']):.1f} points "
+            f"({100 * gained['gain_low']:+.1f} to {100 * gained['gain_high']:+.1f})",
+            f"the same accuracy with {min(saved):.1f} to {max(saved):.1f} calls fewer per rollout",
+            f"({equal['points']:+.1f}, {equal['low']:+.1f} to {equal['high']:+.1f}), not better",
             f"picks the right strategy {float(simulator[1]):.0f}% of the time",
             f"{tasks['linucb']} with the bandit, {tasks['random']} with random choice, {tasks['rewrite_full']} with "
             f"always rewriting and {tasks['without repair']} without repair",
