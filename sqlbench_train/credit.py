@@ -15,7 +15,7 @@ compared with the transitions of the same sub-agent in the rollouts of the same 
   compared with all rewrites of the step that began in the same situation (the query before failed, ran wrong, or ran
   right). Few rollouts of one task rewrite in the same situation, and a rewrite alone in its group teaches nothing; the
   mean over the step is an equally unbiased baseline.
-- A rewrite that repeats an earlier query: 0 where the query before failed, which is the lowest reward there.
+- Any query that repeats an earlier one: 0 where the query before failed, which is the lowest reward there.
   Elsewhere it has no reward and is not trained on: changing a right query mostly loses reward, so that doing nothing
   would pay, and a policy does not see whether the query was right. The remaining gradient is that of the policy that
   does not repeat.

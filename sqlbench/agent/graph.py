@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sqlbench.rollout import RolloutContext
 
 AFRESH = 2
-"""Samples of the first prompt after a rewrite that repeats a failed query; see `results/laptop/baselines`.
+"""Samples of the first prompt after a rewrite that repeats a failed query; see `results/laptop/repair_step`.
 
 A query that failed keeps a policy from writing another one: its repeated rewrites, sampled too, mostly repeat it again.
 """

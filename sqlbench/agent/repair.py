@@ -249,11 +249,10 @@ def normal(sql: str) -> str:
 
 
 def repeated(transitions: Sequence[Transition], executions: Sequence[Execution]) -> list[bool]:
-    """Tell for each transition whether it is a rewrite that repeats an earlier query of its rollout."""
+    """Tell for each transition whether it is a query that repeats an earlier one of its rollout."""
     queries = [(e.turn, normal(e.sql)) for e in executions]
     return [
-        t.agent == "rewrite"
-        and normal(extract_sql(t.completion.text)) in {sql for turn, sql in queries if turn < t.turn}
+        t.agent != "check" and normal(extract_sql(t.completion.text)) in {sql for turn, sql in queries if turn < t.turn}
         for t in transitions
     ]
 

@@ -86,6 +86,12 @@ def test_a_query_that_is_written_afresh_has_its_own_match(pocket: DataSet) -> No
 
 
 @pytest.mark.parametrize("credit", ["transition", "change"])
+def test_a_sample_that_repeats_does_not_earn_what_the_next_one_brings(pocket: DataSet, credit: str) -> None:
+    calls = [call("write", 1, BROKEN), call("rewrite", 2, BROKEN), call("write", 2, BROKEN), call("write", 2, GOLD)]
+    assert rewards(made(pocket, calls, [BROKEN, GOLD]), credit) == [0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("credit", ["transition", "change"])
 def test_what_made_the_next_prompt_too_long_did_nothing_right(pocket: DataSet, credit: str) -> None:
     record = made(pocket, [call("write", 1, WRONG), call("check", 1, INCORRECT)], [WRONG])
     assert rewards(record, credit) == [0.0, 1.0]
