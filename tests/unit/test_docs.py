@@ -21,7 +21,8 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent.parent
 PAGES = {path.name: path for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]}
-LINKED = [*PAGES.values(), *(REPO / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "results/README.md"))]
+LINKED = [*PAGES.values(), REPO / "CHANGELOG.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "results").rglob("*.md"))]
+LINKED += sorted(REPO.glob("*/README.md"))
 EXAMPLES = {"api", "bring-your-own", "deployment", "getting-started", "gpu", "reliability", "results", "reward"}
 BLOCK = re.compile(r"^<!-- (run|file: (?P<file>[\w.]+)) -->\n```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 
@@ -92,7 +93,7 @@ def links(path: Path) -> Iterator[str]:
             yield html.unescape(target)
 
 
-@pytest.mark.parametrize("path", LINKED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: str(path.relative_to(REPO)))
 def test_links_lead_to_files_and_headings(path: Path) -> None:
     broken = []
     for target in links(path):
