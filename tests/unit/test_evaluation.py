@@ -95,6 +95,8 @@ def test_all_that_the_numbers_depend_on_is_stored(data):
         "request": {},
         "rollout": {
             "max_turns": 1,
+            "check": True,
+            "repair": None,
             "table_info_truncate": 2048,
             "schema_tokens": None,
             "schema_linking": True,
