@@ -112,7 +112,9 @@ def by_transition(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def by_change(pocket: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    run = trained(pocket, tmp_path_factory.mktemp("change"), 1, "sqlbench.credit=change")
+    # At a temperature of its own, so that samples of the first prompt after a repetition have another one.
+    temperature = "actor_rollout_ref.rollout.temperature=1.1"
+    run = trained(pocket, tmp_path_factory.mktemp("change"), 1, "sqlbench.credit=change", temperature)
     return replace(run, credit="change")
 
 
