@@ -96,15 +96,17 @@ async def _rewrite(state: State, runtime: Runtime) -> Command[Literal["execute_q
     strategy = ctx.repair.choose(_situation(ctx)) if ctx.repair is not None else None
     afresh: tuple[str, list[Message], float | None] = "write", ctx.prompts.write(*about), TEMPERATURE
     if strategy == RESAMPLE:
-        tries = [afresh]
+        tries = [afresh] * (1 + AFRESH)
     else:
         # Without repair a rewrite is shown the last query only, unless there were queries before this rollout.
         shown = earlier if ctx.repair is not None or len(ctx.history) > len(ctx.executions) else ()
         prompt = ctx.prompts.rewrite(*about, last, result, state["feedback"], shown, strategy)
-        tries = [("rewrite", prompt, None)]
+        # What a user rejected is not forgotten: then the rewrite itself is sampled.
+        again = afresh if len(ctx.history) == len(ctx.executions) else ("rewrite", prompt, TEMPERATURE)
+        tries = [("rewrite", prompt, None), *[again] * AFRESH]
     before = {normal(earlier) for earlier, _ in ctx.history}
     ran = {normal(execution.sql): execution.sql for execution in ctx.executions if execution.answered}
-    for agent, messages, temperature in tries + [afresh] * (AFRESH if ctx.takes_temperature else 0):
+    for agent, messages, temperature in tries if ctx.takes_temperature else tries[:1]:
         sql = extract_sql(await ctx.ask(agent, messages, strategy, temperature=temperature))
         if normal(sql) in ran:
             return Command(update={"sql": ran[normal(sql)]}, goto=END)
