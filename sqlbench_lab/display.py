@@ -183,21 +183,21 @@ def advantage_example(run: Path | str) -> pd.DataFrame:
     frame = frame[(frame["part"] == "training") & frame["reward"].notna()]
     groups = (group for _, group in frame.groupby(["step", "key"], sort=True) if group["reward"].nunique() > 1)
     group = next(groups, None)
+    columns = ["step", "rollout", "question", "predicted", "reward", "group mean", "group deviation", "advantage"]
     if group is None or by_std is None:
-        return pd.DataFrame()
+        return pd.DataFrame(columns=columns)
     rewards = group["reward"]
-    return pd.DataFrame(
-        {
-            "step": group["step"],
-            "rollout": group["sample"],
-            "question": group["question"],
-            "predicted": group["pred"],
-            "reward": rewards,
-            "group mean": round(rewards.mean(), 3),
-            "group deviation": round(rewards.std(), 3) if by_std else "not used",
-            "advantage": [round(a, 2) for a in advantages(rewards.tolist(), by_std)],
-        }
-    ).reset_index(drop=True)
+    values = (
+        group["step"],
+        group["sample"],
+        group["question"],
+        group["pred"],
+        rewards,
+        round(rewards.mean(), 3),
+        round(rewards.std(), 3) if by_std else "not used",
+        [round(a, 2) for a in advantages(rewards.tolist(), by_std)],
+    )
+    return pd.DataFrame(dict(zip(columns, values, strict=True))).reset_index(drop=True)
 
 
 def found(*sentences: str) -> Markdown:
