@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlbench.agent.prompts import prompts_for
+from sqlbench.agent.prompts import RESAMPLE, prompts_for
 from sqlbench.data.tasks import Task, headline_split, open_dataset
 from sqlbench.database.engine import cached_database
 from sqlbench.errors import SqlbenchError, TrainingError
@@ -129,13 +129,14 @@ def check(profile: Profile, config: DictConfig) -> None:
         raise TrainingError(
             f"Not a regular expression: sqlbench.trained_agents={settings.trained_agents} ({error}). Correct it."
         ) from error
-    unchecked = settings.max_turns == 1 or (matched == ["check"] and not settings.check)
-    last_unchecked = settings.agent == "self-correcting" and unchecked and "write" not in matched
-    if settings.agent in BUILT_IN["agent"] and (not matched or last_unchecked):
+    asked = set(AGENTS)
+    if settings.agent == "self-correcting":
+        asked -= {"rewrite"} if settings.max_turns == 1 or settings.repair == RESAMPLE else set()
+        asked -= {"check"} if settings.max_turns == 1 or not settings.check else set()
+    if settings.agent in BUILT_IN["agent"] and not asked & set(matched):
         raise TrainingError(
-            f"Nothing to train with {settings.max_turns} turn(s){'' if settings.check else ' and no check'}: "
-            f"sqlbench.trained_agents={settings.trained_agents}. "
-            f"Choose among the sub-agents {', '.join(AGENTS)}."
+            f"Nothing to train with {settings.max_turns} turn(s): sqlbench.trained_agents={settings.trained_agents}. "
+            f"Choose among the sub-agents that are asked: {', '.join(a for a in AGENTS if a in asked)}."
         )
     if (nodes := config.trainer.nnodes) > 1 and config.ray_kwargs.ray_init.get("address") == "local":
         raise TrainingError(

@@ -243,7 +243,12 @@ def refusals(tmp_path: Path, pocket: DataSet) -> dict[str, tuple[dict[str, Any],
         "no check": (
             {"data": data, "overrides": ["sqlbench.trained_agents=check", "sqlbench.check=False"]},
             TrainingError,
-            "and no check: sqlbench.trained_agents=check",
+            "trained_agents=check. .*: write, rewrite",
+        ),
+        "no rewrite": (
+            {"data": data, "overrides": ["sqlbench.trained_agents=rewrite", "sqlbench.repair=resample"]},
+            TrainingError,
+            "trained_agents=rewrite. .*: write, check",
         ),
         "regex": (
             {"data": data, "overrides": ["sqlbench.trained_agents='('"]},
@@ -401,6 +406,7 @@ ALWAYS += [
     "samples",
     "epochs",
     "no check",
+    "no rewrite",
     "own agent",
     "own trainer",
     "credit",
